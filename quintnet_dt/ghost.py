@@ -1,0 +1,90 @@
+"""A copy of a model that owns no memory, to plan on while the model itself stays untouched."""
+
+import copy
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from .private import FakeCopyMode
+from .utils import leaves, opaque, replace, tensors
+
+
+def ghost(model, fake_mode=None, local_shape=None, device=None):
+    """A deep copy of `model` that owns no memory: parameters and buffers are fake tensors of `fake_mode`.
+
+    `local_shape(name, param)` gives the shape of a parameter; its whole shape by default. Without `fake_mode` the copy shares the
+    parameters (which a forward does not write to) and copies the buffers, for a forward that must see values.
+    """
+    memo = {}
+
+    def fake(t, shape=None):
+        shape = tuple(t.shape) if shape is None else tuple(shape)
+        on = device if device is not None and t.device.type == "meta" else t.device
+        with fake_mode:
+            if shape == tuple(t.shape) and t.layout == torch.strided:
+                return torch.empty_strided(shape, t.stride(), dtype=t.dtype, device=on)
+            return torch.empty(shape, dtype=t.dtype, device=on)
+
+    for name, p in model.named_parameters():
+        shape = local_shape(name, p) if local_shape else None
+        if fake_mode is not None:
+            memo[id(p)] = nn.Parameter(fake(p, shape), p.requires_grad)
+        elif isinstance(p, DTensor):
+            memo[id(p)] = nn.Parameter(p.full_tensor(), p.requires_grad)
+        else:
+            memo[id(p)] = p
+    for module in model.modules():
+        for _, t in tensors(list(vars(module).values())):  # buffers, and what it keeps besides
+            if id(t) not in memo:
+                memo[id(t)] = fake(t) if fake_mode is not None else t.detach().clone()
+        for hook in [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]:
+            if is_ours(hook):  # to be stripped: not copied, with all that they hold
+                memo[id(hook.__self__)] = hook.__self__
+    try:
+        return strip(copy.deepcopy(model, memo))
+    except Exception as e:
+        raise RuntimeError(
+            f"{type(model).__name__} cannot be deep-copied, which planning needs so that the model itself stays untouched: {e}"
+        ) from e
+
+
+def is_ours(hook):
+    """Whether a module's hook is this library's."""
+    return getattr(type(getattr(hook, "__self__", None)), "tensor_parallel_hook", False)
+
+
+def strip(model):
+    """Take this library's hooks off a copy of a model that they were applied to."""
+    for module in model.modules():
+        for name in module._parameters:  # copied while it ran: its local tensor hides the parameter
+            vars(module).pop(name, None)
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if is_ours(hook)]:
+                del hooks[key]
+    return model
+
+
+def fake_inputs(fake_mode, args, kwargs, known=None):
+    """The inputs with a fake tensor for each tensor, and copies of objects that hold tensors (a cache, which the forward may fill);
+    `known` is told the real tensor behind each fake one."""
+
+    def convert(obj):
+        changes = {p: fake_mode.from_tensor(t.detach()).requires_grad_(t.requires_grad) for p, t in tensors(obj)}
+        if known is not None:
+            known.update((id(changes[p]), t.detach()) for p, t in tensors(obj))
+        with FakeCopyMode(fake_mode):
+            changes |= {p: copy.deepcopy(x) for p, x in leaves(obj) if opaque(x)}
+        return replace(obj, changes)
+
+    return convert(tuple(args)), convert(dict(kwargs))
+
+
+def real_inputs(args, kwargs):
+    """Copies of the inputs: a forward that runs on them cannot change the user's."""
+
+    def convert(obj):
+        changes = {p: t.detach().clone().requires_grad_(t.requires_grad) for p, t in tensors(obj)}
+        return replace(obj, changes | {p: copy.deepcopy(x) for p, x in leaves(obj) if opaque(x)})
+
+    return convert(tuple(args)), convert(dict(kwargs))

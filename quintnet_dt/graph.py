@@ -1,0 +1,112 @@
+"""The record of one forward: values, calls, operators, runs of modules."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cached_property
+
+
+class Value:
+    """A tensor at one moment: an in-place operator makes a new Value of the same tensor.
+
+    `param` is its name if it is a parameter, `producer` the index of the call that made it.
+    """
+
+    def __init__(self, id, tensor, producer=None, param=None):
+        self.id, self.tensor = id, tensor
+        self.producer, self.param = producer, param
+        self.shape, self.dtype = tuple(tensor.shape), tensor.dtype
+        self.trainable = False  # whether it could ever need a gradient: made from a parameter or an input that could
+        self.memory = self  # the value whose memory it shares, if it is a view
+
+    @property
+    def differentiable(self):
+        return self.tensor.requires_grad
+
+    @property
+    def nbytes(self):
+        return self.tensor.numel() * self.tensor.element_size()
+
+
+@dataclass
+class Node:
+    """One ATen operator. `args` and `kwargs` hold Values where the operator had tensors."""
+
+    op: object
+    args: tuple
+    kwargs: dict
+    inputs: list  # Values, in order
+    outputs: list
+    mutated: set  # ids of the Values that it wrote to
+
+
+@dataclass
+class Call:
+    """One torch function that Python code called, with its ATen operators."""
+
+    index: int
+    func: object
+    name: str
+    module: "ModuleCall"
+    args: tuple  # the arguments with Values for tensors: (args, kwargs)
+    inputs: dict  # path -> Value
+    outputs: dict = field(default_factory=dict)  # path -> Value
+    nodes: list = field(default_factory=list)
+    source: str = "?"
+
+    def __str__(self):
+        return f"{self.name} in {self.module.path or 'the root'} ({self.source})"
+
+
+@dataclass
+class ModuleCall:
+    """One run of one module's forward. `steady`: the forward is one of torch's own that makes the same calls each time."""
+
+    path: str
+    parent: "ModuleCall | None"
+    inputs: dict = field(default_factory=dict)
+    outputs: dict = field(default_factory=dict)
+    steady: bool = False
+
+    def chain(self):
+        """This run and those that called it, innermost first."""
+        call = self
+        while call is not None:
+            yield call
+            call = call.parent
+
+    def within(self, other):
+        return any(call is other for call in self.chain())
+
+
+@dataclass
+class Graph:
+    """The record of one forward: values, calls in order, module calls (the root first)."""
+
+    values: list
+    calls: list
+    modules: list
+    params: dict  # parameter name -> Value
+    # What it read of values: (call index, a scalar or the shape of a tensor, whether it follows from the inputs alone).
+    readings: list = field(default_factory=list)
+    stored: list = field(default_factory=list)  # Values that modules keep when the forward is over
+
+    @property
+    def outputs(self):
+        return self.modules[0].outputs
+
+    @cached_property
+    def use_count(self):
+        """Value id -> how often it is read: by calls, and as an output of the model."""
+        read = [v for call in self.calls if call.nodes for v in call.inputs.values()]
+        return Counter(v.id for v in [*read, *self.outputs.values()])
+
+    @cached_property
+    def last_write(self):
+        """Memory (as its first Value's id) -> index of the last call that wrote to it."""
+        return {v.memory.id: c.index for c in self.calls for n in c.nodes for v in n.inputs if v.id in n.mutated}
+
+    @cached_property
+    def unsteady(self):
+        """Ids of the module runs that read values which do not follow from the inputs alone: their calls may differ from run to run."""
+        at = [i for i, _, known in self.readings if not known and i < len(self.calls)]
+        return {id(m) for i in at for m in self.calls[i].module.chain()}

@@ -1,0 +1,63 @@
+"""The private names of torch that the library cannot do without, each with its reason."""
+
+import contextlib
+import logging
+
+import torch
+
+# One fake forward gives every shape with no memory and no arithmetic; torch has no public way to it.
+from torch._subclasses.fake_tensor import (
+    FakeCopyMode,
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
+
+# A dim that holds k fused pieces, each sharded ([q | k | v]): DTensor knows it, under a private name.
+from torch.distributed.tensor.placement_types import _StridedShard
+
+# Every operator of a forward as it is dispatched: documented, and used by many, under this name.
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+@contextlib.contextmanager
+def hidden_fakes():
+    """Model code that asks whether a tensor is a FakeTensor is told no.
+
+    transformers builds other attention masks when it believes that it is exported; the path to record is the one of a plain call.
+    """
+    namespace = torch._subclasses
+    namespace.FakeTensor = type("FakeTensor", (), {})
+    try:
+        yield
+    finally:
+        namespace.FakeTensor = FakeTensor
+
+
+@contextlib.contextmanager
+def silent_fakes():
+    """A size that does not fit is expected here, and tried again: torch's log of it as an error would only alarm."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    was, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = was
+
+
+def in_backward():
+    """Whether autograd is running a backward in this thread; torch has no public way to ask."""
+    return torch._C._current_graph_task_id() != -1
+
+
+__all__ = [
+    "FakeCopyMode",
+    "FakeTensor",
+    "FakeTensorMode",
+    "TorchDispatchMode",
+    "_StridedShard",
+    "hidden_fakes",
+    "in_backward",
+    "silent_fakes",
+    "unset_fake_temporarily",
+]

@@ -1,0 +1,279 @@
+"""A model's forward, recorded: one run on a ghost of the model gives the Graph that all else is inferred from.
+
+The ghost is a deep copy whose parameters and buffers are fake tensors, so nothing is allocated or computed and the user's
+model, its buffers and its random state stay untouched. Two levels are recorded at once: *calls*, the torch functions that Python code
+called (`F.linear`, `x.view`), which are what can be intercepted later; and *nodes*, the ATen operators inside them,
+few and regular, which are what the axis rules read.
+"""
+
+import contextlib
+from functools import partial
+
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
+
+from .ghost import fake_inputs, ghost, real_inputs
+from .graph import Call, Graph, ModuleCall, Node, Value
+from .private import FakeTensor, FakeTensorMode, TorchDispatchMode, hidden_fakes, unset_fake_temporarily
+from .utils import call_name, replace, source_line, tensors
+
+# What a forward may read of its values: on fake tensors these have no answer.
+READS_VALUES = (
+    "aten::_local_scalar_dense aten::nonzero aten::nonzero_static aten::unique_dim aten::_unique2 aten::unique_consecutive "
+    "aten::masked_select aten::bincount aten::equal aten::is_nonzero aten::repeat_interleave"
+).split()
+
+# Forwards that make the same calls each time, so that nothing need watch them.
+STEADY = {
+    c.forward
+    for c in (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+    + (nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Identity, nn.Dropout, nn.Softmax, nn.Sequential, nn.Bilinear)
+}
+
+# Elements up to which a tensor that follows from the inputs alone is kept: masks and positions, not activations.
+KNOWN_SIZE = 1 << 16
+
+
+def trace(model, args=(), kwargs=None, *, device=None):
+    """Run the model's forward once on a ghost and record it.
+
+    Args: model, whole (its parameters have their whole shapes); `args`, `kwargs`: example inputs; `device`: where a model on
+    the meta device is imagined to be. Returns: Graph.
+
+    What a forward reads of values that follow from its inputs alone (is there padding?) is known. One that reads values which depend on
+    parameters (which expert is hit?), or asks what a fake tensor cannot answer, is run again on the parameters themselves.
+    """
+    kwargs = kwargs or {}
+    fake_mode, recorder = FakeTensorMode(allow_non_fake_inputs=True), Recorder()
+    try:
+        copied = ghost(model, fake_mode, device=device)
+        fakes = fake_inputs(fake_mode, args, kwargs, recorder.known)
+        return record(copied, *fakes, modes=[fake_mode], recorder=recorder)
+    except Exception:
+        if any(p.device.type == "meta" for p in model.parameters()):
+            raise
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return record(ghost(model, device=device), *real_inputs(args, kwargs))
+
+
+def record(model, args, kwargs, modes=(), recorder=None):
+    """Run `model(*args, **kwargs)` under a Recorder and return its Graph."""
+    recorder = recorder or Recorder()
+    recorder.fake = bool(modes)
+    recorder.attach(model)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(hidden_fakes())
+        stack.enter_context(saved_tensors_hooks(lambda t: t, lambda t: t))  # a checkpoint around us must not see ours
+        for mode in modes:
+            stack.enter_context(mode)
+        stack.enter_context(_Nodes(recorder))
+        stack.enter_context(_Calls(recorder))
+        model(*args, **kwargs)
+    recorder.graph.stored = recorder.stored(model)
+    return recorder.graph
+
+
+class Recorder:
+    """Builds a Graph. Subclasses watch or steer single calls through `run_call`."""
+
+    def __init__(self):
+        self.graph = Graph([], [], [], {})
+        self._values = {}  # id(tensor) -> its present Value
+        self._stack = []  # module calls that are running
+        self._call = None
+        self.fake = False
+        self.known = {}  # id of a fake tensor -> the real one, where it follows from the inputs alone
+
+    @property
+    def paused(self):
+        """Whether what runs now is not the model's own computation."""
+        return False
+
+    def attach(self, model):
+        """Hooks that tell when each module starts and ends; parameters get their names."""
+        for path, module in model.named_modules():
+            for name, p in module.named_parameters(path, recurse=False):
+                if id(p) not in self._values:
+                    v = self.graph.params[name] = self.value(p)
+                    v.param, v.trainable = name, is_float(v)
+            steady = type(module).forward in STEADY
+            module.register_forward_pre_hook(partial(self.enter, path, steady), with_kwargs=True, prepend=True)
+            module.register_forward_hook(self.leave, with_kwargs=True, always_call=True)
+
+    def stored(self, model):
+        """The values that the forward left in buffers and attributes."""
+        held = [x for m in model.modules() for x in [*m._buffers.values(), *vars(m).values()]]
+        values = [self._values.get(id(t)) for _, t in tensors(held)]
+        return [v for v in values if v is not None and v.producer is not None]
+
+    def value(self, tensor, producer=None, new=False):
+        if new or id(tensor) not in self._values:
+            v = Value(len(self.graph.values), tensor, producer)
+            if new and id(tensor) in self._values:
+                v.param = self._values[id(tensor)].param
+            self.graph.values.append(v)  # keeps the tensor alive: ids stay unique
+            self._values[id(tensor)] = v
+        return self._values[id(tensor)]
+
+    def values(self, obj):
+        return {p: self.value(t) for p, t in tensors(obj)}
+
+    def enter(self, path, steady, module, args, kwargs):
+        parent = self._stack[-1] if self._stack else None
+        call = ModuleCall(path, parent, self.values((args, kwargs)), steady=steady)
+        if parent is None:
+            for v in call.inputs.values():
+                v.trainable = is_float(v)
+        self.graph.modules.append(call)
+        self._stack.append(call)
+
+    def leave(self, module, args, kwargs, output):
+        self._stack.pop().outputs = self.values(output)
+
+    def run_call(self, func, args, kwargs):
+        if self._call is not None or self.paused or not self._stack:
+            return func(*args, **kwargs)
+        name = call_name(func)
+        if name is None:
+            return func(*args, **kwargs)
+        call = Call(
+            len(self.graph.calls), func, name, self._stack[-1], None, self.values((args, kwargs)), source=source_line()
+        )
+        call.args = replace((args, kwargs), call.inputs)
+        self._call = call
+        try:
+            out = func(*args, **kwargs)
+        finally:
+            self._call = None
+        self.graph.calls.append(call)
+        call.outputs = {p: self.value(t, producer=call.index) for p, t in tensors(out)}
+        return out
+
+    def compute(self, func, args, kwargs):
+        """Run one operator."""
+        name = func._schema.name
+        if name == "aten::_grouped_mm" and isinstance(args[0], FakeTensor):
+            dtype = args[0].dtype  # its shape function knows bfloat16 alone
+            return func(*(a.bfloat16() for a in args[:2]), *args[2:], **kwargs).to(dtype)
+        return func(*args, **kwargs)
+
+    def know(self, func, args, kwargs):
+        """Run one operator; on the real tensors behind fake ones too, where those are known."""
+        given, reads = dict(tensors((args, kwargs))), reads_values(func, args)
+        real = self.run_known(func, args, kwargs, given) if self.fake else None
+        if reads and real is not None:
+            out = real
+            if isinstance(real, torch.Tensor):
+                out = next(iter(given.values())).new_empty(real.shape, dtype=real.dtype)
+        else:
+            out = self.compute(func, args, kwargs)
+        if real is not None:
+            pairs = [(a, b) for (_, a), (_, b) in zip(tensors((out,)), tensors((real,)))]
+            self.known.update((id(a), b) for a, b in pairs if isinstance(a, FakeTensor) and b.numel() <= KNOWN_SIZE)
+        if reads:
+            result = tuple(out.shape) if isinstance(out, torch.Tensor) else out
+            self.graph.readings.append((len(self.graph.calls), result, real is not None))
+        return out
+
+    def run_known(self, func, args, kwargs, given):
+        """The operator's result on real tensors, None where one of them is not known."""
+        real = {p: self.known.get(id(x), None if isinstance(x, FakeTensor) else x) for p, x in given.items()}
+        small = all(x is not None and x.numel() <= KNOWN_SIZE and x.device.type != "meta" for x in real.values())
+        if small and torch.Tag.nondeterministic_seeded not in func.tags:
+            with unset_fake_temporarily():
+                return func(*replace(args, _under(real, 0)), **replace(kwargs, _under(real, 1)))
+        if any(id(x) in self.known for x in _written(func, args, kwargs)):
+            self.known = {}  # others may share its memory
+        return None
+
+    def run_node(self, func, args, kwargs):
+        if self.paused:
+            return func(*args, **kwargs)
+        inputs = {p: self.value(t) for p, t in tensors((args, kwargs))}
+        shared = _aliased(func, args, kwargs)
+        memory = None if shared is None else self.value(shared).memory
+        margs, mkwargs = replace((args, kwargs), inputs)
+        written = _written(func, args, kwargs)
+        out = self.know(func, args, kwargs)
+        producer = self._call.index if self._call is not None else None
+        old = {id(t): self.value(t).id for t in written}
+        for t in written:
+            before = self.value(t)
+            self.value(t, producer, new=True).memory = before.memory
+        given = {id(x) for _, x in tensors((args, kwargs))}
+        made = [t for _, t in tensors(out if isinstance(out, (tuple, list)) else (out,))]
+        outs = [self.value(t, producer, new=id(t) not in given and id(t) in self._values) for t in made]
+        outs += [self.value(t) for t in written if not any(self.value(t) is o for o in outs)]
+        for v in outs:
+            v.trainable |= is_float(v) and any(x.trainable for x in inputs.values())
+            if memory is not None:
+                v.memory = memory
+        if self._call is not None:
+            self._call.nodes.append(Node(func, margs, mkwargs, list(inputs.values()), outs, set(old.values())))
+        return out
+
+
+def _under(changes, first):
+    """The changes whose path starts with `first`, with the rest of the path."""
+    return {p[1:]: x for p, x in changes.items() if p[0] == first}
+
+
+def reads_values(func, args):
+    """Whether the result of an ATen operator, or its shape, depends on its inputs' values."""
+    if func._schema.name == "aten::index":
+        return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+    return func._schema.name in READS_VALUES and "self_int" not in str(func)
+
+
+def is_float(v):
+    """Whether a value's elements are real or complex numbers, which gradients are taken of."""
+    return v.dtype.is_floating_point or v.dtype.is_complex
+
+
+def _aliased(func, args, kwargs):
+    """The tensor whose memory an operator's outputs share, by its schema; None if they own theirs."""
+    if any(r.alias_info is not None for r in func._schema.returns):
+        for i, a in enumerate(func._schema.arguments):
+            if a.alias_info is not None and i < len(args) and isinstance(args[i], torch.Tensor):
+                return args[i]
+    return None
+
+
+def _written(func, args, kwargs):
+    """The tensors that an operator writes to, by its schema."""
+    found = []
+    if (
+        func._schema.name in ("aten::native_batch_norm", "aten::cudnn_batch_norm", "aten::miopen_batch_norm")
+        and args[5]
+    ):
+        found = [x for x in args[3:5] if x is not None]  # running statistics, which its schema does not tell of
+    for i, a in enumerate(func._schema.arguments):
+        if a.alias_info is not None and a.alias_info.is_write:
+            x = args[i] if i < len(args) else kwargs.get(a.name)
+            found += [t for _, t in tensors((x,))]
+    return found
+
+
+class _Calls(TorchFunctionMode):
+    def __init__(self, recorder):
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return self.recorder.run_call(func, args, kwargs or {})
+
+
+class _Nodes(TorchDispatchMode):
+    def __init__(self, recorder):
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "prim":
+            return func(*args, **(kwargs or {}))
+        return self.recorder.run_node(func, args, kwargs or {})

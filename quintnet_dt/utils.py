@@ -1,0 +1,109 @@
+"""Small helpers: walking nested arguments, and placing a traced operator in the user's source."""
+
+import dataclasses
+import os
+import sys
+
+import torch
+
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_HERE = os.path.dirname(__file__) + os.sep
+
+
+def leaves(obj, path=()):
+    """Yield `(path, leaf)` for every leaf of nested tuples, lists, dicts, dataclasses and slices.
+
+    A path is the tuple of indices, keys and field names that leads to the leaf.
+    """
+    if isinstance(obj, (tuple, list)):
+        for i, x in enumerate(obj):
+            yield from leaves(x, (*path, i))
+    elif isinstance(obj, dict):
+        for k, x in obj.items():
+            yield from leaves(x, (*path, k))
+    elif isinstance(obj, slice):
+        yield from leaves((obj.start, obj.stop, obj.step), path)
+    elif dataclasses.is_dataclass(obj) and not isinstance(obj, type):
+        for f in dataclasses.fields(obj):  # what it holds, not what a property makes up
+            yield from leaves(
+                vars(obj).get(f.name) if hasattr(obj, "__dict__") else getattr(obj, f.name), (*path, f.name)
+            )
+    else:
+        yield path, obj
+
+
+def opaque(x):
+    """Whether a leaf is an object with a state of its own, such as a key-value cache."""
+    return hasattr(x, "__dict__") and not isinstance(x, (torch.Tensor, type)) and not callable(x)
+
+
+def lookup(obj, path):
+    """The leaf at a path of a nested argument, None where there is none."""
+    for key in path:
+        if isinstance(obj, slice):
+            obj = (obj.start, obj.stop, obj.step)
+        try:
+            obj = obj[key] if isinstance(obj, (tuple, list, dict)) else getattr(obj, key)
+        except (LookupError, AttributeError, TypeError):
+            return None
+    return obj
+
+
+def tensors(obj):
+    """Yield `(path, tensor)` for every tensor in a nested argument."""
+    return ((p, x) for p, x in leaves(obj) if isinstance(x, torch.Tensor))
+
+
+def replace(obj, changes):
+    """A copy of `obj` in which the leaf at each path of `changes` is `changes[path]`; what does not change is shared.
+
+    Dataclasses and other mappings (a Hugging Face ModelOutput is both) keep their class.
+    """
+    if not changes:
+        return obj
+    if () in changes:
+        return changes[()]
+    at = {}
+    for path, new in changes.items():
+        at.setdefault(path[0], {})[path[1:]] = new
+    if isinstance(obj, slice):
+        return slice(*replace((obj.start, obj.stop, obj.step), changes))
+    if isinstance(obj, (tuple, list)):
+        items = [replace(x, at.get(i)) for i, x in enumerate(obj)]
+        if hasattr(obj, "_fields"):
+            return type(obj)(*items)
+        return type(obj)(items) if type(obj) in (tuple, list) else tuple(items)
+    if isinstance(obj, dict):
+        new = {k: replace(x, at.get(k)) for k, x in obj.items()}
+        return new if type(obj) is dict else type(obj)(**new)
+    return dataclasses.replace(obj, **{k: replace(getattr(obj, k), c) for k, c in at.items()})
+
+
+def source_line():
+    """`file:line` of the innermost frame that is neither torch's nor ours: the user's code that called the operator."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith((_TORCH, _HERE, "<")):
+            return f"{os.path.basename(name)}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "?"
+
+
+_TENSOR_PROPERTIES = {"T", "mT", "H", "mH", "real", "imag", "data", "grad"}
+
+
+def call_name(func):
+    """The name of a torch function, None for a read of `.shape`, `.dtype` and the like, which computes nothing."""
+    name = getattr(func, "__name__", str(func))
+    if name in ("__get__", "__set__"):
+        name = getattr(getattr(func, "__self__", None), "__name__", name)
+        return name if name in _TENSOR_PROPERTIES else None
+    return None if name in _QUERIES or getattr(func, "namespace", None) == "prim" else name
+
+
+_QUERIES = set(
+    "size dim numel stride is_grad_enabled _set_grad_enabled is_inference is_floating_point ndimension nelement __len__ "
+    "is_contiguous is_complex get_device storage_offset is_tensor data_ptr element_size is_inference_mode_enabled "
+    "is_autocast_enabled get_autocast_dtype".split()
+)
