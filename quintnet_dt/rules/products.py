@@ -1,0 +1,43 @@
+"""Rules of products that the notation cannot say: convolutions, grouped products."""
+
+from ..factors import unify
+from .table import arg, every, fresh, rule, unknown
+
+
+@rule("convolution")
+def convolution(node, axes):
+    """x: b (g c) s.., w: (g o) c k.. (transposed: (g c) o k..) -> b (g o) s..: c is contracted, o passes."""
+    x, w, out = node.inputs[0], node.inputs[1], node.outputs[0]
+    groups, transposed = arg(node, "groups"), arg(node, "transposed")
+    xd, wd = axes.dims(x), axes.dims(w)
+    for v, dims in ((x, xd), (w, wd)):
+        axes.whole(node, v, [f for d in dims[2:] for f in d])
+    if groups != 1 or len(x.shape) != len(w.shape):
+        axes.whole(node, x, every(xd[1:]))
+        axes.whole(node, w, every(wd))
+        for v in node.inputs[2:]:
+            axes.whole(node, v, every(axes.dims(v)))
+        return axes.set(out, [xd[0], *map(fresh, out.shape[1:])])
+    o, c = (wd[1], wd[0]) if transposed else (wd[0], wd[1])
+    unify(xd[1], c)
+    axes.contract(node, c)
+    if len(node.inputs) > 2:
+        axes.effects[id(node)].bias = node.inputs[2].id
+        unify(axes.dims(node.inputs[2])[0], o)
+    axes.set(out, [xd[0], o, *map(fresh, out.shape[2:])])
+
+
+@rule("_grouped_mm")
+def grouped_mm(node, axes):
+    """t k, e k j -> t j: rows in groups by offsets, one expert's matrix each."""
+    x, w, out = node.inputs[0], node.inputs[1], node.outputs[0]
+    if (len(x.shape), len(w.shape), len(out.shape)) != (2, 3, 2):
+        return unknown(node, axes)
+    (t, k), (e, k2, j) = axes.dims(x), axes.dims(w)
+    unify(k, k2)
+    axes.contract(node, k)
+    axes.whole(node, x, t)
+    axes.whole(node, w, e)
+    for v in node.inputs[2:]:
+        axes.whole(node, v, every(axes.dims(v)))
+    axes.set(out, [fresh(out.shape[0]), j])
