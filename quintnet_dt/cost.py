@@ -1,0 +1,87 @@
+"""What a layout sends, and how to send less: bytes by action, and reductions moved to where there are fewer."""
+
+from .layout import Action
+
+
+def cost(graph, layout, n):
+    """Bytes that a rank sends in one forward and backward, under ring collectives (as counted in https://arxiv.org/abs/1909.09756):
+    2 (n-1)/n of the tensor for an all-reduce, (n-1)/n of the whole tensor for a gather.
+    """
+    seen = {(graph.calls[i].inputs[path].id, a[0]) for (i, path), a in layout.uses.items()}
+    seen |= {(v, a[0]) for v, a in layout.values.items()} | {
+        (graph.outputs[p].id, a[0]) for p, a in layout.root.items()
+    }
+    for i, at in layout.kept.items():
+        seen |= {(graph.calls[i].inputs[p].id, Action("gather", a.dim)) for p, a in at.items()}
+    return sum(action_bytes(graph.values[v], a, n) for v, a in seen)
+
+
+def action_bytes(value, action, n):
+    """Bytes that a rank sends for one action on a value, forward and backward."""
+    share = value.nbytes * (n - 1) / n
+    passes = {"sum": 2, "gather": 1, "once": 0}
+    if action.kind in ("enter", "split"):  # these send in the backward only
+        passes |= {"enter": 2, "split": 1} if value.differentiable else {"enter": 0, "split": 0}
+    return share * passes[action.kind]
+
+
+def hoist(graph, layout):
+    """Move `enter` above replicated calls where that sends fewer bytes: two norms of one tensor, each entering a region, cost two
+    reductions below and one above (and those of their small weights)."""
+    readers = {}
+    for call in graph.calls:
+        if call.nodes:
+            for path, v in call.inputs.items():
+                readers.setdefault(v.id, []).append((call, path))
+    kept = {v.id for v in graph.outputs.values()}
+    enter = Action("enter")
+
+    def entered(v):
+        return [(c.index, p) for c, p in readers.get(v.id, ()) if layout.uses.get((c.index, p)) == [enter]]
+
+    def movable(call):
+        """The outputs that enter, if all that the call makes does, and nothing else is done with it."""
+        if call.index in layout.axis_of or any(n.mutated for n in call.nodes):
+            return None
+        if any((call.index, p) in layout.uses for p in call.inputs):
+            return None
+        if any(graph.last_write.get(v.memory.id, -1) >= call.index for v in call.inputs.values()):
+            return None
+        outs = {v.id: v for v in call.outputs.values() if v.trainable}
+        ins = {v.id for v in call.inputs.values()}
+        if not outs or outs.keys() & (kept | ins) or any(i in layout.values or i in layout.states for i in outs):
+            return None
+        if any(len(entered(v)) != len(readers.get(v.id, ())) or not entered(v) for v in outs.values()):
+            return None
+        return list(outs.values())
+
+    def reduction(vs):
+        return sum({v.id: v.nbytes for v in vs}.values())
+
+    moved = True
+    while moved:
+        moved = False
+        for x in graph.values:
+            if not x.trainable:
+                continue
+            group = {}
+            for call, _ in readers.get(x.id, ()):
+                outs = movable(call) if call.nodes else None
+                if outs:
+                    group[call.index] = (call, outs)
+            if not group:
+                continue
+            before = reduction([v for _, outs in group.values() for v in outs])
+            new = [v for call, _ in group.values() for v in call.inputs.values() if v.trainable and not entered(v)]
+            after = reduction(new)
+            single = all(len(call.inputs) == 1 and call.name in ("view", "reshape") for call, _ in group.values())
+            if after < before or (after == before and single):
+                for call, outs in group.values():
+                    for v in outs:
+                        for key in entered(v):
+                            del layout.uses[key]
+                    for path, v in call.inputs.items():
+                        if v.trainable:
+                            layout.uses[(call.index, path)] = [enter]
+                moved = True
+    return layout
