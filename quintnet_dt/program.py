@@ -1,0 +1,200 @@
+"""From a layout to programs: for each module, what its hooks do to its parameters, inputs and outputs, and to single calls within it.
+
+An action is attached as far out as it can be: to a parameter or an input of the module when all uses there agree, to an output when
+nothing inside reads it. Those are plain hooks, and hold on any path through the module. Only what is left is attached to
+a call by its number, which takes a torch-function mode around that module's forward.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from .layout import Action, LayoutError, linear
+
+
+@dataclass
+class CallProgram:
+    """What is done around the call of a given number: actions on arguments and outputs, sizes replaced, rows looked up."""
+
+    inputs: dict = field(default_factory=dict)
+    outputs: dict = field(default_factory=dict)
+    sizes: list = field(default_factory=list)  # paths of sizes to divide by the number of ranks
+    rows: int | None = None  # an embedding's whole number of rows, of which this rank has a part
+    kept: dict = field(default_factory=dict)  # buffers that the call updates: split for it, gathered after it
+    dropout: Action | None = None  # how this rank's part of a dropout's mask lies in the whole mask
+
+
+@dataclass
+class Program:
+    """One module's program. Paths lead into (args, kwargs) for inputs and into the output for outputs."""
+
+    params: dict = field(default_factory=dict)  # parameter name -> actions on its local tensor
+    inputs: dict = field(default_factory=dict)
+    outputs: dict = field(default_factory=dict)
+    calls: dict = field(default_factory=dict)
+    names: list = field(default_factory=list)  # of all calls that its mode sees, where one watches it
+
+    def does_as(self, other):
+        """Whether the actions are another program's."""
+        return all(getattr(self, a) == getattr(other, a) for a in ("params", "inputs", "outputs", "calls"))
+
+    def goes_on(self, other, number):
+        """Whether this program could take over from another one before the call of that number."""
+        same = all(getattr(self, a) == getattr(other, a) for a in ("params", "inputs", "outputs"))
+        mine, its = ({k: c for k, c in p.calls.items() if k < number} for p in (self, other))
+        return same and self.names[:number] == other.names[:number] and mine == its
+
+
+def compile_programs(graph, layout, sizes=None):
+    """Programs by module path. `sizes[call index]`: paths of sizes to divide. Raises LayoutError where no program can do what the layout asks."""
+    return _Compiler(graph, layout, sizes or {}).run()
+
+
+def holds(values, v):
+    """Whether a value is among those at some paths."""
+    return any(x is v for x in values.values())
+
+
+class _Compiler:
+    def __init__(self, graph, layout, sizes):
+        self.graph, self.layout, self.sizes = graph, layout, sizes
+        self.readers = {}  # value id -> calls that read it
+        self.direct = {}  # (value id, module run) -> calls of that run that read it
+        self.within = Counter()  # (value id, module run) -> how many calls read it in that run and what it calls
+        self.passed = set()  # (value id, module run): given as an input to something that the run calls
+        for call in graph.calls:
+            for v in {v.id for v in call.inputs.values()} if call.nodes else ():
+                self.readers.setdefault(v, []).append(call)
+                self.direct.setdefault((v, id(call.module)), []).append(call)
+                self.within.update((v, id(m)) for m in call.module.chain())
+        for run in graph.modules:
+            callers = list(run.chain())[1:]
+            self.passed.update((v.id, id(m)) for v in run.inputs.values() for m in callers)
+        self.per_run = {id(m): Program() for m in graph.modules}
+        self.at_calls = {}  # call index -> CallProgram
+
+    def run(self):
+        for call in self.graph.calls:
+            if call.nodes:
+                self.uses(call)
+        for v_id, actions in self.layout.values.items():
+            self.value(self.graph.values[v_id], tuple(actions))
+        for path, actions in self.layout.root.items():
+            self.per_run[id(self.graph.modules[0])].outputs[path] = tuple(actions)
+        for index, axis in self.layout.lookups.items():
+            self.at(self.graph.calls[index]).rows = axis.size
+        for index, action in self.layout.dropouts.items():
+            self.at(self.graph.calls[index]).dropout = action
+        for index, kept in self.layout.kept.items():
+            self.at(self.graph.calls[index]).kept = kept
+        for index, sizes in self.sizes.items():
+            self.at(self.graph.calls[index]).sizes = sizes
+        self.number()
+        return self.merge()
+
+    def at(self, call):
+        return self.at_calls.setdefault(call.index, CallProgram())
+
+    def actions(self, call, v):
+        """The actions on a value as a call's argument."""
+        found = {tuple(self.layout.uses.get((call.index, p), ())) for p, x in call.inputs.items() if x is v}
+        return found.pop() if len(found) == 1 else None
+
+    def uses(self, call):
+        m = call.module
+        for path, v in call.inputs.items():
+            actions = tuple(self.layout.uses.get((call.index, path), ()))
+            if v.param is None and not actions:
+                continue
+            at = (v.id, id(m))
+            agree = all(self.actions(c, v) == actions for c in self.direct[at])
+            if v.param is not None and not holds(m.inputs, v):
+                agree = agree and at not in self.passed
+                self.per_run[id(m)].params[v.param] = actions if agree else ()
+                if agree or not actions:
+                    continue
+            else:
+                if v.param is not None:  # passed in by the module that read it
+                    reader = m
+                    while holds(reader.inputs, v) and reader.parent is not None:
+                        reader = reader.parent
+                    everywhere = [c for c in self.readers[v.id] if c.module.within(reader)]
+                    same = all(self.actions(c, v) == actions for c in everywhere)
+                    self.per_run[id(reader)].params[v.param] = actions if same else ()
+                    if same or not actions:
+                        continue
+                if agree and self.within[at] == len(self.direct[at]) and not holds(m.outputs, v):
+                    given = [p for p, x in m.inputs.items() if x is v]
+                    self.per_run[id(m)].inputs.update({p: actions for p in given})
+                    if given:
+                        continue
+            self.at(call).inputs[path] = actions
+
+    def value(self, v, actions):
+        """Attach actions to a value where it is made, or, for a sum, at the view it was made from if a hook reaches that."""
+        chain = [v]
+        while actions[0].kind == "sum" and chain[-1].producer is not None:
+            call = self.graph.calls[chain[-1].producer]
+            inputs = list(call.inputs.values())
+            if len(inputs) != 1 or self.graph.use_count[inputs[0].id] != 1 or inputs[0].id not in self.layout.states:
+                break
+            if any(not linear(n) or n.mutated for n in call.nodes):
+                break
+            chain.append(inputs[0])
+        for x in chain[::-1]:
+            if self.output(x, actions):
+                return
+        call = self.graph.calls[v.producer]
+        at = [p for p, x in call.outputs.items() if x is v]
+        if not at:
+            raise LayoutError("a tensor that was written to in place cannot be completed", call, self.axis(call))
+        self.at(call).outputs.update({p: actions for p in at})
+
+    def output(self, v, actions):
+        if v.producer is None:
+            return False
+        m = self.graph.calls[v.producer].module
+        at = [p for p, x in m.outputs.items() if x is v]
+        if not at or self.within[v.id, id(m)]:
+            return False
+        self.per_run[id(m)].outputs.update({p: actions for p in at})
+        return True
+
+    def axis(self, call):
+        return self.layout.axis_of.get(call.index)
+
+    def on_shards(self, call):
+        """Whether a call works on shards or partial results."""
+        states = self.layout.states
+        return call.index in self.layout.axis_of or any(states.get(v.id) is not None for v in call.inputs.values())
+
+    def number(self):
+        """Give each call with a program its number among the calls that its module's mode will see. A module that computes on shards in its
+        own code is watched too: its calls must be those that were shown right."""
+        watched = {self.graph.calls[i].module.path for i in self.at_calls}
+        paths = watched | {c.module.path for c in self.graph.calls if self.on_shards(c) and not c.module.steady}
+        for call in self.graph.calls:
+            m = call.module
+            while m is not None and m.path not in paths:
+                m = m.parent
+            if m is None:
+                continue
+            if id(m) in self.graph.unsteady and m.path not in watched:
+                continue
+            program = self.per_run[id(m)]
+            if call.index in self.at_calls and id(m) in self.graph.unsteady:
+                raise LayoutError(
+                    "the forward reads values, so its calls cannot be told apart by number", call, self.axis(call)
+                )
+            if call.index in self.at_calls:
+                program.calls[len(program.names)] = self.at_calls[call.index]
+            program.names.append(call.name)
+
+    def merge(self):
+        """One program a module: runs of the same module must agree."""
+        programs = {}
+        for m in self.graph.modules:
+            new, old = self.per_run[id(m)], programs.setdefault(m.path, self.per_run[id(m)])
+            if old != new:
+                axis = next((self.axis(c) for c in self.graph.calls if c.module.within(m) and self.axis(c)), None)
+                raise LayoutError(f"{m.path} runs more than once, in ways that differ", axis=axis)
+        return programs

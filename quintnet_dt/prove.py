@@ -1,0 +1,200 @@
+"""The proof: the forward run again on one rank's shapes, call by call beside the whole one.
+
+With the programs installed on a ghost whose parameters have their local shapes, the forward must make the same calls in the same order with the same
+scalar arguments, and every tensor must be exactly the shard that the layout says. A scale computed from a sharded dim's size differs, and
+is caught; a size written into the code (`view(b, s, 8, 64)`) is caught and replaced, and then shown in the same way.
+"""
+
+import torch
+
+from .comm_ops import SimulatedGroup, chunk_sizes
+from .ghost import fake_inputs, ghost
+from .hooks import Context, divide, install, is_quiet
+from .layout import PARTIAL, LayoutError
+from .private import FakeTensorMode, silent_fakes
+from .program import compile_programs
+from .trace import Recorder, reads_values, record
+from .utils import call_name, leaves, tensors
+
+# Calls whose integers are sizes: they may differ between the whole and the shard when what comes out is as expected.
+SIZES = set(
+    "view reshape expand unflatten split split_with_sizes chunk narrow __getitem__ __setitem__ tensor_split zeros ones full empty "
+    "new_zeros new_ones new_full new_empty".split()
+)
+
+
+def prove(model, args, kwargs, graph, axes, layout, sharding, n, device=None):
+    """Show that the layout is right for this forward, or raise LayoutError. Returns the programs that do it."""
+    sizes = {}
+    for _ in range(2):  # sizes found in the first run are part of the programs that the second one shows right
+        programs = compile_programs(graph, layout, sizes)
+        checker = _Checker(graph, axes, layout, n)
+        run_local(model, args, kwargs, programs, checker, sharding, n, device)
+        if checker.sizes.keys() <= sizes.keys():
+            return programs
+        sizes.update(checker.sizes)
+    raise LayoutError("sizes written into the code could not be replaced")
+
+
+def run_local(model, args, kwargs, programs, checker, sharding, n, device=None):
+    """Run rank 0's forward of n on fake tensors under `checker`."""
+
+    def shape(name, p):
+        whole = list(p.shape)
+        if name in sharding.params:
+            dim, _ = sharding.params[name]
+            whole[dim] = local_length(whole[dim], n, sharding.outer.get(name, 1))
+        return whole
+
+    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+    copied = ghost(model, fake_mode, local_shape=shape, device=device)
+    context = Context(group=SimulatedGroup(0, n))
+    context.programs = programs
+    install(copied, context)
+    try:
+        record(copied, *fake_inputs(fake_mode, args, kwargs), modes=[fake_mode], recorder=checker)
+    except LayoutError:
+        raise
+    except Exception as e:
+        raise checker.error(f"{type(e).__name__}: {e}") from e
+    if checker.at != len(checker.whole):
+        raise checker.error("the forward ended early")
+
+
+def local_length(length, n, outer=1):
+    """Rank 0's length of a dim that is split in n, in each of `outer` equal pieces."""
+    return outer * chunk_sizes(length // outer, n)[0]
+
+
+class _Checker(Recorder):
+    """Compares each call with the whole forward's."""
+
+    def __init__(self, graph, axes, layout, n):
+        super().__init__()
+        self.whole = graph.calls
+        self.axes, self.layout, self.n = axes, layout, n
+        self.at, self.sizes, self.readings = 0, {}, iter(graph.readings)
+
+    @property
+    def paused(self):
+        return is_quiet()
+
+    def error(self, reason):
+        call = self.whole[self.at] if self.at < len(self.whole) else None
+        axis = None
+        for c in self.whole[: self.at + 1][::-1]:  # the sharded axis nearest before
+            if call is not None and c.module.within(call.module) or c is call:
+                axis = self.layout.axis_of.get(c.index) or next(
+                    (s for v in c.inputs.values() if (s := self.layout.states.get(v.id)) not in (None, PARTIAL)), None
+                )
+            if axis is not None:
+                break
+        return LayoutError(reason, call, axis)
+
+    def local_shape(self, v):
+        state = self.layout.states.get(v.id)
+        if state is None or state is PARTIAL:
+            return v.shape
+        dim, outer, inner = state.find(self.axes, v)
+        shape = list(v.shape)
+        shape[dim] = outer * chunk_sizes(state.size, self.n)[0] * inner
+        return tuple(shape)
+
+    def run_call(self, func, args, kwargs):
+        if self._call is not None or self.paused or not self._stack:
+            return func(*args, **kwargs)
+        name = call_name(func)
+        if name is None:
+            return func(*args, **kwargs)
+        if self.at >= len(self.whole):
+            raise self.error("the forward makes more calls on shards")
+        call = self.whole[self.at]
+        if name != call.name or self._stack[-1].path != call.module.path:
+            raise self.error(f"on shards the forward calls {name} here")
+        made = {v.id for v in call.inputs.values()}
+        expected = {p: self.local_shape(v) for p, v in call.outputs.items() if v.id not in made}
+        self._call = call
+        try:
+            out, found = self.attempt(func, args, kwargs, expected)
+            if found != expected:
+                paths = localise(call, args, kwargs, expected)
+                if paths:
+                    args, kwargs = divide((args, kwargs), paths, self.n, call)
+                    self.sizes[call.index] = paths
+                    out, found = self.attempt(func, args, kwargs, expected)
+            if found != expected:
+                raise self.error(
+                    f"expected shapes {list(expected.values())} on shards, found {list(found.values()) if found else out}"
+                )
+            self.compare(call, args, kwargs)
+        finally:
+            self._call = None
+        self.at += 1
+        return out
+
+    def attempt(self, func, args, kwargs, expected):
+        try:
+            with silent_fakes():
+                out = func(*args, **kwargs)
+        except Exception as e:
+            return e, None
+        return out, {p: tuple(t.shape) for p, t in tensors(out) if p in expected}
+
+    def compare(self, call, args, kwargs):
+        for (path, now), (_, then) in zip(leaves((args, kwargs)), leaves(call.args)):
+            if isinstance(now, (int, float, complex)) and now != then:
+                if not (isinstance(now, int) and call.name in SIZES):
+                    raise self.error(f"its argument {then} becomes {now} on shards")
+
+    def run_node(self, func, args, kwargs):
+        if self.paused:
+            return func(*args, **kwargs)
+        if reads_values(func, args):
+            _, result, _ = next(self.readings, (None, None, None))
+            if result is None:
+                raise self.error("reads other values on shards")
+            if not isinstance(result, tuple):
+                return result
+            x = next(t for _, t in tensors((args, kwargs)))
+            dtype = x.dtype if func._schema.name in ("aten::masked_select", "aten::index") else None
+            return torch.empty(result, dtype=dtype or torch.int64, device=x.device)
+        return self.compute(func, args, kwargs)
+
+    def stored(self, model):
+        return []
+
+    def value(self, tensor, producer=None, new=False):
+        self.graph.values.append(tensor)  # keep it alive
+        return tensor
+
+
+def localise(call, args, kwargs, expected):
+    """Paths into (args, kwargs) of the sizes that must be divided by the number of ranks for a call to give the expected shapes."""
+    ints = {p: x for p, x in leaves((args, kwargs)) if isinstance(x, int) and not isinstance(x, bool)}
+    whole = {p: v.shape for p, v in call.outputs.items()}
+    if call.name in ("view", "reshape", "expand", "unflatten"):
+        (path, local), *_ = expected.items()
+        first = 1 if call.name == "unflatten" else 0
+        sizes = zip(
+            list(ints.items())[first:], *(s[args[1] % args[0].dim() if first else 0 :] for s in (whole[path], local))
+        )
+        return [p for (p, x), a, b in sizes if a != b and x == a]
+    if call.name in ("split", "split_with_sizes"):
+        pieces = [(whole[p], s) for p, s in expected.items()]
+        dim = next((i for a, b in pieces for i, (x, y) in enumerate(zip(a, b)) if x != y), None)
+        given = [(p, x) for p, x in ints.items() if p[:2] == (0, 1) or "split_size" in str(p[1])]
+        return [p for (p, x), (a, _) in zip(given, pieces) if dim is not None and x == a[dim]]
+    if call.name not in ("__getitem__", "narrow"):
+        return []
+    whole, local = next(iter(call.inputs.values())).shape, tuple(args[0].shape)
+    if call.name == "narrow":
+        return [(0, 2), (0, 3)] if whole[args[1]] != local[args[1]] else []
+    items = args[1] if isinstance(args[1], tuple) else (args[1],)
+    used = sum(i is not None and i is not Ellipsis for i in items)
+    paths, dim = [], 0
+    for k, item in enumerate(items):
+        at = (0, 1, k) if isinstance(args[1], tuple) else (0, 1)
+        if isinstance(item, slice) and whole[dim] != local[dim]:
+            paths += [(*at, j) for j, bound in enumerate((item.start, item.stop)) if isinstance(bound, int)]
+        dim += len(whole) - used if item is Ellipsis else item is not None
+    return paths
