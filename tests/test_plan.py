@@ -1,0 +1,229 @@
+"""The plan: a table, JSON, a user's entries, and planning in one process."""
+
+import json
+
+import pytest
+import torch
+from test_axes import IDS, Attention, Block, Decoder
+from torch import nn
+from torch.distributed.tensor import Partial, Replicate, Shard
+
+from quintnet_dt import TensorParallelPlan, plan_tensor_parallel
+
+
+def decoder(layers=3, **kw):
+    return Decoder(*[Block(Attention(kv=4), **kw) for _ in range(layers)])
+
+
+def make(model=None, n=2, **kw):
+    return plan_tensor_parallel(model or decoder(), n, example_inputs=(IDS,), **kw)
+
+
+def test_a_line_for_repeated_layers():
+    text = str(make())
+    lines = [line for line in text.splitlines() if "a.m0" in line]
+    assert len(lines) == 1 and "b.0-2.a.m0" in lines[0]
+    head, columns = text.splitlines()[0], text.splitlines()[1]
+    assert "2 ranks" in head and "%" in head
+    for column in ("module", "parameter", "shape", "placement", "how it runs", "why"):
+        assert column in columns
+    (line,) = lines
+    for part in ("weight", "16 x 16", "Shard(0)", "local", "4 units, 2 a rank"):
+        assert part in line
+
+
+def test_every_parameter_has_a_reason():
+    for e in make().entries.values():
+        assert e.how and e.why, e
+
+
+def test_a_layer_that_differs_has_its_own_line():
+    plan = make()
+    plan["b.1.a.m0.weight"] = Replicate()
+    lines = [line for line in str(plan).splitlines() if "a.m0" in line]
+    assert len(lines) == 2
+    other = next(line for line in lines if "b.1.a.m0" in line)
+    assert "Replicate()" in other and "set by the user" in other
+    (rest,) = (line for line in lines if line != other)
+    assert "b.0-2" not in rest  # layer 1 is not among them
+
+
+def test_what_runs_locally():
+    plan = make()
+    for i in range(3):
+        for name, placement in {"a.m0": 0, "a.m1": 0, "a.m2": 0, "a.m3": 1, "f0": 0, "f1": 0, "f2": 1}.items():
+            assert plan.placements[f"b.{i}.{name}.weight"] == Shard(placement)
+    assert plan.bytes_per_step > 0
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_json_is_exact(fused):
+    plan = make(decoder(fused=fused))
+    again = TensorParallelPlan.from_json(plan.to_json())
+    assert again == plan and again.to_json() == plan.to_json() and str(again) == str(plan)
+    assert again.placements == plan.placements
+    json.loads(plan.to_json())
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_plan_given_back_is_the_same_plan(fused):
+    model = decoder(fused=fused)
+    plan = make(model)
+    again = make(model, plan=TensorParallelPlan.from_json(plan.to_json()))
+    assert again.placements == plan.placements
+    assert {n: e.how for n, e in again.entries.items()} == {n: e.how for n, e in plan.entries.items()}
+    assert again.bytes_per_step == plan.bytes_per_step
+
+
+GOOD = json.loads(plan_tensor_parallel(nn.Linear(8, 8), 2, example_inputs=(torch.ones(2, 8),)).to_json())
+
+
+def changed(**changes):
+    return json.dumps({**GOOD, **changes})
+
+
+def entry(**changes):
+    return changed(entries={"weight": {**GOOD["entries"]["weight"], **changes}})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "no json", "{}", "[]", "3", "null", '"a"', "[1, 2]"),
+        *(changed(entries=[]), changed(entries=None), changed(entries={"a": 3}), changed(other=1)),
+        *(
+            entry(shape=3),
+            entry(extra=1),
+            entry(how="magic"),
+            entry(how=[]),
+            entry(dim="0"),
+            entry(dim=7),
+            entry(dim=-1),
+        ),
+        *(entry(pieces=0), entry(pieces="a"), entry(name=3), entry(name="other"), entry(shape=["a"])),
+        *(changed(tp_size="2"), changed(tp_size=0), changed(tp_size=None), changed(bytes_per_step="a")),
+    ],
+)
+def test_from_json_of_what_is_not_a_plan(text):
+    with pytest.raises(ValueError, match="TensorParallelPlan|expected"):
+        TensorParallelPlan.from_json(text)
+
+
+def test_a_users_entries_win():
+    user = {"b.0.a.m0.weight": Shard(1), "b.1.f0.weight": Replicate(), "n.weight": Shard(0)}
+    plan = make(plan=user)
+    for name, placement in user.items():
+        assert plan.placements[name] == placement
+        assert plan[name].why == "set by the user"
+    assert plan.placements["b.2.f0.weight"] == Shard(0)
+
+
+def test_wrong_entries_are_all_listed():
+    wrong = {
+        "b.0.a.m9.weight": Shard(0),
+        "b.0.a.m0.weight": Shard(2),
+        "b.1.a.m0.weight": Shard(-1),
+        "b.0.f0.weight": "columns",
+        "b.0.f2.weight": Partial(),
+        "b.0.f1.weight": None,
+        "n.weight": Shard(1),
+    }
+    with pytest.raises(ValueError) as e:
+        make(plan={**wrong, "e.weight": Shard(0)})
+    text = str(e.value)
+    assert all(name in text for name in wrong) and "e.weight" not in text and "7" in text
+
+
+def test_a_plan_for_another_model_or_size():
+    plan = make()
+    with pytest.raises(ValueError, match="tp_size"):
+        plan_tensor_parallel(decoder(), 4, example_inputs=(IDS,), plan=plan)
+    with pytest.raises(ValueError, match="no such parameter"):
+        plan_tensor_parallel(decoder(2), 2, example_inputs=(IDS,), plan=plan)
+
+
+@pytest.mark.parametrize("plan", [[], "auto", 3, Shard(0)])
+def test_a_plan_that_is_none(plan):
+    with pytest.raises(TypeError, match="plan"):
+        make(plan=plan)
+
+
+def test_editing_a_plan():
+    model = decoder()
+    plan = make(model)
+    plan["b.0.f0.weight"] = Shard(1)
+    plan["b.1.f0.weight"] = Replicate()
+    assert plan["b.0.f0.weight"].placement == Shard(1) and plan["b.1.f0.weight"].placement == Replicate()
+    for name, placement in {
+        "b.0.f0.weight": Shard(2),
+        "x": Shard(0),
+        "b.0.f1.weight": Partial(),
+        "e.weight": 0,
+    }.items():
+        before = plan.to_json()
+        with pytest.raises(ValueError, match=name):
+            plan[name] = placement
+        assert plan.to_json() == before
+    again = make(model, plan=plan)
+    assert again.placements == plan.placements
+
+
+def test_share():
+    model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False))
+    x = (torch.ones(2, 64),)
+    assert plan_tensor_parallel(model, 2, example_inputs=x).share == 0.5
+    assert plan_tensor_parallel(model, 4, example_inputs=x).share == 0.25
+    plan = plan_tensor_parallel(model, 2, example_inputs=x)
+    plan["0.weight"] = Replicate()
+    assert plan.share == 0.75
+    uneven = plan_tensor_parallel(model, 3, example_inputs=x, plan={"0.weight": Shard(0), "1.weight": Replicate()})
+    assert uneven.share == (22 + 64) / 128
+
+
+def test_one_rank():
+    plan = make(n=1)
+    assert plan.share == 1.0 and plan.bytes_per_step == 0
+    str(plan)
+
+
+@pytest.mark.parametrize("n", [0, -1, 2.0, "2", None, True])
+def test_a_wrong_tp_size(n):
+    with pytest.raises(ValueError, match="tp_size"):
+        plan_tensor_parallel(decoder(), n, example_inputs=(IDS,))
+
+
+def test_more_ranks_than_anything_has():
+    plan = make(n=64)
+    assert plan.tp_size == 64 and plan.entries.keys() == dict(decoder().named_parameters()).keys()
+
+
+def test_inputs_as_a_tuple_and_as_a_dict():
+    a = plan_tensor_parallel(decoder(), 2, example_inputs=(IDS,))
+    b = plan_tensor_parallel(decoder(), 2, example_inputs={"x": IDS})
+    assert a == b
+
+
+def test_the_same_plan_each_time():
+    model = decoder(fused=True)
+    assert make(model).to_json() == make(model).to_json() == make(decoder(fused=True)).to_json()
+
+
+def test_planning_leaves_the_model_alone():
+    model = decoder()
+    before = {n: (id(p), p.clone()) for n, p in model.named_parameters()}
+    make(model)
+    assert all(before[n][0] == id(p) and torch.equal(before[n][1], p) for n, p in model.named_parameters())
+    assert not hasattr(model, "tensor_parallel_plan") and not any(m._forward_hooks for m in model.modules())
+
+
+def test_thirty_gigabytes_on_the_meta_device():
+    with torch.device("meta"):
+        blocks = [Block(Attention(4096, 32, 8, 128), 4096, 4 * 14336) for _ in range(48 // 4)]
+        model = Decoder(*blocks, vocab=128256, d=4096)
+    assert sum(p.numel() * 4 for p in model.parameters()) > 30e9
+    plan = plan_tensor_parallel(model, 8, example_inputs=(torch.ones(1, 16, dtype=torch.long),))
+    assert all(p.is_meta for p in model.parameters())
+    assert plan.share < 0.13
+    for i in (0, 11):
+        assert [plan[f"b.{i}.{n}.weight"].dim for n in ("a.m0", "a.m1", "a.m3", "f0", "f2")] == [0, 0, 1, 0, 1]
+        assert {plan[f"b.{i}.{n}.weight"].how for n in ("a.m0", "a.m1", "a.m3", "f0", "f2")} == {"local"}
