@@ -1,0 +1,21 @@
+"""Tensor parallelism for any PyTorch model in one call: `apply_tensor_parallel(model, tp_size=4)`."""
+
+import importlib
+
+# Where each public name lives; loaded when first asked for, since torch.distributed.tensor alone takes most of a second to import.
+_PUBLIC = {
+    "ColumnParallelLinear": "layers",
+    "ProcessGroupManager": "processgroup",
+    "RowParallelLinear": "layers",
+    "TensorParallelPlan": "plan",
+    "VocabParallelEmbedding": "layers",
+    "apply_tensor_parallel": "rewrite",
+    "plan_tensor_parallel": "rewrite",
+}
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)

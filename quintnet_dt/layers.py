@@ -1,0 +1,137 @@
+"""The ParallelStyle that makes a module compute on shards, and drop-in layers made with it for models that are written for tensor parallelism."""
+
+from torch import nn
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
+
+from .hooks import Context, hook, parameter_owners
+from .layout import Action
+from .processgroup import ProcessGroupManager
+from .program import CallProgram, Program
+
+
+class ShardedModule(ParallelStyle):
+    """The style that `apply_tensor_parallel` gives every module: its parameters become DTensors, its hooks are registered.
+
+    `placements`: parameter name -> placement; `made`: DTensor parameters by the id of the plain one, so that ties stay tied.
+    """
+
+    def __init__(self, context, path, owners, placements, made):
+        self.context, self.path, self.owners = context, path, owners
+        self.names = {(id(m), a): n for n, at in owners.items() for m, a in at}
+        self.placements, self.made = placements, made
+
+    def _apply(self, module, mesh):
+        for attr, p in list(module._parameters.items()):
+            if p is None:
+                continue
+            if id(p) not in self.made:
+                placement = self.placements[self.names[id(module), attr]]
+                self.made[id(p)] = (p, self.distribute(p, mesh, placement))
+            setattr(module, attr, self.made[id(p)][1])
+        hook(module, self.context, self.path, self.owners)
+        return module
+
+    def distribute(self, p, mesh, placement):
+        def split(t):
+            return distribute_tensor(t, mesh, [placement], src_data_rank=self.src_data_rank)
+
+        new = nn.Parameter(split(p.detach()), p.requires_grad)
+        vars(new).update(vars(p))
+        if p.grad is not None:
+            new.grad = split(p.grad)
+        return new
+
+
+def _shard(layer, mesh, placements, program, src_data_rank):
+    """Give one layer its style. `placements` and the program's params go by attribute name."""
+    mesh = mesh.mesh if isinstance(mesh, ProcessGroupManager) else mesh
+    layer.register_forward_pre_hook(_positional, with_kwargs=True)
+    context = Context(mesh)
+    context.programs = {"": program}
+    style = ShardedModule(context, "", parameter_owners(layer), placements, {})
+    parallelize_module(layer, mesh, style, src_data_rank=src_data_rank)
+
+
+def _positional(module, args, kwargs):
+    """A layer's input given by keyword is its first argument."""
+    return (args or (kwargs["input"],)), {}
+
+
+class ColumnParallelLinear(nn.Linear):
+    """A Linear split over its output features (Megatron-LM, arXiv 1909.08053, section 3).
+
+    y = x A^T + b with A = [A_0; A_1; ...]: rank r computes y_r = x A_r^T + b_r. Backward: dx = sum_r dy_r A_r (one all-reduce).
+
+    Args: as nn.Linear, and `mesh`: a 1-D DeviceMesh or a ProcessGroupManager; `gather_output`: return the whole y, of shape (..., out_features), else this
+    rank's part (`torch.chunk`'s, so out_features need not divide); `src_data_rank`: whose initial weights are used; None if all ranks are seeded alike.
+    `state_dict` has the whole layer's keys, with DTensors; initial values are the whole layer's under the same seed.
+    """
+
+    def __init__(
+        self,
+        in_features,
+        out_features,
+        bias=True,
+        device=None,
+        dtype=None,
+        *,
+        mesh,
+        gather_output=True,
+        src_data_rank=0,
+    ):
+        super().__init__(in_features, out_features, bias, device, dtype)
+        program = Program({"weight": ()}, {(0, 0): (Action("enter"),)})
+        placements = {"weight": Shard(0)}
+        if bias:
+            program.params["bias"], placements["bias"] = (), Shard(0)
+        if gather_output:
+            program.outputs[()] = (Action("gather", -1, out_features),)
+        _shard(self, mesh, placements, program, src_data_rank)
+
+
+class RowParallelLinear(nn.Linear):
+    """A Linear split over its input features (Megatron-LM, arXiv 1909.08053, section 3).
+
+    y = sum_r x_r A_r^T + b with A = [A_0, A_1, ...] and x = [x_0, x_1, ...]: one all-reduce forward, the bias added once. Backward: dx_r = dy A_r.
+
+    Args: as nn.Linear, and `mesh`, `src_data_rank` as for ColumnParallelLinear; `input_is_parallel`: x is this rank's part already (what a ColumnParallelLinear
+    with gather_output=False returns), else it is whole and is split here.
+    """
+
+    def __init__(
+        self,
+        in_features,
+        out_features,
+        bias=True,
+        device=None,
+        dtype=None,
+        *,
+        mesh,
+        input_is_parallel=False,
+        src_data_rank=0,
+    ):
+        super().__init__(in_features, out_features, bias, device, dtype)
+        program = Program({"weight": ()}, {}, {(): (Action("sum"),)})
+        placements = {"weight": Shard(1)}
+        if bias:
+            program.params["bias"], placements["bias"] = (Action("once"),), Replicate()
+        if not input_is_parallel:
+            program.inputs[(0, 0)] = (Action("split", -1, in_features),)
+        _shard(self, mesh, placements, program, src_data_rank)
+
+
+class VocabParallelEmbedding(nn.Embedding):
+    """An Embedding split over its rows (Megatron-LM, arXiv 1909.08053, section 3): each rank looks up its own, zeros for the others; one all-reduce.
+
+    Args: as nn.Embedding (`max_norm` excepted: it would write to rows that are elsewhere), and `mesh`, `src_data_rank` as for ColumnParallelLinear.
+    Raises ValueError for `max_norm`.
+    """
+
+    def __init__(self, num_embeddings, embedding_dim, *args, mesh, src_data_rank=0, **kwargs):
+        super().__init__(num_embeddings, embedding_dim, *args, **kwargs)
+        if self.max_norm is not None:
+            raise ValueError(f"VocabParallelEmbedding: expected max_norm=None, found {self.max_norm}; use nn.Embedding")
+        call = CallProgram(rows=num_embeddings)
+        program = Program({"weight": ()}, {}, {(): (Action("sum"),)}, {0: call}, ["embedding"])
+        _shard(self, mesh, {"weight": Shard(0)}, program, src_data_rank)

@@ -1,0 +1,118 @@
+"""The forwards that were shown right, by signature. A call with a new one is traced and shown before it runs, once."""
+
+import torch
+
+from .axes import Axes
+from .layout import Axis, LayoutError, Sharding
+from .plan import LOCAL, WEIGHT_GATHERED, TensorParallelPlan
+from .planner import Planner, settle
+from .program import Program
+from .trace import trace
+from .utils import leaves, opaque
+
+
+class Paths:
+    """Lists of programs by (module path, signature), for the module that a user calls: the model, or a part of it by itself.
+
+    `defaults`: programs of modules that no traced forward reached.
+    """
+
+    def __init__(self, plan, defaults, known):
+        self.plan, self.defaults = plan, defaults
+        self.known = {key: [{**defaults, **programs}] for key, programs in known.items()}
+
+    def programs(self, path, owners, module, args, kwargs):
+        """The programs for this call of `module`; raises RuntimeError where it cannot be shown right."""
+        key = (path, signature(module, args, kwargs))
+        if key not in self.known:
+            self.known[key] = [self.learn(path, owners, module, args, kwargs)]
+        return self.known[key][0]
+
+    def variants(self, path, owners, module, args, kwargs):
+        """Other programs for this call, whose forward has turned out to take another path than the one that was shown: those
+        that are known, then one learned from this call itself."""
+        known = self.known[path, signature(module, args, kwargs)]
+        yield from list(known)
+        known.append(self.learn(path, owners, module, args, kwargs))
+        yield known[-1]
+
+    def learn(self, path, owners, module, args, kwargs):
+        names = {id(m._parameters[attr]): name for name, at in owners.items() for m, attr in at}
+        names = {inner: names[id(p)] for inner, p in module.named_parameters()}
+        device = device_of(module)
+        try:
+            graph = trace(module, args, kwargs, device=device)
+        except Exception as e:
+            if not any(opaque(x) for _, x in leaves((args, kwargs))):
+                raise
+            raise RuntimeError(
+                f"{path or type(module).__name__} was given an object that may hold this rank's shards from an earlier call (a key-value cache?), "
+                f"which is not supported yet; call it without (use_cache=False). The whole model's forward cannot be run on it: {e}"
+            ) from e
+        axes = Axes(graph)
+        plan = TensorParallelPlan(self.plan.tp_size, {inner: self.plan[name] for inner, name in names.items()})
+        try:
+            sharding = sharding_of(plan, graph, axes)
+            programs = settle(Planner(graph, axes, plan.tp_size), module, args, kwargs, device, sharding)[2]
+        except LayoutError as e:
+            raise RuntimeError(
+                f"{path or type(module).__name__} was called in a way that was not traced before, and it cannot be shown right on shards: {e}"
+            ) from e
+
+        def renamed(program):
+            params = {names[inner]: actions for inner, actions in program.params.items()}
+            return Program(params, program.inputs, program.outputs, program.calls, program.names)
+
+        return {**self.defaults, **{".".join(filter(None, (path, inner))): renamed(p) for inner, p in programs.items()}}
+
+
+def device_of(model):
+    """Where a model's forward runs; a model on the meta device is imagined on the CPU."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def signature(model, args, kwargs):
+    """What tells one path through a forward from another: which arguments are there, their kinds, dtypes, ranks and dims of size 1, and the mode."""
+    return (model.training, torch.is_grad_enabled(), *_kinds((args, kwargs), 0))
+
+
+def _kinds(obj, depth):
+    for path, x in leaves(obj):
+        if isinstance(x, torch.Tensor):
+            yield path, x.dtype, x.requires_grad, tuple(s == 1 for s in x.shape)
+        elif isinstance(x, (bool, int, float, str, type(None))):
+            yield path, x
+        elif opaque(x) and depth < 4:  # a cache: empty or filled
+            yield path, type(x), tuple(
+                _kinds([v for v in vars(x).values() if not isinstance(v, (int, float))], depth + 1)
+            )
+        else:
+            yield path, type(x)
+
+
+def sharding_of(plan, graph, axes):
+    """The Sharding of an applied plan in another forward's graph."""
+    sharding = Sharding()
+    for name, e in plan.entries.items():
+        if e.dim is None or name not in graph.params:
+            continue
+        before, leaf = 1, None
+        factors = axes.final(graph.params[name])[e.dim]
+        if e.how == LOCAL:
+            for f in factors:
+                if before == e.pieces and f.size % plan.tp_size == 0 and not f.opaque:
+                    leaf = f
+                    break
+                before *= f.size
+        if leaf is not None:
+            axis = Axis((leaf,))
+            sharding.through.add(axis)
+        else:
+            axis = Axis(tuple(factors))
+            if e.how == WEIGHT_GATHERED or e.pieces > 1:
+                sharding.whole.add(name)
+        sharding.params[name] = (e.dim, axis)
+        if e.pieces > 1:
+            sharding.outer[name] = e.pieces
+    return sharding
