@@ -75,7 +75,8 @@ class Planner:
                     params[name] = at[:2]
             if sum(map(self.numel, params)):
                 calls = [c for _, c in sorted(self.touch.get(f, {}).items())]
-                yield Candidate(axis, params, calls, sum(map(self.numel, params)))
+                if calls:  # an axis of weights that the forward did not reach runs nowhere
+                    yield Candidate(axis, params, calls, sum(map(self.numel, params)))
 
     def weigh(self, candidate):
         """Whether a candidate can be laid out, taken alone; counts its bytes."""
