@@ -14,7 +14,7 @@ from .layout import PARTIAL, LayoutError
 from .private import FakeTensorMode, silent_fakes
 from .program import compile_programs
 from .trace import Recorder, reads_values, record
-from .utils import call_name, leaves, tensors
+from .utils import leaves, tensors
 
 # Calls whose integers are sizes: they may differ between the whole and the shard when what comes out is as expected.
 SIZES = set(
@@ -100,12 +100,7 @@ class _Checker(Recorder):
         shape[dim] = outer * chunk_sizes(state.size, self.n)[0] * inner
         return tuple(shape)
 
-    def run_call(self, func, args, kwargs):
-        if self._call is not None or self.paused or not self._stack:
-            return func(*args, **kwargs)
-        name = call_name(func)
-        if name is None:
-            return func(*args, **kwargs)
+    def run_call(self, name, func, args, kwargs):
         if self.at >= len(self.whole):
             raise self.error("the forward makes more calls on shards")
         call = self.whole[self.at]

@@ -54,9 +54,7 @@ def trace(model, args=(), kwargs=None, *, device=None):
     except Exception:
         if any(p.device.type == "meta" for p in model.parameters()):
             raise
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return record(ghost(model, device=device), *real_inputs(args, kwargs))
+        return record(ghost(model, device=device), *real_inputs(args, kwargs))
 
 
 def record(model, args, kwargs, modes=(), recorder=None):
@@ -65,7 +63,9 @@ def record(model, args, kwargs, modes=(), recorder=None):
     recorder.fake = bool(modes)
     recorder.attach(model)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=[]))
+        gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+        stack.enter_context(torch.random.fork_rng(devices=gpus))
+        torch.manual_seed(0)  # the same path on every rank
         stack.enter_context(torch.enable_grad())
         stack.enter_context(hidden_fakes())
         stack.enter_context(saved_tensors_hooks(lambda t: t, lambda t: t))  # a checkpoint around us must not see ours
@@ -135,12 +135,7 @@ class Recorder:
     def leave(self, module, args, kwargs, output):
         self._stack.pop().outputs = self.values(output)
 
-    def run_call(self, func, args, kwargs):
-        if self._call is not None or self.paused or not self._stack:
-            return func(*args, **kwargs)
-        name = call_name(func)
-        if name is None:
-            return func(*args, **kwargs)
+    def run_call(self, name, func, args, kwargs):
         call = Call(
             len(self.graph.calls), func, name, self._stack[-1], None, self.values((args, kwargs)), source=source_line()
         )
@@ -265,7 +260,9 @@ class _Calls(TorchFunctionMode):
         self.recorder = recorder
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        return self.recorder.run_call(func, args, kwargs or {})
+        r = self.recorder
+        name = call_name(func) if r._stack and r._call is None and not r.paused else None
+        return func(*args, **kwargs or {}) if name is None else r.run_call(name, func, args, kwargs or {})
 
 
 class _Nodes(TorchDispatchMode):
