@@ -4,7 +4,8 @@ from torch import nn
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
-from .hooks import Context, hook, parameter_owners
+from .context import Context
+from .hooks import hook, parameter_owners
 from .layout import Action
 from .processgroup import ProcessGroupManager
 from .program import CallProgram, Program

@@ -11,8 +11,9 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 from . import inputs
 from .axes import Axes
+from .context import Context
 from .cost import cost
-from .hooks import Context, parameter_owners
+from .hooks import parameter_owners
 from .layers import ShardedModule
 from .layout import Action
 from .paths import Paths, device_of, sharding_of, signature

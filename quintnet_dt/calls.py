@@ -1,0 +1,151 @@
+"""Single calls within a module's forward: the mode that counts them and runs their programs."""
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from . import comm_ops
+from .context import quiet
+from .program import Program
+from .utils import call_name, lookup, replace
+
+
+class _Calls(TorchFunctionMode):
+    """Runs the programs of single calls. One mode for the process's thread; each module with such programs pushes a frame."""
+
+    def __init__(self):
+        super().__init__()
+        self.frames = []
+
+    def push(self, context, program, path):
+        if not self.frames:
+            self.__enter__()
+        self.frames.append([context, program, path, 0])
+
+    def pop(self, failed):
+        frame = self.frames[-1]
+        try:
+            if not failed and frame[3] != len(frame[1].names):
+                self.change(frame, None)
+        finally:
+            self.frames.pop()
+            if not self.frames:
+                self.__exit__(None, None, None)
+
+    def change(self, frame, name):
+        """The forward takes another path than the one that was shown: its next call is `name` (None: it ends). Go on with programs
+        shown for this path, if what has run so far is the same in them."""
+        context, program, path, number = frame
+        frames, self.frames, depth, quiet.depth = self.frames, [], quiet.depth, 0
+        try:
+            for programs in context.paths.variants(*context.call) if context.call else ():
+                other = programs.get(path, Program())
+                same = all(programs.get(p, Program()).does_as(q) for p, q in context.programs.items() if p != path)
+                if (
+                    same
+                    and other.goes_on(program, number)
+                    and other.names[number : number + 1] == [name][: name is not None]
+                ):
+                    context.programs, frame[1] = programs, other
+                    return
+        finally:
+            self.frames, quiet.depth = frames, depth
+        was = program.names[number] if number < len(program.names) else "none"
+        raise RuntimeError(
+            f"{path or 'the model'}: call {number} of its forward was {was} when the forward was traced and is {name or 'none'} now: it took "
+            "another path, which has not been shown right on shards. Give apply_tensor_parallel example_inputs that take this path"
+        )
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = None if quiet.depth else call_name(func)
+        if name is None:
+            return func(*args, **kwargs)
+        frame = self.frames[-1]
+        number = frame[3]
+        if frame[1].names[number : number + 1] != [name]:
+            self.change(frame, name)
+        context, program, path, _ = frame
+        frame[3] += 1
+        call = program.calls.get(number)
+        if call is None:
+            return func(*args, **kwargs)
+        whole = (args, kwargs)
+        if call.kept:
+            args, kwargs = replace(whole, {p: context.act([a], lookup(whole, p)) for p, a in call.kept.items()})
+        args, kwargs = context.apply((args, kwargs), call.inputs)
+        if call.sizes:
+            args, kwargs = divide((args, kwargs), call.sizes, comm_ops.group_size(context.group), path)
+        if call.dropout is not None:
+            out = _drop_out(context, func, call.dropout, args, kwargs)
+        elif call.rows is not None:
+            out = _look_up(context, call.rows, *args, **kwargs)
+        else:
+            out = func(*args, **kwargs)
+        if call.kept:
+            _gather_buffers(context, whole, (args, kwargs), call.kept)
+        return context.apply(out, call.outputs)
+
+
+calls = _Calls()
+
+
+def divide(obj, paths, n, where):
+    """Divide the sizes at some paths by n; a negative one stands for what is left, and does already."""
+    sizes = {p: lookup(obj, p) for p in paths}
+    odd = [x for x in sizes.values() if not isinstance(x, int) or x > 0 and x % n]
+    if odd:
+        raise RuntimeError(f"{where}: expected sizes that {n} ranks divide, as when it was traced, found {odd}")
+    return replace(obj, {p: x if x < 0 else x // n for p, x in sizes.items()})
+
+
+def _drop_out(context, func, action, args, kwargs):
+    """Dropout on a shard: this rank's part of the mask that the whole tensor would get, so that results and the ranks' random
+    states are those of the whole model."""
+    if isinstance(context.group, comm_ops.SimulatedGroup):
+        return func(*args, **kwargs)  # as a call of the model's, which the proof compares
+    x, *rest = args
+    with quiet, torch.no_grad():
+        mine = comm_ops.chunk_sizes(action.units, comm_ops.group_size(context.group))[
+            comm_ops.group_rank(context.group)
+        ]
+        shape = list(x.shape)
+        shape[action.dim] = shape[action.dim] // mine * action.units
+        order = sorted(range(x.dim()), key=x.stride, reverse=True)  # a mask is drawn in the order of memory
+        ones = x.new_ones([shape[d] for d in order]).permute([order.index(d) for d in range(x.dim())])
+        mask = context.act([action], func(ones, *rest, **kwargs))
+    inplace = kwargs.get("inplace", len(args) > 3 and args[3])
+    return x.mul_(mask) if inplace else x * mask
+
+
+def _gather_buffers(context, whole, parts, at):
+    """Write what a call made of the parts of buffers back into the whole ones."""
+    with quiet, torch.no_grad():
+        for p, a in at.items():
+            lookup(whole, p).copy_(context.act([dataclasses.replace(a, kind="gather")], lookup(parts, p)))
+
+
+def _look_up(
+    context, rows, input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False
+):
+    """An embedding of which this rank has some rows: zeros for the others, so that the ranks' results sum to the whole.
+
+    input: ids of any shape, in [0, rows); weight: (this rank's rows, d); returns (*input.shape, d).
+    """
+    n, rank = comm_ops.group_size(context.group), comm_ops.group_rank(context.group)
+    sizes = comm_ops.chunk_sizes(rows, n)
+    first, count = sum(sizes[:rank]), sizes[rank]
+    with quiet:
+        if padding_idx is not None:
+            padding_idx = padding_idx % rows - first
+            padding_idx = padding_idx if 0 <= padding_idx < count else None
+        ids = input - first
+        absent = (ids < 0) | (ids >= count)
+        ids = ids.masked_fill(absent, 0)
+        if count == 0:  # no row to look up: one of zeros, which gets no gradient
+            weight = F.pad(weight, (0, 0, 0, 1))
+    out = F.embedding(ids, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+    with quiet:
+        return out.masked_fill(absent.unsqueeze(-1), 0)

@@ -1,0 +1,120 @@
+"""What the hooks of one model share, and the actions: one collective each on one tensor."""
+
+import torch
+
+from . import comm_ops
+from .utils import lookup, replace
+
+
+class _Quiet:
+    """Around what is not the model's own computation: its calls are not counted."""
+
+    depth = 0
+
+    def __enter__(self):
+        self.depth += 1
+
+    def __exit__(self, *_):
+        self.depth -= 1
+
+
+quiet = _Quiet()
+
+
+class Context:
+    """What the hooks of one model share: the mesh, and which programs are in force. Copying a model copies it, but not the mesh."""
+
+    def __init__(self, mesh=None, group=None):
+        self.mesh, self._group = mesh, group
+        self.programs = {}
+        self.paths, self.call = None, None  # Paths; the call that the user made, while it runs
+        self.depth = 0  # how many of the model's forwards are running, one inside the other
+
+    @property
+    def group(self):
+        if self._group is None:
+            self._group = self.mesh.get_group()
+        return self._group
+
+    def __deepcopy__(self, memo):
+        new = Context(self.mesh, self._group)
+        new.programs, new.paths = self.programs, self.paths
+        return new
+
+    def __getstate__(self):
+        return {**vars(self), "_group": None}
+
+    def act(self, actions, x):
+        """Apply actions to a tensor."""
+        with quiet:
+            for a in actions:
+                x = _ACTIONS[a.kind](x, a, self.group)
+        return x
+
+    def apply(self, obj, at):
+        """Apply `at[path]` to the tensor at each path of a nested argument. A tensor that several calls read is communicated once:
+        the result is kept with the tensor until it changes."""
+        if not at:
+            return obj
+        with quiet:
+            changes = {}
+            for path, actions in at.items():
+                x = lookup(obj, path)
+                if not isinstance(x, torch.Tensor):
+                    raise RuntimeError(
+                        f"expected a tensor at {path} of a module's inputs or outputs, as in the forward that was traced, found {type(x).__name__}"
+                    )
+                version = 0 if x.is_inference() else x._version
+                key = (actions, version, torch.is_grad_enabled())
+                kept = getattr(x, "_tp_kept", None)
+                if kept is None or kept[0] != key or kept[1] is not self:
+                    y = self.act(actions, x)
+                    if y is not x:
+                        x._tp_kept = kept = (key, self, y)
+                    else:
+                        kept = (key, self, x)
+                changes[path] = kept[2]
+            return replace(obj, changes)
+
+
+class _AddOnce(torch.autograd.Function):
+    """y = x on rank 0 and 0 elsewhere; dx = dy: an addend of a sum over ranks. dy is replicated, so dx is too."""
+
+    @staticmethod
+    def forward(ctx, x, first):
+        return x.view_as(x) if first else torch.zeros_like(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+def _parts(x, a, group, whole):
+    """View a dim as (outer, units, inner), where outer is not 1; give the dim of the units and every rank's length along it."""
+    units = comm_ops.chunk_sizes(a.units, comm_ops.group_size(group))
+    mine = a.units if whole else units[comm_ops.group_rank(group)]
+    if a.outer == 1:
+        inner = x.shape[a.dim] // mine if mine else a.inner
+        return x, a.dim, [u * inner for u in units], None
+    return x.unflatten(a.dim, (-1, mine, a.inner)), a.dim + 1, units, a.dim
+
+
+def _gather(x, a, group):
+    x, dim, sizes, outer = _parts(x, a, group, False)
+    x = comm_ops.all_gather(x, dim, group, sizes)
+    return x if outer is None else x.flatten(outer, outer + 2)
+
+
+def _split(x, a, group):
+    x, dim, sizes, outer = _parts(x, a, group, True)
+    x = comm_ops.split(x, dim, group, sizes)
+    return x if outer is None else x.flatten(outer, outer + 2)
+
+
+_ACTIONS = {
+    "enter": lambda x, a, group: comm_ops.copy_in(x, group) if x.requires_grad else x,
+    "sum": lambda x, a, group: comm_ops.all_reduce(x, group),
+    "gather": _gather,
+    "split": _split,
+    "once": lambda x, a, group: _AddOnce.apply(x, comm_ops.group_rank(group) == 0),
+}
