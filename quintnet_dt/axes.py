@@ -10,6 +10,7 @@ from math import prod
 
 from .factors import Factor, leaves, unify
 from .rules import rule_of
+from .rules.table import unknown
 
 
 @dataclass
@@ -20,6 +21,7 @@ class Effect:
     whole: dict = field(default_factory=dict)  # value id -> factors needed whole
     bias: int | None = None  # value id of an addend that is to be added once
     lookup: bool = False  # the contraction is a lookup of rows by index
+    mean: bool = False  # the contraction is a mean
 
 
 class Axes:
@@ -32,7 +34,7 @@ class Axes:
         for call in graph.calls:
             for node in call.nodes:
                 self.effects[id(node)] = Effect()
-                rule_of(node)(node, self)
+                (unknown if call.opaque else rule_of(node))(node, self)
                 for v in node.outputs:  # what a rule left open is new
                     self.dims(v)
         self._final, self._sizes = {}, None
@@ -80,5 +82,5 @@ class Axes:
         e = self.effects[id(node)]
         if isinstance(e.contract, list):
             whole = {v: set(leaves(f)) for v, f in e.whole.items()}
-            e = self.effects[id(node)] = Effect(set(leaves(e.contract)), whole, e.bias, e.lookup)
+            e = self.effects[id(node)] = Effect(set(leaves(e.contract)), whole, e.bias, e.lookup, e.mean)
         return e

@@ -3,11 +3,11 @@
 import dataclasses
 
 import torch
-import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from . import comm_ops
 from .context import quiet
+from .on_shard import on_shard
 from .program import Program
 from .utils import call_name, lookup, replace
 
@@ -78,12 +78,11 @@ class _Calls(TorchFunctionMode):
         args, kwargs = context.apply((args, kwargs), call.inputs)
         if call.sizes:
             args, kwargs = divide((args, kwargs), call.sizes, comm_ops.group_size(context.group), path)
-        if call.dropout is not None:
-            out = _drop_out(context, func, call.dropout, args, kwargs)
-        elif call.rows is not None:
-            out = _look_up(context, call.rows, *args, **kwargs)
+        if call.instead is None or isinstance(context.group, comm_ops.SimulatedGroup):
+            out = func(*args, **kwargs)  # in the proof a call of the model's, which it compares
         else:
-            out = func(*args, **kwargs)
+            with quiet:
+                out = on_shard(context, call.instead, func, args, kwargs)
         if call.kept:
             _gather_buffers(context, whole, (args, kwargs), call.kept)
         return context.apply(out, call.outputs)
@@ -101,51 +100,8 @@ def divide(obj, paths, n, where):
     return replace(obj, {p: x if x < 0 else x // n for p, x in sizes.items()})
 
 
-def _drop_out(context, func, action, args, kwargs):
-    """Dropout on a shard: this rank's part of the mask that the whole tensor would get, so that results and the ranks' random
-    states are those of the whole model."""
-    if isinstance(context.group, comm_ops.SimulatedGroup):
-        return func(*args, **kwargs)  # as a call of the model's, which the proof compares
-    x, *rest = args
-    with quiet, torch.no_grad():
-        mine = comm_ops.chunk_sizes(action.units, comm_ops.group_size(context.group))[
-            comm_ops.group_rank(context.group)
-        ]
-        shape = list(x.shape)
-        shape[action.dim] = shape[action.dim] // mine * action.units
-        order = sorted(range(x.dim()), key=x.stride, reverse=True)  # a mask is drawn in the order of memory
-        ones = x.new_ones([shape[d] for d in order]).permute([order.index(d) for d in range(x.dim())])
-        mask = context.act([action], func(ones, *rest, **kwargs))
-    inplace = kwargs.get("inplace", len(args) > 3 and args[3])
-    return x.mul_(mask) if inplace else x * mask
-
-
 def _gather_buffers(context, whole, parts, at):
     """Write what a call made of the parts of buffers back into the whole ones."""
     with quiet, torch.no_grad():
         for p, a in at.items():
             lookup(whole, p).copy_(context.act([dataclasses.replace(a, kind="gather")], lookup(parts, p)))
-
-
-def _look_up(
-    context, rows, input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False
-):
-    """An embedding of which this rank has some rows: zeros for the others, so that the ranks' results sum to the whole.
-
-    input: ids of any shape, in [0, rows); weight: (this rank's rows, d); returns (*input.shape, d).
-    """
-    n, rank = comm_ops.group_size(context.group), comm_ops.group_rank(context.group)
-    sizes = comm_ops.chunk_sizes(rows, n)
-    first, count = sum(sizes[:rank]), sizes[rank]
-    with quiet:
-        if padding_idx is not None:
-            padding_idx = padding_idx % rows - first
-            padding_idx = padding_idx if 0 <= padding_idx < count else None
-        ids = input - first
-        absent = (ids < 0) | (ids >= count)
-        ids = ids.masked_fill(absent, 0)
-        if count == 0:  # no row to look up: one of zeros, which gets no gradient
-            weight = F.pad(weight, (0, 0, 0, 1))
-    out = F.embedding(ids, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
-    with quiet:
-        return out.masked_fill(absent.unsqueeze(-1), 0)

@@ -12,11 +12,11 @@ backward of each is the forward of its partner, so gradients of any order are ri
     all_gather(partial_grad=True)           y_r = cat_s(x_s), varies -> varies
 
 The first pair is g and f of Megatron-LM (arXiv 1909.08053, section 3), the last its sequence parallelism's (arXiv
-2205.05198, section 4.2.2). Torch's functional ``all_reduce`` takes its result to vary (its backward is an
-all-reduce): before a replicated loss, gradients are n times too large.
+2205.05198, section 4.2.2). Torch's functional ``all_reduce`` takes its result to vary (its backward is an all-reduce):
+before a replicated loss, gradients are n times too large.
 
-Every rank must make the same calls in the same order, and either every rank's input requires grad or none does.
-Inputs and incoming gradients are never modified. A group of one communicates nothing and gives the input itself back.
+Every rank must make the same calls in the same order, and either every rank's input requires grad or none does. Inputs
+and incoming gradients are never modified. A group of one communicates nothing and gives the input itself back.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from typing import Sequence
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Size, Tensor
+from torch import Tensor
 from torch.autograd import Function
 from torch.distributed import ProcessGroup
 
@@ -38,14 +38,14 @@ _scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scat
 class SimulatedGroup:
     """A group whose other ranks are imagined to hold what this one holds. ValueError unless ``0 <= rank < size``.
 
-    Its collectives communicate nothing and give tensors of the right shape, fake tensors too: a plan can be proved
-    and costed in one process. Where lengths differ, the others hold this rank's tensor cut to theirs, or zero-filled.
+    Its collectives communicate nothing and give tensors of the right shape, fake tensors too: a plan can be proved and
+    costed in one process. Where lengths differ, the others hold this rank's tensor cut to theirs, or zero-filled.
     """
 
     rank: int
     size: int
 
-    def __post_init__(self) -> None:
+    def __post_init__(self):
         if not 0 <= self.rank < self.size:
             raise ValueError(f"expected 0 <= rank < size, found {self}")
 
@@ -94,8 +94,7 @@ def copy_in(x: Tensor, group: Group) -> Tensor:
 
 
 def all_gather(x: Tensor, dim: int, group: Group, sizes: Sizes = None, partial_grad: bool = False) -> Tensor:
-    """``y = cat_r(x_r, dim)``; ``dx_r = dy[part r]``, or ``(sum_s dy_s)[part r]`` with ``partial_grad``: for a ``y``
-    whose use varies.
+    """``y = cat_r(x_r, dim)``; ``dx_r = dy[part r]``; with ``partial_grad`` (y's use varies), ``(sum_s dy_s)[part r]``.
 
     ``x`` is (..., sizes[rank], ...), its other dims the same on every rank; ``dim``, where the parts lie, may be
     negative; ``sizes`` is every rank's length along it, None if all have this rank's. Returns (..., sum(sizes), ...).
@@ -123,10 +122,10 @@ def reduce_scatter(x: Tensor, dim: int, group: Group, sizes: Sizes = None) -> Te
     return x if group_size(group) == 1 else ReduceScatter.apply(x, dim, group, sizes)
 
 
-# --- The autograd functions. Backward is the partner's function: differentiable again. Gradients stay materialized:
-# a rank whose gradient is undefined joins with zeros. No setup_context: it costs microseconds a call. One collective
-# each, so nothing that async could overlap. Results are no views: autograd forbids in-place work on those. ``sizes``
-# is None where all are equal; backends want equal lengths, so uneven parts are flat rows, filled up to the longest.
+# --- The autograd functions. Backward is the partner's function: differentiable again. Gradients stay materialized: a
+# rank whose gradient is undefined joins with zeros. No setup_context: it costs microseconds a call. One collective
+# each, so nothing that async could overlap. Results are no views: autograd forbids in-place work on those. ``sizes`` is
+# None where all are equal; backends want equal lengths, so uneven parts are filled up to the longest.
 
 
 class All_Reduce(Function):
@@ -159,19 +158,15 @@ class All_Gather(Function):
     @staticmethod
     def forward(ctx, x, dim, group, sizes, partial_grad):
         ctx.args, ctx.partial_grad = (dim, group, sizes), partial_grad
-        n, head, tail = group_size(group), x.shape[:dim], x.shape[dim + 1 :]
+        n, x = group_size(group), x if sizes is None else _filled(x, dim, max(sizes))
         if isinstance(group, SimulatedGroup):
-            more = [s - x.shape[dim] for s in sizes or [x.shape[dim]] * n]
-            return torch.cat([F.pad(x, [0, 0] * len(tail) + [0, m]) for m in more], dim)
-        if sizes is None:
+            y = torch.cat([x.contiguous()] * n)
+        else:
             y = x.new_empty((n * x.shape[0], *x.shape[1:]))
             _gather_flat(y, x.contiguous(), group=group)
+        if sizes is None:
             return y if dim == 0 else torch.cat(y.chunk(n), dim)
-        shapes = [Size((*head, length, *tail)) for length in sizes]
-        longest = max(shape.numel() for shape in shapes)
-        rows = x.new_empty((n, longest))
-        _gather_flat(rows.view(-1), F.pad(x.reshape(-1), [0, longest - x.numel()]), group=group)
-        return torch.cat([r[: s.numel()].view(s) for r, s in zip(rows, shapes)], dim)
+        return torch.cat([part.narrow(dim, 0, s) for part, s in zip(y.chunk(n), sizes)], dim)
 
     @staticmethod
     def backward(ctx, dy):
@@ -200,19 +195,20 @@ class ReduceScatter(Function):
         own = parts[group_rank(group)]
         if isinstance(group, SimulatedGroup):
             return (own * group.size).to(x.dtype).contiguous()
-        if sizes is None:
-            y = x.new_empty(own.shape)
-            _scatter_flat(y, x.contiguous() if dim == 0 else torch.cat(parts), group=group)
-            return y
-        longest = max(part.numel() for part in parts)
-        rows = [F.pad(p.reshape(-1), [0, longest - p.numel()]) for p in parts]
-        y = x.new_empty(longest)
-        _scatter_flat(y, torch.cat(rows), group=group)
-        return y[: own.numel()].view(own.shape).clone()
+        if sizes is not None:
+            parts = [_filled(part, dim, max(sizes)) for part in parts]
+        y = x.new_empty(parts[0].shape)
+        _scatter_flat(y, (x if dim == 0 and sizes is None else torch.cat(parts)).contiguous(), group=group)
+        return y if sizes is None else y.narrow(dim, 0, own.shape[dim]).clone(memory_format=torch.contiguous_format)
 
     @staticmethod
     def backward(ctx, dy):
         return all_gather(dy, *ctx.args, partial_grad=True), None, None, None
+
+
+def _filled(x, dim, length):
+    """``x`` with zeros after it, up to a length along one dim."""
+    return F.pad(x, [0, 0] * (x.dim() - 1 - dim) + [0, length - x.shape[dim]])
 
 
 def _check(x: Tensor, dim: int, group: Group, sizes: Sizes, whole: bool) -> tuple[int, Sizes]:

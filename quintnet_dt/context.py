@@ -1,6 +1,7 @@
 """What the hooks of one model share, and the actions: one collective each on one tensor."""
 
 import torch
+from torch.distributed.tensor import DTensor, Shard
 
 from . import comm_ops
 from .utils import lookup, replace
@@ -48,8 +49,14 @@ class Context:
         """Apply actions to a tensor."""
         with quiet:
             for a in actions:
-                x = _ACTIONS[a.kind](x, a, self.group)
+                x = self.shard(x, a) if a.kind == "shard" else _ACTIONS[a.kind](x, a, self.group)
         return x
+
+    def shard(self, x, a):
+        """A DTensor of which `x` is this rank's part."""
+        if isinstance(self.group, comm_ops.SimulatedGroup):
+            return x
+        return DTensor.from_local(x, self.mesh, [Shard(a.dim)], run_check=False)
 
     def apply(self, obj, at):
         """Apply `at[path]` to the tensor at each path of a nested argument. A tensor that several calls read is communicated once:
@@ -61,9 +68,8 @@ class Context:
             for path, actions in at.items():
                 x = lookup(obj, path)
                 if not isinstance(x, torch.Tensor):
-                    raise RuntimeError(
-                        f"expected a tensor at {path} of a module's inputs or outputs, as in the forward that was traced, found {type(x).__name__}"
-                    )
+                    wanted = f"a tensor at {path} of a module's inputs or outputs, as in the forward that was traced"
+                    raise RuntimeError(f"expected {wanted}, found {type(x).__name__}")
                 version = 0 if x.is_inference() else x._version
                 key = (actions, version, torch.is_grad_enabled())
                 kept = getattr(x, "_tp_kept", None)
@@ -99,22 +105,20 @@ def _parts(x, a, group, whole):
     return x.unflatten(a.dim, (-1, mine, a.inner)), a.dim + 1, units, a.dim
 
 
-def _gather(x, a, group):
-    x, dim, sizes, outer = _parts(x, a, group, False)
-    x = comm_ops.all_gather(x, dim, group, sizes)
-    return x if outer is None else x.flatten(outer, outer + 2)
+def _along(collective, whole):
+    def act(x, a, group):
+        x, dim, sizes, outer = _parts(x, a, group, whole)
+        x = collective(x, dim, group, sizes)
+        return x if outer is None else x.flatten(outer, outer + 2)
 
-
-def _split(x, a, group):
-    x, dim, sizes, outer = _parts(x, a, group, True)
-    x = comm_ops.split(x, dim, group, sizes)
-    return x if outer is None else x.flatten(outer, outer + 2)
+    return act
 
 
 _ACTIONS = {
     "enter": lambda x, a, group: comm_ops.copy_in(x, group) if x.requires_grad else x,
     "sum": lambda x, a, group: comm_ops.all_reduce(x, group),
-    "gather": _gather,
-    "split": _split,
+    "mean": lambda x, a, group: comm_ops.all_reduce(x, group) / comm_ops.group_size(group),
+    "gather": _along(comm_ops.all_gather, whole=False),
+    "split": _along(comm_ops.split, whole=True),
     "once": lambda x, a, group: _AddOnce.apply(x, comm_ops.group_rank(group) == 0),
 }

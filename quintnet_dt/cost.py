@@ -8,18 +8,19 @@ def cost(graph, layout, n):
     2 (n-1)/n of the tensor for an all-reduce, (n-1)/n of the whole tensor for a gather.
     """
     seen = {(graph.calls[i].inputs[path].id, a[0]) for (i, path), a in layout.uses.items()}
-    seen |= {(v, a[0]) for v, a in layout.values.items()} | {
-        (graph.outputs[p].id, a[0]) for p, a in layout.root.items()
-    }
+    seen |= {(v, a[0]) for v, a in layout.values.items()}
+    seen |= {(graph.outputs[p].id, a[0]) for p, a in layout.root.items()}
     for i, at in layout.kept.items():
         seen |= {(graph.calls[i].inputs[p].id, Action("gather", a.dim)) for p, a in at.items()}
-    return sum(action_bytes(graph.values[v], a, n) for v, a in seen)
+    losses = [(graph.calls[i], a) for i, a in layout.instead.items() if a.kind == "cross_entropy"]
+    rows = sum(max(v.nbytes for v in call.inputs.values()) / a.units for call, a in losses)
+    return sum(action_bytes(graph.values[v], a, n) for v, a in seen) + 5 * rows * (n - 1) / n
 
 
 def action_bytes(value, action, n):
     """Bytes that a rank sends for one action on a value, forward and backward."""
     share = value.nbytes * (n - 1) / n
-    passes = {"sum": 2, "gather": 1, "once": 0}
+    passes = {"sum": 2, "mean": 2, "gather": 1, "once": 0, "shard": 0}
     if action.kind in ("enter", "split"):  # these send in the backward only
         passes |= {"enter": 2, "split": 1} if value.differentiable else {"enter": 0, "split": 0}
     return share * passes[action.kind]
@@ -33,7 +34,7 @@ def hoist(graph, layout):
         if call.nodes:
             for path, v in call.inputs.items():
                 readers.setdefault(v.id, []).append((call, path))
-    kept = {v.id for v in graph.outputs.values()}
+    kept = {v.id for v in (*graph.outputs.values(), *graph.stored)} | graph.seen.keys()
     enter = Action("enter")
 
     def entered(v):
@@ -41,7 +42,7 @@ def hoist(graph, layout):
 
     def movable(call):
         """The outputs that enter, if all that the call makes does, and nothing else is done with it."""
-        if call.index in layout.axis_of or any(n.mutated for n in call.nodes):
+        if call.index in layout.axis_of or call.opaque or any(n.mutated for n in call.nodes):
             return None
         if any((call.index, p) in layout.uses for p in call.inputs):
             return None

@@ -7,7 +7,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .private import FakeCopyMode
-from .utils import leaves, opaque, replace, tensors
+from .utils import held, leaves, opaque, replace, shard_kept, tensors
 
 
 def ghost(model, fake_mode=None, local_shape=None, device=None):
@@ -66,15 +66,22 @@ def strip(model):
 
 
 def fake_inputs(fake_mode, args, kwargs, known=None):
-    """The inputs with a fake tensor for each tensor, and copies of objects that hold tensors (a cache, which the forward may fill);
-    `known` is told the real tensor behind each fake one."""
+    """The inputs with a fake tensor for each tensor, and copies of objects that hold tensors (a cache, which the forward may fill). With
+    `known`, which is told the real tensor behind each fake one, a shard that an object keeps gets its whole shape; else it stays one."""
+    memo = {}
+    for _, holder, place, t in held((args, kwargs)) if known is not None else ():
+        if (action := shard_kept(holder, place)) is not None:
+            shape = list(t.shape)
+            shape[action.dim] = action.outer * action.units * action.inner
+            with fake_mode:
+                memo[id(t)] = torch.empty(shape, dtype=t.dtype, device=t.device)
 
     def convert(obj):
         changes = {p: fake_mode.from_tensor(t.detach()).requires_grad_(t.requires_grad) for p, t in tensors(obj)}
         if known is not None:
             known.update((id(changes[p]), t.detach()) for p, t in tensors(obj))
         with FakeCopyMode(fake_mode):
-            changes |= {p: copy.deepcopy(x) for p, x in leaves(obj) if opaque(x)}
+            changes |= {p: copy.deepcopy(x, memo) for p, x in leaves(obj) if opaque(x)}
         return replace(obj, changes)
 
     return convert(tuple(args)), convert(dict(kwargs))

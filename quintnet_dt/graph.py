@@ -52,6 +52,7 @@ class Call:
     outputs: dict = field(default_factory=dict)  # path -> Value
     nodes: list = field(default_factory=list)
     source: str = "?"
+    opaque: str = ""  # why it must get whole tensors, with whole gradients
 
     def __str__(self):
         return f"{self.name} in {self.module.path or 'the root'} ({self.source})"
@@ -59,13 +60,15 @@ class Call:
 
 @dataclass
 class ModuleCall:
-    """One run of one module's forward. `steady`: the forward is one of torch's own that makes the same calls each time."""
+    """One run of one module's forward. `steady`: the forward is one of torch's own that makes the same calls each time.
+    `watched`: by hooks of the user's."""
 
     path: str
     parent: "ModuleCall | None"
     inputs: dict = field(default_factory=dict)
     outputs: dict = field(default_factory=dict)
     steady: bool = False
+    watched: bool = False
 
     def chain(self):
         """This run and those that called it, innermost first."""
@@ -89,6 +92,10 @@ class Graph:
     # What it read of values: (call index, a scalar or the shape of a tensor, whether it follows from the inputs alone).
     readings: list = field(default_factory=list)
     stored: list = field(default_factory=list)  # Values that modules keep when the forward is over
+    # Those that objects among the inputs and outputs keep: (path of the object in (args, kwargs, output), place there, Value); and which of them
+    # were shards when they were given: {value id: Action}.
+    held: list = field(default_factory=list)
+    given: dict = field(default_factory=dict)
 
     @property
     def outputs(self):
@@ -99,6 +106,12 @@ class Graph:
         """Value id -> how often it is read: by calls, and as an output of the model."""
         read = [v for call in self.calls if call.nodes for v in call.inputs.values()]
         return Counter(v.id for v in [*read, *self.outputs.values()])
+
+    @cached_property
+    def seen(self):
+        """Values by id that hooks of the user's see, or code with a backward of its own: whole, with whole gradients."""
+        runs = [m for m in self.modules if m.watched] + [c for c in self.calls if c.opaque]
+        return {v.id: v for x in runs for v in (*x.inputs.values(), *x.outputs.values())}
 
     @cached_property
     def last_write(self):

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from .calls import calls
 from .context import quiet
 from .private import in_backward
+from .utils import SHARDS, lookup
 
 
 class ModuleHooks:
@@ -61,6 +62,7 @@ class ModuleHooks:
         self.context.depth -= 1
         if self.context.depth == 0:
             self.context.call = None
+            self.mark((args, kwargs, output))
         program, shown = self.running.pop() or (None, [])
         if program is None:
             return None
@@ -73,6 +75,14 @@ class ModuleHooks:
         if output is None or not program.outputs:
             return None
         return self.context.apply(output, program.outputs)
+
+
+    def mark(self, objects):
+        """Tell objects such as a key-value cache which of the tensors that they keep are shards."""
+        program = self.context.programs.get(self.path)
+        for path, shards in program.shards.items() if program is not None else ():
+            if (holder := lookup(objects, path)) is not None:
+                vars(holder)[SHARDS] = shards
 
 
 def show(owner, attr, tensor):

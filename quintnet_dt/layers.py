@@ -64,30 +64,20 @@ class ColumnParallelLinear(nn.Linear):
 
     y = x A^T + b with A = [A_0; A_1; ...]: rank r computes y_r = x A_r^T + b_r. Backward: dx = sum_r dy_r A_r (one all-reduce).
 
-    Args: as nn.Linear, and `mesh`: a 1-D DeviceMesh or a ProcessGroupManager; `gather_output`: return the whole y, of shape (..., out_features), else this
-    rank's part (`torch.chunk`'s, so out_features need not divide); `src_data_rank`: whose initial weights are used; None if all ranks are seeded alike.
-    `state_dict` has the whole layer's keys, with DTensors; initial values are the whole layer's under the same seed.
+    Args: as nn.Linear, and `mesh`: a 1-D DeviceMesh or a ProcessGroupManager; `gather_output`: return the whole y, of shape
+    (..., out_features), else this rank's part (`torch.chunk`'s, so out_features need not divide); `src_data_rank`: whose initial
+    weights are used; None if all ranks are seeded alike. `state_dict` has the whole layer's keys, with DTensors; initial values are
+    the whole layer's under the same seed.
     """
 
-    def __init__(
-        self,
-        in_features,
-        out_features,
-        bias=True,
-        device=None,
-        dtype=None,
-        *,
-        mesh,
-        gather_output=True,
-        src_data_rank=0,
-    ):
-        super().__init__(in_features, out_features, bias, device, dtype)
+    def __init__(self, *args, mesh, gather_output=True, src_data_rank=0, **kwargs):
+        super().__init__(*args, **kwargs)
         program = Program({"weight": ()}, {(0, 0): (Action("enter"),)})
         placements = {"weight": Shard(0)}
-        if bias:
+        if self.bias is not None:
             program.params["bias"], placements["bias"] = (), Shard(0)
         if gather_output:
-            program.outputs[()] = (Action("gather", -1, out_features),)
+            program.outputs[()] = (Action("gather", -1, self.out_features),)
         _shard(self, mesh, placements, program, src_data_rank)
 
 
@@ -100,25 +90,14 @@ class RowParallelLinear(nn.Linear):
     with gather_output=False returns), else it is whole and is split here.
     """
 
-    def __init__(
-        self,
-        in_features,
-        out_features,
-        bias=True,
-        device=None,
-        dtype=None,
-        *,
-        mesh,
-        input_is_parallel=False,
-        src_data_rank=0,
-    ):
-        super().__init__(in_features, out_features, bias, device, dtype)
+    def __init__(self, *args, mesh, input_is_parallel=False, src_data_rank=0, **kwargs):
+        super().__init__(*args, **kwargs)
         program = Program({"weight": ()}, {}, {(): (Action("sum"),)})
         placements = {"weight": Shard(1)}
-        if bias:
+        if self.bias is not None:
             program.params["bias"], placements["bias"] = (Action("once"),), Replicate()
         if not input_is_parallel:
-            program.inputs[(0, 0)] = (Action("split", -1, in_features),)
+            program.inputs[(0, 0)] = (Action("split", -1, self.in_features),)
         _shard(self, mesh, placements, program, src_data_rank)
 
 
@@ -129,10 +108,10 @@ class VocabParallelEmbedding(nn.Embedding):
     Raises ValueError for `max_norm`.
     """
 
-    def __init__(self, num_embeddings, embedding_dim, *args, mesh, src_data_rank=0, **kwargs):
-        super().__init__(num_embeddings, embedding_dim, *args, **kwargs)
+    def __init__(self, *args, mesh, src_data_rank=0, **kwargs):
+        super().__init__(*args, **kwargs)
         if self.max_norm is not None:
             raise ValueError(f"VocabParallelEmbedding: expected max_norm=None, found {self.max_norm}; use nn.Embedding")
-        call = CallProgram(rows=num_embeddings)
+        call = CallProgram(instead=Action("embedding", 0, self.num_embeddings))
         program = Program({"weight": ()}, {}, {(): (Action("sum"),)}, {0: call}, ["embedding"])
         _shard(self, mesh, {"weight": Shard(0)}, program, src_data_rank)

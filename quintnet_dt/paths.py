@@ -1,12 +1,15 @@
 """The forwards that were shown right, by signature. A call with a new one is traced and shown before it runs, once."""
 
+from dataclasses import replace
+from itertools import combinations
+from math import prod
+
 import torch
 
 from .axes import Axes
 from .layout import Axis, LayoutError, Sharding
 from .plan import LOCAL, WEIGHT_GATHERED, TensorParallelPlan
-from .planner import Planner, settle
-from .program import Program
+from .planner import Planner, divides, settle
 from .trace import trace
 from .utils import leaves, opaque
 
@@ -46,11 +49,12 @@ class Paths:
             if not any(opaque(x) for _, x in leaves((args, kwargs))):
                 raise
             raise RuntimeError(
-                f"{path or type(module).__name__} was given an object that may hold this rank's shards from an earlier call (a key-value cache?), "
-                f"which is not supported yet; call it without (use_cache=False). The whole model's forward cannot be run on it: {e}"
+                f"{path or type(module).__name__} was given an object whose tensors do not fit its forward; if they are this rank's shards from an "
+                f"earlier call (a key-value cache?), give it that object as that call left it: {e}"
             ) from e
         axes = Axes(graph)
-        plan = TensorParallelPlan(self.plan.tp_size, {inner: self.plan[name] for inner, name in names.items()})
+        entries = {inner: self.plan[name] for inner, name in names.items()}
+        plan = TensorParallelPlan(self.plan.tp_size, entries, loss_parallel=self.plan.loss_parallel)
         try:
             sharding = sharding_of(plan, graph, axes)
             programs = settle(Planner(graph, axes, plan.tp_size), module, args, kwargs, device, sharding)[2]
@@ -60,8 +64,7 @@ class Paths:
             ) from e
 
         def renamed(program):
-            params = {names[inner]: actions for inner, actions in program.params.items()}
-            return Program(params, program.inputs, program.outputs, program.calls, program.names)
+            return replace(program, params={names[inner]: actions for inner, actions in program.params.items()})
 
         return {**self.defaults, **{".".join(filter(None, (path, inner))): renamed(p) for inner, p in programs.items()}}
 
@@ -93,25 +96,18 @@ def _kinds(obj, depth):
 
 def sharding_of(plan, graph, axes):
     """The Sharding of an applied plan in another forward's graph."""
-    sharding = Sharding()
+    sharding = Sharding(loss_parallel=plan.loss_parallel)
     for name, e in plan.entries.items():
         if e.dim is None or name not in graph.params:
             continue
-        before, leaf = 1, None
         factors = axes.final(graph.params[name])[e.dim]
-        if e.how == LOCAL:
-            for f in factors:
-                if before == e.pieces and f.size % plan.tp_size == 0 and not f.opaque:
-                    leaf = f
-                    break
-                before *= f.size
-        if leaf is not None:
-            axis = Axis((leaf,))
+        spans = [(i, j) for i, j in combinations(range(len(factors) + 1), 2) if divides(factors[i:j], plan.tp_size)]
+        span = next((factors[i:j] for i, j in spans if prod(f.size for f in factors[:i]) == e.pieces), None)
+        axis = Axis(tuple(span if e.how == LOCAL and span else factors))
+        if e.how == LOCAL and span:
             sharding.through.add(axis)
-        else:
-            axis = Axis(tuple(factors))
-            if e.how == WEIGHT_GATHERED or e.pieces > 1:
-                sharding.whole.add(name)
+        elif e.how == WEIGHT_GATHERED or e.pieces > 1:
+            sharding.whole.add(name)
         sharding.params[name] = (e.dim, axis)
         if e.pieces > 1:
             sharding.outer[name] = e.pieces

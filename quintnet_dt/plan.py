@@ -23,7 +23,7 @@ HOW = {
 
 @dataclass
 class Entry:
-    """One parameter: `dim` it is split on (None: replicated), in each of `pieces` equal parts of that dim; `how` it runs (a key of HOW)."""
+    """One parameter: the `dim` it is split on (None: replicated), in each of its `pieces` equal parts; `how` it runs (see HOW)."""
 
     name: str
     shape: tuple
@@ -36,9 +36,7 @@ class Entry:
     def placement(self):
         if self.dim is None:
             return Replicate()
-        if self.pieces > 1:
-            return _StridedShard(self.dim, split_factor=self.pieces)
-        return Shard(self.dim)
+        return _StridedShard(self.dim, split_factor=self.pieces) if self.pieces > 1 else Shard(self.dim)
 
     def valid(self):
         """Whether the fields are of their types and ranges."""
@@ -59,14 +57,15 @@ class Entry:
 
 @dataclass
 class TensorParallelPlan:
-    """How a model is split over `tp_size` ranks. `entries` holds an Entry a parameter, by name; `bytes_per_step` is what a rank sends in one
-    forward and backward of the traced inputs (ring collectives). `plan[name] = Shard(0)` or `Replicate()` edits it: what a user sets, wins.
-    """
+    """How a model is split over `tp_size` ranks. `entries` holds an Entry a parameter, by name; `bytes_per_step` is what a rank sends
+    in one forward and backward of the traced inputs (ring collectives). `plan[name] = Shard(0)` or `Replicate()` edits it: what a
+    user sets, wins."""
 
     tp_size: int
     entries: dict = field(default_factory=dict)
     bytes_per_step: int = 0
     note: str = ""
+    loss_parallel: bool = False
 
     def __getitem__(self, name):
         return self.entries[name]
@@ -98,6 +97,7 @@ class TensorParallelPlan:
     @classmethod
     def from_json(cls, text):
         """A plan from `to_json`'s text. Raises ValueError where it is not one."""
+        what = "expected the JSON of a TensorParallelPlan"
         try:
             data = json.loads(text)
             entries = {n: Entry(**{**e, "shape": tuple(e["shape"])}) for n, e in data.pop("entries").items()}
@@ -106,63 +106,47 @@ class TensorParallelPlan:
             if type(plan.tp_size) is not int or plan.tp_size < 1 or type(plan.bytes_per_step) is not int:
                 wrong.append(f"tp_size {plan.tp_size!r}, bytes_per_step {plan.bytes_per_step!r}")
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as e:
-            raise ValueError(
-                f"expected the JSON of a TensorParallelPlan (made by to_json), found something else: {e}"
-            ) from e
+            raise ValueError(f"{what} (made by to_json), found something else: {e}") from e
         if wrong:
-            raise ValueError("expected the JSON of a TensorParallelPlan, found in it:\n  " + "\n  ".join(wrong))
+            raise ValueError(f"{what}, found in it:\n  " + "\n  ".join(wrong))
         return plan
 
     def __str__(self):
         rows = [("module", "parameter", "shape", "placement", "how it runs", "why")]
-        for names, e in _collapsed(self.entries.values()):
-            module, _, leaf = names.rpartition(".")
-            shape = " x ".join(map(str, e.shape))
-            placement = repr_placement(e)
-            rows.append((module or "(root)", leaf, shape, placement, e.how, e.why))
-        widths = [max(len(r[i]) for r in rows) for i in range(5)]
-        lines = ["  ".join([*(c.ljust(w) for c, w in zip(r, widths)), r[5]]).rstrip() for r in rows]
-        lines.insert(1, "-" * max(map(len, lines)))
+        for name, e in _collapsed(self.entries.values()):
+            module, _, leaf = name.rpartition(".")
+            pieces = f" of {e.pieces} pieces" if e.pieces > 1 else ""
+            placement = "Replicate()" if e.dim is None else f"Shard({e.dim}){pieces}"
+            rows.append((module or "(root)", leaf, " x ".join(map(str, e.shape)), placement, e.how, e.why))
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in rows]
         head = (
             f"tensor parallel over {self.tp_size} ranks: each holds {self.share:.1%} of the parameters "
             f"and sends {self.bytes_per_step / 1e6:.2f} MB a step of the traced inputs"
         )
-        return "\n".join([head, *([self.note] if self.note else []), *lines])
-
-
-def repr_placement(entry):
-    if entry.dim is None:
-        return "Replicate()"
-    return f"Shard({entry.dim})" + (f" of {entry.pieces} pieces" if entry.pieces > 1 else "")
+        return "\n".join([head, *filter(None, [self.note]), lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
 def _collapsed(entries):
     """Entries that differ only in a layer's number, as one: ("layers.0-31.mlp.up.weight", entry)."""
     groups = {}
     for e in entries:
-        key = (re.sub(r"\d+", "#", e.name), e.shape, e.dim, e.pieces, e.how, re.sub(r"\d+", "#", e.why))
-        groups.setdefault(key, []).append(e)
+        key = (re.sub(r"\d+", "#", f"{e.name} {e.why}"), e.shape, e.dim, e.pieces, e.how)
+        groups.setdefault(key, []).append((tuple(map(int, re.findall(r"\d+", e.name))), e))
     for group in groups.values():
-        numbers = {e.name: tuple(map(int, re.findall(r"\d+", e.name))) for e in group}
-        columns = [sorted(set(c)) for c in zip(*numbers.values())]
-        if len(group) == prod(map(len, columns)):
-            yield _spanned(group, columns)
-            continue
-        parts = {}  # some are missing: only the first number is joined
-        for e in group:
-            parts.setdefault(numbers[e.name][1:], []).append(e)
-        for rest, part in parts.items():
-            yield _spanned(part, [sorted(numbers[e.name][0] for e in part), *([x] for x in rest)])
-
-
-def _spanned(group, columns):
-    spans = map(_ranges, columns)
-    return re.sub(r"\d+", lambda _: next(spans), group[0].name), group[0]
+        parts = {(): group}
+        if len(group) < prod(len(set(column)) for column in zip(*(numbers for numbers, _ in group))):
+            parts = {}  # some are missing: only the first number is joined
+            for numbers, e in group:
+                parts.setdefault(numbers[1:], []).append((numbers, e))
+        for part in parts.values():
+            spans = map(_ranges, zip(*(numbers for numbers, _ in part)))
+            yield re.sub(r"\d+", lambda _: next(spans), part[0][1].name), part[0][1]
 
 
 def _ranges(numbers):
     """[0, 1, 2, 5] -> "0-2,5"."""
-    runs = [list(run) for _, run in groupby(numbers, key=lambda x, at=count(): x - next(at))]
+    runs = [list(run) for _, run in groupby(sorted(set(numbers)), key=lambda x, at=count(): x - next(at))]
     return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
@@ -177,11 +161,9 @@ def problems(placements, shapes):
         elif not isinstance(p, Placement) or p.is_partial():
             errors.append(f"{name}: expected Shard(dim) or Replicate(), found {p!r}")
         elif p.is_shard() or isinstance(p, _StridedShard):
-            ndim = len(shapes[name])
-            if not 0 <= p.dim < ndim:
-                errors.append(
-                    f"{name}: expected a dim of 0 to {ndim - 1} for shape {tuple(shapes[name])}, found Shard({p.dim})"
-                )
+            shape, last = tuple(shapes[name]), len(shapes[name]) - 1
+            if not 0 <= p.dim <= last:
+                errors.append(f"{name}: expected a dim of 0 to {last} for shape {shape}, found Shard({p.dim})")
     return errors
 
 
@@ -189,6 +171,5 @@ def check_user_plan(placements, shapes):
     """Raise one ValueError that lists every entry that does not fit the model."""
     errors = problems(placements, shapes)
     if errors:
-        raise ValueError(
-            f"the plan does not fit the model, {len(errors)} of its entries are wrong:\n  " + "\n  ".join(errors)
-        )
+        head = f"the plan does not fit the model, {len(errors)} of its entries are wrong:"
+        raise ValueError("\n  ".join([head, *errors]))

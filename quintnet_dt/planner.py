@@ -1,6 +1,8 @@
 """Which axes to shard: every axis is tried alone, its bytes counted, and the best that do not conflict are taken; then the weights that are left."""
 
 from dataclasses import dataclass
+from itertools import combinations
+from math import prod
 
 from .cost import cost, hoist
 from .layout import Axis, LayoutError, Sharding, lay_out
@@ -9,6 +11,8 @@ from .prove import prove
 
 # Weights are split until those left whole hold no more than this share of all elements.
 NEGLIGIBLE = 0.02
+# One weight with more than this share is always split: an embedding that is little beside seventy billion others is a gigabyte still.
+VOCABULARY = 0.005
 
 
 @dataclass
@@ -37,8 +41,8 @@ class Way:
 class Planner:
     """Chooses a Sharding over `n` ranks for one traced forward. `fixed[name]` is a user's dim (None: replicate)."""
 
-    def __init__(self, graph, axes, n, fixed=None):
-        self.graph, self.axes, self.n, self.fixed = graph, axes, n, fixed or {}
+    def __init__(self, graph, axes, n, fixed=None, loss_parallel=False):
+        self.graph, self.axes, self.n, self.fixed, self.loss_parallel = graph, axes, n, fixed or {}, loss_parallel
         self.params = graph.params
         self.why = {}  # parameter -> what stood in the way
         self._alone = {}
@@ -61,26 +65,27 @@ class Planner:
     # Axes that run through the model.
 
     def candidates(self):
-        found = {}
+        found = {}  # adjacent factors -> parameters with them: one that n divides, or as many as it takes
         for name, v in self.params.items():
-            for f in dict.fromkeys(f for dim in self.axes.final(v) for f in dim):
-                found.setdefault(f, []).append(name)
-        for f, names in found.items():
-            if f.opaque or f.size % self.n:
-                continue
-            axis, params = Axis((f,)), {}
-            for name in names:
+            for dim in self.axes.final(v):
+                for i, j in combinations(range(len(dim) + 1), 2):
+                    if divides(dim[i:j], self.n) and not (j - i > 1 and divides(dim[i : j - 1], self.n)):
+                        found.setdefault(tuple(dim[i:j]), []).append(name)
+        for factors, names in found.items():
+            axis, params = Axis(factors), {}
+            for name in dict.fromkeys(names):
                 at = axis.find(self.axes, self.params[name])
                 if at and (name not in self.fixed or self.fixed[name] == at[0]):
                     params[name] = at[:2]
             if sum(map(self.numel, params)):
-                calls = [c for _, c in sorted(self.touch.get(f, {}).items())]
+                touched = {i: c for f in factors for i, c in self.touch.get(f, {}).items()}
+                calls = [c for _, c in sorted(touched.items())]
                 if calls:  # an axis of weights that the forward did not reach runs nowhere
                     yield Candidate(axis, params, calls, sum(map(self.numel, params)))
 
     def weigh(self, candidate):
         """Whether a candidate can be laid out, taken alone; counts its bytes."""
-        sharding = Sharding({p: (d, candidate.axis) for p, (d, _) in candidate.params.items()}, {candidate.axis})
+        sharding = Sharding({p: (d, candidate.axis) for p, (d, _) in candidate.params.items()}, {candidate.axis}, loss_parallel=self.loss_parallel)
         if self.graph.unsteady and self._common_module(candidate.calls) in self.graph.unsteady:
             self.note(candidate.params, "its axis runs through a module whose forward reads values")
             return False
@@ -108,7 +113,7 @@ class Planner:
 
     def choose(self, banned=()):
         """A Sharding. Axes in `banned` are not sharded through the model."""
-        taken, used_by, sharding = set(), {}, Sharding()
+        taken, used_by, sharding = set(), {}, Sharding(loss_parallel=self.loss_parallel)
         weighed = [c for c in self.candidates() if self.weigh(c) and c.axis not in banned]
         for c in sorted(weighed, key=lambda c: (c.bytes / c.elements, -c.elements)):
             if c.bytes > sum(self.alone(p).bytes for p in c.params):
@@ -155,7 +160,7 @@ class Planner:
                 partners[x.param] = 0
         try:
             split = {p: (d, axis) for p, d in {name: dim, **partners}.items()}
-            layout = lay_out(self.graph, self.axes, Sharding(split), calls)
+            layout = lay_out(self.graph, self.axes, Sharding(split, loss_parallel=self.loss_parallel), calls)
         except LayoutError as e:
             gathered.why = str(e)
             return gathered
@@ -172,7 +177,8 @@ class Planner:
         for name in left:
             if name in sharding.params or (name in self.fixed and self.fixed[name] is None):
                 continue
-            if name not in self.fixed and rest <= NEGLIGIBLE * total:
+            small = rest <= NEGLIGIBLE * total and self.numel(name) < VOCABULARY * total
+            if name not in self.fixed and small:
                 break
             way = self.alone(name, sharding.params)
             if way.axis is None:
@@ -183,6 +189,11 @@ class Planner:
             if way.gathered:
                 sharding.whole.add(name)
                 self.why[name] = way.why
+
+
+def divides(factors, n):
+    """Whether n ranks can share adjacent factors."""
+    return prod(f.size for f in factors) % n == 0 and not any(f.opaque for f in factors)
 
 
 def settle(planner, model, args, kwargs, device=None, sharding=None):
@@ -197,7 +208,7 @@ def settle(planner, model, args, kwargs, device=None, sharding=None):
     while True:
         try:
             layout = hoist(graph, lay_out(graph, axes, sharding))
-            if sharding.whole == sharding.params.keys():  # it computes as the whole model does
+            if sharding.whole == sharding.params.keys() and not graph.given:  # it computes as the whole model does
                 return sharding, layout, compile_programs(graph, layout)
             return sharding, layout, prove(model, args, kwargs, graph, axes, layout, sharding, n, device)
         except LayoutError as e:

@@ -6,18 +6,13 @@ import logging
 import torch
 
 # One fake forward gives every shape with no memory and no arithmetic; torch has no public way to it.
-from torch._subclasses.fake_tensor import (
-    FakeCopyMode,
-    FakeTensor,
-    FakeTensorMode,
-    unset_fake_temporarily,
-)
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode, unset_fake_temporarily  # noqa: F401
 
 # A dim that holds k fused pieces, each sharded ([q | k | v]): DTensor knows it, under a private name.
-from torch.distributed.tensor.placement_types import _StridedShard
+from torch.distributed.tensor.placement_types import _StridedShard  # noqa: F401
 
 # Every operator of a forward as it is dispatched: documented, and used by many, under this name.
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: F401
 
 
 @contextlib.contextmanager
@@ -48,16 +43,3 @@ def silent_fakes():
 def in_backward():
     """Whether autograd is running a backward in this thread; torch has no public way to ask."""
     return torch._C._current_graph_task_id() != -1
-
-
-__all__ = [
-    "FakeCopyMode",
-    "FakeTensor",
-    "FakeTensorMode",
-    "TorchDispatchMode",
-    "_StridedShard",
-    "hidden_fakes",
-    "in_backward",
-    "silent_fakes",
-    "unset_fake_temporarily",
-]

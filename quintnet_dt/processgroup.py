@@ -1,6 +1,7 @@
 """Who computes together: a 1-D DeviceMesh named "tp", from whatever there is."""
 
 import os
+from contextlib import AbstractContextManager
 
 import torch
 import torch.distributed as dist
@@ -9,30 +10,27 @@ from torch.distributed import DeviceMesh, ProcessGroup, init_device_mesh
 _RUN = "run: torchrun --standalone --nproc-per-node %s your_script.py"
 
 
-class ProcessGroupManager:
+class ProcessGroupManager(AbstractContextManager):
     """The ranks that hold one model together, and this process's place among them.
 
-    Made from one of ``tp_size``, ``mesh`` and ``group`` (none of them: the whole world is one tp group). Every rank
-    of the world must make the same call (with ``mesh`` or ``group``, every rank of it). As a context manager it closes
+    Made from one of ``tp_size``, ``mesh`` and ``group`` (none of them: the whole world is one tp group). Every rank of
+    the world must make the same call (with ``mesh`` or ``group``, every rank of it). As a context manager it closes
     itself. A copy (``copy.deepcopy``, pickle) shares the groups and closes nothing.
 
     Args:
-        tp_size: ranks in a tp group; with ``mesh`` or ``group``, must be theirs. Alone, of the processes that
+        tp_size: an int, ranks in a tp group; with ``mesh`` or ``group``, must be theirs. Alone, of the processes that
             torchrun started: initialises the default process group if there is none, with nccl (and
-            ``torch.cuda.set_device(LOCAL_RANK)``) where CUDA is available, else gloo. A size of 1 needs no launcher.
-            In a larger world, ranks ``k * tp_size ... (k + 1) * tp_size - 1`` are one tp group.
+            ``torch.cuda.set_device(LOCAL_RANK)``) where CUDA is available, else gloo. A size of 1 needs no launcher. In
+            a larger world, ranks ``k * tp_size ... (k + 1) * tp_size - 1`` are one tp group.
         mesh: a 1-D DeviceMesh of any name, such as ``mesh["tp"]`` of a larger one.
         group: a ProcessGroup that this process is in.
         device_type: "cpu", "cuda", ...; None for that of the mesh or the group's backend.
 
-    Attributes:
-        mesh: the 1-D mesh of the tp group.
-        world_mesh: of all ranks, ("dp", "tp"), or ``mesh`` if tp_size is the world's or a mesh or group was given.
+    Attributes: ``mesh``, the 1-D mesh of the tp group; ``world_mesh``, of all ranks, ("dp", "tp"), or ``mesh`` if
+    tp_size is the world's or a mesh or group was given.
 
-    Raises:
-        ValueError: more than one source; a mesh that is not 1-D; a tp_size that is not a positive int, does not
-            divide the world or is not the mesh's; a mesh or group without this rank.
-        RuntimeError: nothing says where the other processes are.
+    Raises ValueError: more than one source; a mesh not 1-D; a tp_size that is no positive int, does not divide the
+    world or is not the mesh's; a mesh or group without this rank. RuntimeError: nothing tells where the others are.
 
     Example::
 
@@ -40,16 +38,9 @@ class ProcessGroupManager:
             print(pgm.tp_rank, pgm.dp_rank)  # 0 0, 1 0, 0 1, 1 1
     """
 
-    def __init__(
-        self,
-        tp_size: int | None = None,
-        *,
-        mesh: DeviceMesh | None = None,
-        group: ProcessGroup | None = None,
-        device_type: str | None = None,
-    ) -> None:
+    def __init__(self, tp_size=None, *, mesh=None, group=None, device_type=None):
         # No ProcessGroup is stored: it cannot be copied, and a mesh can.
-        self._opened: str | None = None  # "world", "groups" of a given world, or None
+        self._opened = None  # "world", "groups" of a given world, or None
         if tp_size is not None and (type(tp_size) is not int or tp_size < 1):
             raise ValueError(f"expected tp_size to be an int from 1 on, found {tp_size!r}")
         if mesh is not None and group is not None:
@@ -73,31 +64,33 @@ class ProcessGroupManager:
         if tp_size not in (None, self.tp_size):
             raise ValueError(f"expected tp_size={tp_size} ranks, found {self.tp_size}; leave tp_size out")
 
-    def _open(self, tp_size: int | None, device_type: str | None) -> None:
-        if not dist.is_initialized():
+    def _open(self, tp_size, device_type):
+        fresh = not dist.is_initialized()
+        missing = [v for v in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if fresh and v not in os.environ]
+        if missing and (tp_size not in (None, 1) or os.environ.get("WORLD_SIZE", "1") != "1"):
+            unset = f"there is no default process group: {', '.join(missing)} not set; {_RUN % (tp_size or 'N')}"
+            raise RuntimeError(f"tp_size={tp_size} needs a launcher and {unset}")
+        world = 1 if missing else int(os.environ["WORLD_SIZE"]) if fresh else dist.get_world_size()
+        tp_size = tp_size or world
+        if world % tp_size:
+            relation = "is larger than" if tp_size > world else "does not divide"
+            what = f"tp_size={tp_size} {relation} the world size {world}"
+            raise ValueError(f"{what}; {_RUN % tp_size} (or a multiple of it)")
+        if fresh:
             device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
-            missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
             backend = dist.get_default_backend_for_device(device_type)
-            if missing and (tp_size not in (None, 1) or os.environ.get("WORLD_SIZE", "1") != "1"):
-                unset = f"there is no default process group: {', '.join(missing)} not set; {_RUN % (tp_size or 'N')}"
-                raise RuntimeError(f"tp_size={tp_size} needs a launcher and {unset}")
-            if not missing:
-                _check_divides(tp_size or 1, int(os.environ["WORLD_SIZE"]))
             if device_type == "cuda":
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
             one = dict(store=dist.HashStore(), rank=0, world_size=1) if missing else {}
             dist.init_process_group(backend, **one)  # after all that can be checked is
             self._opened = "world"
-        world = dist.get_world_size()
-        tp_size = tp_size or world
-        _check_divides(tp_size, world)
         device_type = device_type or _device_type(dist.group.WORLD)
         if tp_size == world:
             self.mesh = self.world_mesh = init_device_mesh(device_type, (world,), mesh_dim_names=("tp",))
-            return
-        self._opened = self._opened or "groups"
-        self.world_mesh = init_device_mesh(device_type, (world // tp_size, tp_size), mesh_dim_names=("dp", "tp"))
-        self.mesh = self.world_mesh["tp"]
+        else:
+            self._opened = self._opened or "groups"
+            self.world_mesh = init_device_mesh(device_type, (world // tp_size, tp_size), mesh_dim_names=("dp", "tp"))
+            self.mesh = self.world_mesh["tp"]
 
     @property
     def group(self) -> ProcessGroup:
@@ -132,9 +125,6 @@ class ProcessGroupManager:
                 if group is not dist.group.WORLD:  # a dim of the whole world borrows it
                     dist.destroy_process_group(group)  # of None: all
 
-    def __enter__(self):
-        return self
-
     def __exit__(self, *exc_info) -> None:
         self.close()
 
@@ -144,12 +134,6 @@ class ProcessGroupManager:
     def __repr__(self) -> str:
         values = ", ".join(f"{name}={getattr(self, name)}" for name in ("tp_rank", "tp_size", "dp_rank", "dp_size"))
         return f"ProcessGroupManager({values}, {self.mesh.device_type})"
-
-
-def _check_divides(tp_size: int, world: int) -> None:
-    if world % tp_size:
-        relation = "is larger than" if tp_size > world else "does not divide"
-        raise ValueError(f"tp_size={tp_size} {relation} the world size {world}; {_RUN % tp_size} (or a multiple of it)")
 
 
 def _device_type(group: ProcessGroup) -> str:

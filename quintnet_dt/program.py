@@ -13,14 +13,13 @@ from .layout import Action, LayoutError, linear
 
 @dataclass
 class CallProgram:
-    """What is done around the call of a given number: actions on arguments and outputs, sizes replaced, rows looked up."""
+    """What is done around the call of a given number: actions on arguments and outputs, sizes replaced, what is run instead."""
 
     inputs: dict = field(default_factory=dict)
     outputs: dict = field(default_factory=dict)
     sizes: list = field(default_factory=list)  # paths of sizes to divide by the number of ranks
-    rows: int | None = None  # an embedding's whole number of rows, of which this rank has a part
     kept: dict = field(default_factory=dict)  # buffers that the call updates: split for it, gathered after it
-    dropout: Action | None = None  # how this rank's part of a dropout's mask lies in the whole mask
+    instead: Action | None = None  # what on_shard.py runs in its place
 
 
 @dataclass
@@ -32,6 +31,7 @@ class Program:
     outputs: dict = field(default_factory=dict)
     calls: dict = field(default_factory=dict)
     names: list = field(default_factory=list)  # of all calls that its mode sees, where one watches it
+    shards: dict = field(default_factory=dict)  # path of an object in (args, kwargs, output) -> {place: Action} of the shards that it keeps
 
     def does_as(self, other):
         """Whether the actions are another program's."""
@@ -80,14 +80,13 @@ class _Compiler:
             self.value(self.graph.values[v_id], tuple(actions))
         for path, actions in self.layout.root.items():
             self.per_run[id(self.graph.modules[0])].outputs[path] = tuple(actions)
-        for index, axis in self.layout.lookups.items():
-            self.at(self.graph.calls[index]).rows = axis.size
-        for index, action in self.layout.dropouts.items():
-            self.at(self.graph.calls[index]).dropout = action
+        for index, action in self.layout.instead.items():
+            self.at(self.graph.calls[index]).instead = action
         for index, kept in self.layout.kept.items():
             self.at(self.graph.calls[index]).kept = kept
         for index, sizes in self.sizes.items():
             self.at(self.graph.calls[index]).sizes = sizes
+        self.per_run[id(self.graph.modules[0])].shards = self.layout.shards
         self.number()
         return self.merge()
 
@@ -123,10 +122,12 @@ class _Compiler:
                     if same or not actions:
                         continue
                 if agree and self.within[at] == len(self.direct[at]) and not holds(m.outputs, v):
-                    given = [p for p, x in m.inputs.items() if x is v]
+                    given = [p for p, x in m.inputs.items() if x is v and not m.watched]
                     self.per_run[id(m)].inputs.update({p: actions for p in given})
                     if given:
                         continue
+            if call.opaque:
+                raise LayoutError(call.opaque, call, self.axis(call))
             self.at(call).inputs[path] = actions
 
     def value(self, v, actions):
@@ -154,7 +155,7 @@ class _Compiler:
             return False
         m = self.graph.calls[v.producer].module
         at = [p for p, x in m.outputs.items() if x is v]
-        if not at or self.within[v.id, id(m)]:
+        if not at or m.watched or self.within[v.id, id(m)] or any(v is x for _, _, x in self.graph.held):
             return False
         self.per_run[id(m)].outputs.update({p: actions for p in at})
         return True

@@ -16,8 +16,8 @@ from torch.overrides import TorchFunctionMode
 
 from .ghost import fake_inputs, ghost, real_inputs
 from .graph import Call, Graph, ModuleCall, Node, Value
-from .private import FakeTensor, FakeTensorMode, TorchDispatchMode, hidden_fakes, unset_fake_temporarily
-from .utils import call_name, replace, source_line, tensors
+from .private import FakeTensor, FakeTensorMode, TorchDispatchMode, hidden_fakes, silent_fakes, unset_fake_temporarily
+from .utils import call_name, held, in_custom_function, is_float, replace, shard_kept, source_line, tensors
 
 # What a forward may read of its values: on fake tensors these have no answer.
 READS_VALUES = (
@@ -31,6 +31,9 @@ STEADY = {
     for c in (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
     + (nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Identity, nn.Dropout, nn.Softmax, nn.Sequential, nn.Bilinear)
 }
+
+# Why a call must get whole tensors.
+OPAQUE = "it reads tensors or gradients in ways that operators do not show (an autograd.Function, a hook, torch.vmap)"
 
 # Elements up to which a tensor that follows from the inputs alone is kept: masks and positions, not activations.
 KNOWN_SIZE = 1 << 16
@@ -52,7 +55,8 @@ def trace(model, args=(), kwargs=None, *, device=None):
         fakes = fake_inputs(fake_mode, args, kwargs, recorder.known)
         return record(copied, *fakes, modes=[fake_mode], recorder=recorder)
     except Exception:
-        if any(p.device.type == "meta" for p in model.parameters()):
+        shards = any(shard_kept(holder, place) for _, holder, place, _ in held((args, kwargs)))
+        if shards or any(p.device.type == "meta" for p in model.parameters()):
             raise
         return record(ghost(model, device=device), *real_inputs(args, kwargs))
 
@@ -66,15 +70,13 @@ def record(model, args, kwargs, modes=(), recorder=None):
         gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
         stack.enter_context(torch.random.fork_rng(devices=gpus))
         torch.manual_seed(0)  # the same path on every rank
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(hidden_fakes())
-        stack.enter_context(saved_tensors_hooks(lambda t: t, lambda t: t))  # a checkpoint around us must not see ours
+        unseen = saved_tensors_hooks(lambda t: t, lambda t: t)  # a checkpoint around us must not see ours
+        modes = torch.enable_grad(), hidden_fakes(), silent_fakes(), unseen, *modes, _Nodes(recorder), _Calls(recorder)
         for mode in modes:
             stack.enter_context(mode)
-        stack.enter_context(_Nodes(recorder))
-        stack.enter_context(_Calls(recorder))
-        model(*args, **kwargs)
-    recorder.graph.stored = recorder.stored(model)
+        recorder.give((args, kwargs))
+        out = model(*args, **kwargs)
+    recorder.keep(model, (args, kwargs, out))
     return recorder.graph
 
 
@@ -105,11 +107,18 @@ class Recorder:
             module.register_forward_pre_hook(partial(self.enter, path, steady), with_kwargs=True, prepend=True)
             module.register_forward_hook(self.leave, with_kwargs=True, always_call=True)
 
-    def stored(self, model):
-        """The values that the forward left in buffers and attributes."""
-        held = [x for m in model.modules() for x in [*m._buffers.values(), *vars(m).values()]]
-        values = [self._values.get(id(t)) for _, t in tensors(held)]
-        return [v for v in values if v is not None and v.producer is not None]
+    def give(self, inputs):
+        """Note the shards that objects among the inputs keep."""
+        for _, holder, place, t in held(inputs):
+            if (action := shard_kept(holder, place)) is not None:
+                self.graph.given[self.value(t).id] = action
+
+    def keep(self, model, objects):
+        """Note the values that the forward left in buffers and attributes, and in objects that it was given or returns."""
+        inside = [x for m in model.modules() for x in [*m._buffers.values(), *vars(m).values()]]
+        values = [self._values.get(id(t)) for _, t in tensors(inside)]
+        self.graph.stored = [v for v in values if v is not None and v.producer is not None]
+        self.graph.held = [(path, place, self._values.get(id(t))) for path, _, place, t in held(objects)]
 
     def value(self, tensor, producer=None, new=False):
         if new or id(tensor) not in self._values:
@@ -140,12 +149,18 @@ class Recorder:
             len(self.graph.calls), func, name, self._stack[-1], None, self.values((args, kwargs)), source=source_line()
         )
         call.args = replace((args, kwargs), call.inputs)
+        call.opaque = OPAQUE if name in ("register_hook", "retain_grad") or in_custom_function() else ""
         self._call = call
         try:
             out = func(*args, **kwargs)
         finally:
             self._call = None
         self.graph.calls.append(call)
+        known = {v.id for v in (*call.inputs.values(), *(v for n in call.nodes for v in n.outputs))}
+        reads = (v for n in call.nodes for v in n.inputs if v.param or v.producer is not None)
+        if hidden := {("hidden", v.id): v for v in reads if v.id not in known}:  # through torch.vmap, autograd.grad
+            call.inputs |= hidden
+            call.opaque = OPAQUE
         call.outputs = {p: self.value(t, producer=call.index) for p, t in tensors(out)}
         return out
 
@@ -223,11 +238,6 @@ def reads_values(func, args):
     if func._schema.name == "aten::index":
         return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
     return func._schema.name in READS_VALUES and "self_int" not in str(func)
-
-
-def is_float(v):
-    """Whether a value's elements are real or complex numbers, which gradients are taken of."""
-    return v.dtype.is_floating_point or v.dtype.is_complex
 
 
 def _aliased(func, args, kwargs):

@@ -37,6 +37,22 @@ def opaque(x):
     return hasattr(x, "__dict__") and not isinstance(x, (torch.Tensor, type)) and not callable(x)
 
 
+def held(obj, depth=0):
+    """Yield `(path, object, place, tensor)` for every tensor within opaque objects: the path of the innermost one, its place there."""
+    for path, x in leaves(obj):
+        if opaque(x) and depth < 5:
+            yield from ((path, x, place, t) for place, t in tensors(vars(x)))
+            yield from (((*path, *inner), *rest) for inner, *rest in held(vars(x), depth + 1))
+
+
+def shard_kept(holder, place):
+    """How the tensor that an object keeps at a place is this rank's shard of one (an Action), None where it is whole."""
+    return vars(holder).get(SHARDS, {}).get(place)
+
+
+SHARDS = "_tp_shards"  # the attribute of such an object that says which of its tensors are shards
+
+
 def lookup(obj, path):
     """The leaf at a path of a nested argument, None where there is none."""
     for key in path:
@@ -79,6 +95,11 @@ def replace(obj, changes):
     return dataclasses.replace(obj, **{k: replace(getattr(obj, k), c) for k, c in at.items()})
 
 
+def is_float(x):
+    """Whether a tensor's (or Value's) elements are real or complex numbers, which gradients are taken of."""
+    return x.dtype.is_floating_point or x.dtype.is_complex
+
+
 def source_line():
     """`file:line` of the innermost frame that is neither torch's nor ours: the user's code that called the operator."""
     frame = sys._getframe(1)
@@ -88,6 +109,19 @@ def source_line():
             return f"{os.path.basename(name)}:{frame.f_lineno}"
         frame = frame.f_back
     return "?"
+
+
+_APPLY = torch.autograd.Function.apply.__code__
+
+
+def in_custom_function():
+    """Whether the forward of an autograd.Function runs that is not torch's own: it has a backward of its own."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        if frame.f_back.f_code is _APPLY and not frame.f_code.co_filename.startswith(_TORCH):
+            return True
+        frame = frame.f_back
+    return False
 
 
 _TENSOR_PROPERTIES = {"T", "mT", "H", "mH", "real", "imag", "data", "grad"}

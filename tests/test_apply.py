@@ -1,11 +1,12 @@
 """apply_tensor_parallel: every kind of model gives, sharded, the outputs and gradients of the whole one."""
 
+import copy
 from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import check, compare, pair, share_of
+from helpers import check, compare, pair, same_output, share_of
 from ranks import run_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -598,7 +599,7 @@ class Cache:
 
 
 def test_cache_that_the_forward_fills():
-    """Showing a new call right must not touch the caller's cache. Filled, it holds shards: a call that brings it back is refused."""
+    """Showing a new call right must not touch the caller's cache. Filled, it holds shards, which the next call goes on with."""
 
     class Net(nn.Module):
         def __init__(self):
@@ -614,8 +615,14 @@ def test_cache_that_the_forward_fills():
         found, expected = (m(x, cache=c) for m, c in zip((sharded, whole), caches))
         assert torch.allclose(found, expected, rtol=1e-9)
         assert caches[0].kept.shape == (2, 3, 16) and type(caches[0].kept) is torch.Tensor
+        for length in (3, 1, 2):
+            x = torch.randn(2, length, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(length))
+            same_output(*(m(x, cache=c) for m, c in zip((sharded, whole), caches)))
+        again, half = copy.deepcopy(caches[0]), copy.deepcopy(caches[0])
+        same_output(sharded(x, cache=again), whole(x, cache=caches[1]))
+        half.__dict__.pop("_tp_shards")  # nothing says any more that it is a shard
         with pytest.raises(RuntimeError, match="shards from an earlier call"):
-            sharded(x, cache=caches[0])
+            sharded(x, cache=half)
 
     check(Net, features(2, 3, 8), 2, then=then)
 

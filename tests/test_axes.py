@@ -276,13 +276,13 @@ def test_the_axes_do_not_depend_on_the_run():
     assert shared(model, IDS) == shared(model, IDS)
 
 
-def test_a_norm_needs_the_dim_whole_that_it_takes_a_mean_of():
+def test_a_norm_contracts_the_dim_that_it_takes_a_mean_of():
     graph, axes = axes_of(Decoder(Block(Attention())), IDS)
     model_dim = set(axes.final(graph.params["n.weight"])[0])
     means = [n for c in graph.calls for n in c.nodes if n.op._schema.name == "aten::mean"]
     assert means
     for node in means:
-        assert axes.effect(node).whole[node.inputs[0].id] >= model_dim
+        assert axes.effect(node).contract == model_dim and axes.effect(node).mean
 
 
 def test_what_a_linear_sums_over():

@@ -3,14 +3,15 @@
 import torch
 
 from ..factors import unify
-from .table import RULES, arg, dims_of, every, fresh, pass_but, rule, unknown
+from .table import arg, dims_of, every, fresh, pass_but, rule, unknown
 
 SAME = "clone _to_copy detach alias lift_fresh contiguous zeros_like ones_like full_like empty_like zero_ fill_ masked_fill_ masked_fill copy_"
 CHANNELS = "max_pool2d_with_indices avg_pool2d max_pool3d_with_indices avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d upsample_bilinear2d upsample_bicubic2d upsample_nearest2d upsample_linear1d upsample_nearest1d upsample_nearest3d upsample_trilinear3d reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d"
-REDUCE = "mean amax amin var std var_mean std_mean argmax argmin any all prod logsumexp linalg_vector_norm max min median norm nansum"
+REDUCE = "amax amin var std var_mean std_mean argmax argmin any all prod logsumexp linalg_vector_norm max min median norm nansum"
 WHOLE_DIM = "_softmax _log_softmax _safe_softmax cumsum cumprod logcumsumexp cummax cummin sort topk flip roll argsort"
 
 
+@rule(SAME)
 def pointwise(node, axes):
     """Dims are aligned from the right; a dim of size 1 broadcasts."""
     if not node.outputs:  # torch.equal reads values
@@ -33,10 +34,6 @@ def pointwise(node, axes):
             axes.set(v, dims)
 
 
-for _name in SAME.split():
-    RULES[_name] = pointwise
-
-
 @rule("bernoulli_ native_dropout dropout")
 def dropout(node, axes):
     """A mask for each element. Within a call of dropout the layout gives each rank its part of the whole mask."""
@@ -44,9 +41,7 @@ def dropout(node, axes):
     return pointwise(node, axes) if call.name == "dropout" else unknown(node, axes)
 
 
-RULES.update(
-    dict.fromkeys("rand_like randn_like uniform_ normal_ exponential_".split(), unknown)
-)  # ranks would draw the same
+rule("rand_like randn_like uniform_ normal_ exponential_")(unknown)  # ranks would draw the same
 
 
 @rule(WHOLE_DIM)
@@ -62,12 +57,13 @@ def reduce(node, axes):
     pass_but(node, axes, dims_of(node, len(node.inputs[0].shape)))
 
 
-@rule("sum")
+@rule("sum mean")
 def sum_(node, axes):
     value, out = node.inputs[0], node.outputs[0]
     over = set(dims_of(node, len(value.shape)))
     dims = axes.dims(value)
     axes.contract(node, [f for i in over for f in dims[i]])
+    axes.effects[id(node)].mean = node.op._schema.name == "aten::mean"
     keep = len(out.shape) == len(dims)
     axes.set(out, [[] if i in over else d for i, d in enumerate(dims) if keep or i not in over])
 
@@ -106,9 +102,17 @@ def batch_norm(node, axes):
 
 @rule("native_group_norm")
 def group_norm(node, axes):
-    for v in node.inputs[1:]:
-        axes.whole(node, v, every(axes.dims(v)))
-    pass_but(node, axes, list(range(1, len(node.inputs[0].shape))))
+    """b (g c) s..: groups pass, what is within one is normalised together."""
+    value, out = node.inputs[0], node.outputs[0]
+    groups = arg(node, "group")
+    g, c = fresh(groups), fresh(value.shape[1] // groups)
+    for v in node.inputs:
+        dims = axes.dims(v)
+        unify(dims[0 if len(dims) == 1 else 1], g + c)
+        axes.whole(node, v, c + every(dims[2:]))
+    axes.set(out, [axes.dims(value)[0], g + c, *map(fresh, out.shape[2:])])
+    for v in node.outputs[1:]:
+        axes.set(v, [axes.dims(value)[0], g])
 
 
 @rule(CHANNELS)
@@ -125,11 +129,12 @@ def pad(node, axes):
     pass_but(node, axes, [n - 1 - i // 2 for i, a in enumerate(amounts) if a])
 
 
-@rule("repeat")
+@rule("expand repeat")
 def repeat(node, axes):
+    """A dim that is repeated k times is (k, itself)."""
     value, out = node.inputs[0], node.outputs[0]
-    shift = len(out.shape) - len(value.shape)
-    dims = axes.dims(value)
-    same = [i >= shift and value.shape[i - shift] == s for i, s in enumerate(out.shape)]
-    axes.whole(node, value, [f for i, d in enumerate(dims) if not same[i + shift] for f in d])
-    axes.set(out, [dims[i - shift] if same[i] else fresh(s) for i, s in enumerate(out.shape)])
+    if 0 in out.shape:
+        return unknown(node, axes)
+    new = [1] * (len(out.shape) - len(value.shape))
+    dims = [[] for _ in new] + axes.dims(value)
+    axes.set(out, [fresh(n // size) + d for n, size, d in zip(out.shape, new + list(value.shape), dims)])

@@ -6,25 +6,22 @@ from .table import arg, every, fresh, rule, unknown
 
 @rule("convolution")
 def convolution(node, axes):
-    """x: b (g c) s.., w: (g o) c k.. (transposed: (g c) o k..) -> b (g o) s..: c is contracted, o passes."""
+    """x: b (g c) s.., w: (g o) c k.. (transposed: (g c) o k..) -> b (g o) s..: c is contracted within a group; g and o pass."""
     x, w, out = node.inputs[0], node.inputs[1], node.outputs[0]
-    groups, transposed = arg(node, "groups"), arg(node, "transposed")
+    groups = arg(node, "groups")
+    g, c, o = fresh(groups), fresh(x.shape[1] // groups), fresh(out.shape[1] // groups)
+    first, second = (c, o) if arg(node, "transposed") else (o, c)
     xd, wd = axes.dims(x), axes.dims(w)
     for v, dims in ((x, xd), (w, wd)):
-        axes.whole(node, v, [f for d in dims[2:] for f in d])
-    if groups != 1 or len(x.shape) != len(w.shape):
-        axes.whole(node, x, every(xd[1:]))
-        axes.whole(node, w, every(wd))
-        for v in node.inputs[2:]:
-            axes.whole(node, v, every(axes.dims(v)))
-        return axes.set(out, [xd[0], *map(fresh, out.shape[1:])])
-    o, c = (wd[1], wd[0]) if transposed else (wd[0], wd[1])
-    unify(xd[1], c)
+        axes.whole(node, v, every(dims[2:]))
+    unify(xd[1], g + c)
+    unify(wd[0], g + first)
+    unify(wd[1], second)
     axes.contract(node, c)
     if len(node.inputs) > 2:
         axes.effects[id(node)].bias = node.inputs[2].id
-        unify(axes.dims(node.inputs[2])[0], o)
-    axes.set(out, [xd[0], o, *map(fresh, out.shape[2:])])
+        unify(axes.dims(node.inputs[2])[0], g + o)
+    axes.set(out, [xd[0], g + o, *map(fresh, out.shape[2:])])
 
 
 @rule("_grouped_mm")

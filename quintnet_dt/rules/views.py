@@ -56,15 +56,6 @@ def squeeze(node, axes):
     axes.set(node.outputs[0], [d for i, d in enumerate(axes.dims(value)) if i not in drop])
 
 
-@rule("expand")
-def expand(node, axes):
-    value, out = node.inputs[0], node.outputs[0]
-    shift = len(out.shape) - len(value.shape)
-    dims = axes.dims(value)
-    same = lambda i: i >= shift and value.shape[i - shift] == out.shape[i]
-    axes.set(out, [dims[i - shift] if same(i) else fresh(s) for i, s in enumerate(out.shape)])
-
-
 # ---- parts of a dim
 
 

@@ -1,0 +1,77 @@
+"""Calls that cannot run on a shard as they are, and what is run instead: dropout, a lookup of rows, the cross entropy of sharded classes."""
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+
+from . import comm_ops
+
+
+def on_shard(context, action, func, args, kwargs):
+    """Run a call on this rank's shard, which lies in the whole as `action` says."""
+    return _INSTEAD[action.kind](context, action, func, *args, **kwargs)
+
+
+def _drop_out(context, action, func, x, *rest, **kwargs):
+    """This rank's part of the mask that the whole tensor would get: results and the ranks' random states are those of the whole model."""
+    with torch.no_grad():
+        sizes = comm_ops.chunk_sizes(action.units, comm_ops.group_size(context.group))
+        shape = list(x.shape)
+        shape[action.dim] = shape[action.dim] // sizes[comm_ops.group_rank(context.group)] * action.units
+        order = sorted(range(x.dim()), key=x.stride, reverse=True)  # a mask is drawn in the order of memory
+        ones = x.new_ones([shape[d] for d in order]).permute([order.index(d) for d in range(x.dim())])
+        mask = context.act([replace(action, kind="split")], func(ones, *rest, **kwargs))
+    inplace = kwargs.get("inplace", len(rest) > 2 and rest[2])
+    return x.mul_(mask) if inplace else x * mask
+
+
+def _mine(context, action, ids):
+    """Which of the ids in [0, action.units) are not this rank's, and those that are counted from its first (others are 0)."""
+    sizes = comm_ops.chunk_sizes(action.units, comm_ops.group_size(context.group))
+    rank = comm_ops.group_rank(context.group)
+    ids = ids - sum(sizes[:rank])
+    absent = (ids < 0) | (ids >= sizes[rank])
+    return absent, ids.masked_fill(absent, 0), sizes[rank]
+
+
+def _look_up(context, action, func, input, weight, padding_idx=None, *args, **kwargs):
+    """An embedding of which this rank has some rows: zeros for the others, so that the ranks' results sum to the whole.
+
+    input: ids of any shape, in [0, rows); weight: (this rank's rows, d); returns (*input.shape, d).
+    """
+    absent, ids, count = _mine(context, action, input)
+    if padding_idx is not None:
+        elsewhere, at, _ = _mine(context, action, torch.tensor(padding_idx % action.units))
+        padding_idx = None if elsewhere else int(at)
+    if count == 0:  # no row to look up: one of zeros, which gets no gradient
+        weight = F.pad(weight, (0, 0, 0, 1))
+    return func(ids, weight, padding_idx, *args, **kwargs).masked_fill(absent.unsqueeze(-1), 0)
+
+
+def _cross_entropy(context, action, func, input, target, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction="mean", label_smoothing=0.0):
+    """The cross entropy of logits of which this rank has some classes (Megatron-LM, arXiv 1909.08053, section 3): the ranks exchange a maximum, a sum
+    of exponentials and the target's logit for each row, and not the logits.
+
+    input: (N, this rank's classes, ...) or (this rank's classes); target: (N, ...) or (), class indices.
+    """
+    x = input.movedim(min(1, input.dim() - 1), -1)
+    x = x.float() if x.dtype.itemsize < 4 else x
+    with torch.no_grad():
+        top = comm_ops.all_gather(x.amax(-1)[None], 0, context.group).amax(0)
+    x = x - top.unsqueeze(-1)
+    ignored = target == ignore_index
+    absent, ids, _ = _mine(context, action, target.masked_fill(ignored, 0))
+    own = x.gather(-1, ids.unsqueeze(-1)).squeeze(-1).masked_fill(absent, 0)
+    total, own = comm_ops.all_reduce(x.exp().sum(-1), context.group), comm_ops.all_reduce(own, context.group)
+    loss = total.log() - own
+    if label_smoothing:
+        mean = comm_ops.all_reduce(x.sum(-1), context.group) / action.units
+        loss = (1 - label_smoothing) * loss + label_smoothing * (total.log() - mean)
+    loss = loss.masked_fill(ignored, 0)
+    if reduction != "none":
+        loss = loss.sum() / ((~ignored).sum() if reduction == "mean" else 1)
+    return loss.to(input.dtype)
+
+
+_INSTEAD = {"dropout": _drop_out, "embedding": _look_up, "cross_entropy": _cross_entropy}
