@@ -615,14 +615,15 @@ def test_cache_that_the_forward_fills():
         found, expected = (m(x, cache=c) for m, c in zip((sharded, whole), caches))
         assert torch.allclose(found, expected, rtol=1e-9)
         assert caches[0].kept.shape == (2, 3, 16) and type(caches[0].kept) is torch.Tensor
-        for length in (3, 1, 2):
-            x = torch.randn(2, length, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(length))
-            same_output(*(m(x, cache=c) for m, c in zip((sharded, whole), caches)))
-        again, half = copy.deepcopy(caches[0]), copy.deepcopy(caches[0])
-        same_output(sharded(x, cache=again), whole(x, cache=caches[1]))
-        half.__dict__.pop("_tp_shards")  # nothing says any more that it is a shard
-        with pytest.raises(RuntimeError, match="shards from an earlier call"):
-            sharded(x, cache=half)
+        with torch.no_grad():
+            for length in (3, 1, 2):
+                x = torch.randn(2, length, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(length))
+                same_output(*(m(x, cache=c) for m, c in zip((sharded, whole), caches)))
+            again, half = copy.deepcopy(caches[0]), copy.deepcopy(caches[0])
+            same_output(sharded(x, cache=again), whole(x, cache=caches[1]))
+            half.__dict__.pop("_tp_shards")  # nothing says any more that it is a shard
+            with pytest.raises(RuntimeError, match="shards from an earlier call"):
+                sharded(x, cache=half)
 
     check(Net, features(2, 3, 8), 2, then=then)
 

@@ -125,7 +125,12 @@ def localised(node, local, out_shapes, at_of):
             if len(args) > i and args[i] is not None and whole != part:
                 args[i] = min(max(args[i], -whole), whole) * part // whole
     elif name == "native_group_norm":
-        args[3] = local[x.id].shape[0]
+        batch, channels = local[x.id].shape[:2]
+        args[3:7] = batch, channels, args[5], args[6] * channels // x.shape[1]
+    elif name == "convolution":
+        (dim, outer, inner), groups = at_of.get(x.id) or (0, 1, 1), rules.table.arg(node, "groups")
+        if (dim, outer) == (1, 1) and groups > 1:  # whole groups: those that are there
+            args[8] = groups * local[x.id].shape[1] // x.shape[1]
     return tuple(args), kwargs
 
 
@@ -162,6 +167,8 @@ def check_claim(node, axes, axis, env, outs):
         return 0
     hit = effect.contract & mine
     out_at = [axis.find(axes, v) for v in node.outputs]
+    if hit and effect.mean and axis.size % N:
+        return 0  # a mean of means of uneven shards: refused by the layout
     if hit and (hit != mine or any(at is not None for at in out_at)):
         return 0
     if not hit and (not out_at or not out_at[0]):
@@ -194,7 +201,7 @@ def check_claim(node, axes, axis, env, outs):
         if v.id not in outs or "empty" in str(node.op):
             continue
         if hit:
-            got = sum(r[v.id] for r in results)
+            got = sum(r[v.id] for r in results) / (N if effect.mean else 1)
         elif at:
             got = unshard([r[v.id] for r in results], at, axis)
         else:
