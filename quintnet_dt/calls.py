@@ -34,6 +34,13 @@ class _Calls(TorchFunctionMode):
             if not self.frames:
                 self.__exit__(None, None, None)
 
+    def drop(self, context):
+        """Forget the frames of a call that was interrupted."""
+        if self.frames:
+            self.frames = [frame for frame in self.frames if frame[0] is not context]
+            if not self.frames:
+                self.__exit__(None, None, None)
+
     def change(self, frame, name):
         """The forward takes another path than the one that was shown: its next call is `name` (None: it ends). Go on with programs
         shown for this path, if what has run so far is the same in them."""

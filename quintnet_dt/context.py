@@ -29,7 +29,8 @@ class Context:
         self.mesh, self._group = mesh, group
         self.programs = {}
         self.paths, self.call = None, None  # Paths; the call that the user made, while it runs
-        self.depth = 0  # how many of the model's forwards are running, one inside the other
+        self.running = []  # (ModuleHooks, program, parameters shown) of each of its forwards that is running, one inside the other
+        self.frame = None  # of the outermost one
 
     @property
     def group(self):
@@ -43,7 +44,7 @@ class Context:
         return new
 
     def __getstate__(self):
-        return {**vars(self), "_group": None}
+        return {**vars(self), "_group": None, "call": None, "running": [], "frame": None}
 
     def act(self, actions, x):
         """Apply actions to a tensor."""

@@ -51,7 +51,14 @@ def ghost(model, fake_mode=None, local_shape=None, device=None):
 
 def is_ours(hook):
     """Whether a module's hook is this library's."""
-    return getattr(type(getattr(hook, "__self__", None)), "tensor_parallel_hook", False)
+    return getattr(hook, "__module__", None) == f"{__package__}.hooks"
+
+
+def user_hooks(module):
+    """A module's hooks that are neither torch's nor this library's."""
+    kinds = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
+    known = "torch.", f"{__package__}."
+    return [h for hooks in kinds for h in hooks.values() if not str(getattr(h, "__module__", "")).startswith(known)]
 
 
 def strip(model):

@@ -4,6 +4,8 @@ Parameters are DTensors; while a module's forward runs, the attributes that it r
 plain tensors at their cost.
 """
 
+import sys
+
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -14,56 +16,55 @@ from .utils import SHARDS, lookup
 
 
 class ModuleHooks:
-    """The two hooks of one module, and what they must undo when its forward ends."""
+    """The two hooks of one module. Those of the user's that were there before see what the forward's own code sees."""
 
-    tensor_parallel_hook = True  # so that a copy for planning can be stripped of it
-
-    def __init__(self, context, path, owners, early):
+    def __init__(self, context, path, owners):
         self.context, self.path, self.owners = context, path, owners
-        self.early = early  # whether `start` is a hook of its own, before those of the user
-        self.running = []  # (program, parameters shown) of each forward that is under way
-
-    def start(self, module, args, kwargs):
-        """Choose the programs for a call that the user makes. A forward that is recomputed in a backward keeps those that it had."""
-        context = self.context
-        if context.depth == 0 and context.paths is not None and not in_backward():
-            context.call = (self.path, self.owners, module, args, kwargs)
-            context.programs = context.paths.programs(*context.call)
-        context.depth += 1
-        self.running.append(None)
 
     def before(self, module, args, kwargs):
-        """Show the module the local tensors of its parameters, and apply the actions on its inputs."""
-        if not self.early:
-            self.start(module, args, kwargs)
-        program, shown = self.context.programs.get(self.path), []
-        self.running[-1] = (program, shown)
+        """Choose the programs for a call that the user makes; show the module the local tensors of its parameters, and apply the actions on
+        its inputs. A forward that is recomputed in a backward keeps the programs that it had."""
+        context = self.context
+        if context.running and is_over(context.frame):
+            unwind(context)
+        if not context.running:
+            context.frame = sys._getframe(1)
+            if context.paths is not None and not in_backward():
+                context.call = (self.path, self.owners, module, args, kwargs)
+                context.programs = context.paths.programs(*context.call)
+        program, shown = context.programs.get(self.path), []
+        context.running.append((self, program, shown))
         if program is None:
             return None
+        if program.names:
+            calls.push(context, program, self.path)
         if program.params:
             with quiet:
                 self.show_params(program.params, shown)
-        if program.names:
-            calls.push(self.context, program, self.path)
-        return self.context.apply((args, kwargs), program.inputs)
+        return context.apply((args, kwargs), program.inputs)
 
     def show_params(self, params, shown):
         for name, actions in params.items():
             for owner, attr in self.owners[name]:
                 if attr not in owner.__dict__:
                     p = owner._parameters[attr]
+                    if not isinstance(p, DTensor) and self.context.mesh is not None:
+                        raise RuntimeError(
+                            f"{name}: expected the DTensor that apply_tensor_parallel made, found a {type(p).__name__} (replaced, or loaded with "
+                            "assign=True?): copy values into the DTensor, or change the model before it is split"
+                        )
                     show(owner, attr, self.context.act(actions, p.to_local() if isinstance(p, DTensor) else p))
                     shown.append((owner, attr, p))
 
     def after(self, module, args, kwargs, output):
         """Undo what `before` did, also after an exception, and apply the actions on the outputs."""
-        if not self.running:
+        context = self.context
+        if not context.running or context.running[-1][0] is not self:  # an exception came before `before`
             return None
-        self.context.depth -= 1
-        if self.context.depth == 0:
-            self.context.call = None
+        _, program, shown = context.running.pop()
+        if not context.running:
+            context.call = context.frame = None
             self.mark((args, kwargs, output))
-        program, shown = self.running.pop() or (None, [])
         if program is None:
             return None
         try:
@@ -74,8 +75,7 @@ class ModuleHooks:
                 hide(owner, attr, p)
         if output is None or not program.outputs:
             return None
-        return self.context.apply(output, program.outputs)
-
+        return context.apply(output, program.outputs)
 
     def mark(self, objects):
         """Tell objects such as a key-value cache which of the tensors that they keep are shards."""
@@ -103,13 +103,28 @@ def hide(owner, attr, param):
         setattr(owner, attr, param)
 
 
+def is_over(frame):
+    """Whether a call has ended: torch runs no hook after a KeyboardInterrupt."""
+    try:
+        frame.clear()
+        return True
+    except RuntimeError:
+        return False
+
+
+def unwind(context):
+    """Undo what an interrupted call left."""
+    for _, _, shown in context.running[::-1]:
+        for owner, attr, p in shown:
+            hide(owner, attr, p)
+    context.running.clear()
+    calls.drop(context)
+
+
 def hook(module, context, path, owners):
     """Register the hooks of one module."""
-    early = bool(module._forward_pre_hooks)
-    hooks = ModuleHooks(context, path, owners, early)
-    if early:
-        module.register_forward_pre_hook(hooks.start, with_kwargs=True, prepend=True)
-    module.register_forward_pre_hook(hooks.before, with_kwargs=True)
+    hooks = ModuleHooks(context, path, owners)
+    module.register_forward_pre_hook(hooks.before, with_kwargs=True, prepend=True)
     module.register_forward_hook(hooks.after, with_kwargs=True, always_call=True)
 
 

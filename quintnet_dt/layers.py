@@ -47,11 +47,11 @@ class ShardedModule(ParallelStyle):
 def _shard(layer, mesh, placements, program, src_data_rank):
     """Give one layer its style. `placements` and the program's params go by attribute name."""
     mesh = mesh.mesh if isinstance(mesh, ProcessGroupManager) else mesh
-    layer.register_forward_pre_hook(_positional, with_kwargs=True)
     context = Context(mesh)
     context.programs = {"": program}
     style = ShardedModule(context, "", parameter_owners(layer), placements, {})
     parallelize_module(layer, mesh, style, src_data_rank=src_data_rank)
+    layer.register_forward_pre_hook(_positional, with_kwargs=True, prepend=True)
 
 
 def _positional(module, args, kwargs):

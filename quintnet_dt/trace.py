@@ -14,7 +14,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
-from .ghost import fake_inputs, ghost, real_inputs
+from .ghost import fake_inputs, ghost, real_inputs, user_hooks
 from .graph import Call, Graph, ModuleCall, Node, Value
 from .private import FakeTensor, FakeTensorMode, TorchDispatchMode, hidden_fakes, silent_fakes, unset_fake_temporarily
 from .utils import call_name, held, in_custom_function, is_float, replace, shard_kept, source_line, tensors
@@ -103,8 +103,8 @@ class Recorder:
                 if id(p) not in self._values:
                     v = self.graph.params[name] = self.value(p)
                     v.param, v.trainable = name, is_float(v)
-            steady = type(module).forward in STEADY
-            module.register_forward_pre_hook(partial(self.enter, path, steady), with_kwargs=True, prepend=True)
+            steady, watched = type(module).forward in STEADY, bool(user_hooks(module))
+            module.register_forward_pre_hook(partial(self.enter, path, steady, watched), with_kwargs=True, prepend=True)
             module.register_forward_hook(self.leave, with_kwargs=True, always_call=True)
 
     def give(self, inputs):
@@ -132,9 +132,9 @@ class Recorder:
     def values(self, obj):
         return {p: self.value(t) for p, t in tensors(obj)}
 
-    def enter(self, path, steady, module, args, kwargs):
+    def enter(self, path, steady, watched, module, args, kwargs):
         parent = self._stack[-1] if self._stack else None
-        call = ModuleCall(path, parent, self.values((args, kwargs)), steady=steady)
+        call = ModuleCall(path, parent, self.values((args, kwargs)), {}, steady, watched)
         if parent is None:
             for v in call.inputs.values():
                 v.trainable = is_float(v)

@@ -128,9 +128,9 @@ def localised(node, local, out_shapes, at_of):
         batch, channels = local[x.id].shape[:2]
         args[3:7] = batch, channels, args[5], args[6] * channels // x.shape[1]
     elif name == "convolution":
-        (dim, outer, inner), groups = at_of.get(x.id) or (0, 1, 1), rules.table.arg(node, "groups")
-        if (dim, outer) == (1, 1) and groups > 1:  # whole groups: those that are there
-            args[8] = groups * local[x.id].shape[1] // x.shape[1]
+        part, whole = local[x.id].shape[1], x.shape[1]
+        if part < whole and out[1] < node.outputs[0].shape[1]:  # whole groups: those that are there
+            args[8] = args[8] * part // whole
     return tuple(args), kwargs
 
 
