@@ -11,6 +11,7 @@ _PUBLIC = {
     "VocabParallelEmbedding": "layers",
     "apply_tensor_parallel": "rewrite",
     "plan_tensor_parallel": "rewrite",
+    "register_axis_rule": "rules",
 }
 __all__ = list(_PUBLIC)
 

@@ -32,6 +32,7 @@ class Axes:
         self._dims = {}
         self.effects = {}
         for call in graph.calls:
+            self.call = call  # whose nodes' rules are applied
             for node in call.nodes:
                 self.effects[id(node)] = Effect()
                 (unknown if call.opaque else rule_of(node))(node, self)

@@ -6,6 +6,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from . import comm_ops
+from .composites import restated
 from .context import quiet
 from .on_shard import on_shard
 from .program import Program
@@ -31,13 +32,6 @@ class _Calls(TorchFunctionMode):
                 self.change(frame, None)
         finally:
             self.frames.pop()
-            if not self.frames:
-                self.__exit__(None, None, None)
-
-    def drop(self, context):
-        """Forget the frames of a call that was interrupted."""
-        if self.frames:
-            self.frames = [frame for frame in self.frames if frame[0] is not context]
             if not self.frames:
                 self.__exit__(None, None, None)
 
@@ -70,6 +64,9 @@ class _Calls(TorchFunctionMode):
         name = None if quiet.depth else call_name(func)
         if name is None:
             return func(*args, **kwargs)
+        if (inner := restated(func, args, kwargs)) is not None:
+            with self:
+                return inner(*args, **kwargs)
         frame = self.frames[-1]
         number = frame[3]
         if frame[1].names[number : number + 1] != [name]:

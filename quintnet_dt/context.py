@@ -30,7 +30,6 @@ class Context:
         self.programs = {}
         self.paths, self.call = None, None  # Paths; the call that the user made, while it runs
         self.running = []  # (ModuleHooks, program, parameters shown) of each of its forwards that is running, one inside the other
-        self.frame = None  # of the outermost one
 
     @property
     def group(self):
@@ -44,7 +43,7 @@ class Context:
         return new
 
     def __getstate__(self):
-        return {**vars(self), "_group": None, "call": None, "running": [], "frame": None}
+        return {**vars(self), "_group": None, "call": None, "running": []}
 
     def act(self, actions, x):
         """Apply actions to a tensor."""

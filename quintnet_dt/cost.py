@@ -1,15 +1,16 @@
 """What a layout sends, and how to send less: bytes by action, and reductions moved to where there are fewer."""
 
-from .layout import Action
+from .sharding import Action
 
 
 def cost(graph, layout, n):
     """Bytes that a rank sends in one forward and backward, under ring collectives (as counted in https://arxiv.org/abs/1909.09756):
     2 (n-1)/n of the tensor for an all-reduce, (n-1)/n of the whole tensor for a gather.
     """
-    seen = {(graph.calls[i].inputs[path].id, a[0]) for (i, path), a in layout.uses.items()}
-    seen |= {(v, a[0]) for v, a in layout.values.items()}
-    seen |= {(graph.outputs[p].id, a[0]) for p, a in layout.root.items()}
+    seen = {(graph.calls[i].inputs[path].id, tuple(a)) for (i, path), a in layout.uses.items()}
+    seen |= {(v, tuple(a)) for v, a in layout.values.items()}
+    seen |= {(graph.outputs[p].id, tuple(a)) for p, a in layout.root.items()}
+    seen = {(v, a) for v, actions in seen for a in actions}
     for i, at in layout.kept.items():
         seen |= {(graph.calls[i].inputs[p].id, Action("gather", a.dim)) for p, a in at.items()}
     losses = [(graph.calls[i], a) for i, a in layout.instead.items() if a.kind == "cross_entropy"]
@@ -42,7 +43,8 @@ def hoist(graph, layout):
 
     def movable(call):
         """The outputs that enter, if all that the call makes does, and nothing else is done with it."""
-        if call.index in layout.axis_of or call.opaque or any(n.mutated for n in call.nodes):
+        numbered = not call.opaque and graph.numbered(call, call.module)
+        if call.index in layout.axis_of or not numbered or any(n.mutated for n in call.nodes):
             return None
         if any((call.index, p) in layout.uses for p in call.inputs):
             return None

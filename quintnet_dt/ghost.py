@@ -1,13 +1,38 @@
 """A copy of a model that owns no memory, to plan on while the model itself stays untouched."""
 
 import copy
+from collections import Counter
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from .caches import unshare
+from .composites import plain
 from .private import FakeCopyMode
 from .utils import held, leaves, opaque, replace, shard_kept, tensors
+
+
+class StrayParameter(ValueError):
+    """Something other than its module holds a parameter, and would keep the old one when the model is split."""
+
+    def __init__(self, names):
+        super().__init__(
+            f"{', '.join(names)}: expected every parameter to be read as an attribute of its module, found one that something else holds (a list, "
+            "a partial, a lambda, an optimizer kept in the model), which would keep the old one: read it as self.name, and make optimizers afterwards"
+        )
+
+
+class _Memo(dict):
+    """Counts how often a copy meets each object."""
+
+    def __init__(self):
+        super().__init__()
+        self.met = Counter()
+
+    def get(self, key, default=None):
+        self.met[key] += 1
+        return super().get(key, default)
 
 
 def ghost(model, fake_mode=None, local_shape=None, device=None):
@@ -16,7 +41,7 @@ def ghost(model, fake_mode=None, local_shape=None, device=None):
     `local_shape(name, param)` gives the shape of a parameter; its whole shape by default. Without `fake_mode` the copy shares the
     parameters (which a forward does not write to) and copies the buffers, for a forward that must see values.
     """
-    memo = {}
+    memo = _Memo()
 
     def fake(t, shape=None):
         shape = tuple(t.shape) if shape is None else tuple(shape)
@@ -33,8 +58,12 @@ def ghost(model, fake_mode=None, local_shape=None, device=None):
         elif isinstance(p, DTensor):
             memo[id(p)] = nn.Parameter(p.full_tensor(), p.requires_grad)
         else:
-            memo[id(p)] = p
+            memo[id(p)] = nn.Parameter(p.detach(), p.requires_grad)
+    own, free = Counter(), {id(p) for p in model.parameters() if not isinstance(p, DTensor)}
     for module in model.modules():
+        own.update(map(id, module._parameters.values()))
+        if type(module).__setattr__ is not nn.Module.__setattr__:  # keeps a list of its own, as nn.LSTM does
+            free -= set(map(id, module._parameters.values()))
         for _, t in tensors(list(vars(module).values())):  # buffers, and what it keeps besides
             if id(t) not in memo:
                 memo[id(t)] = fake(t) if fake_mode is not None else t.detach().clone()
@@ -42,28 +71,37 @@ def ghost(model, fake_mode=None, local_shape=None, device=None):
             if is_ours(hook):  # to be stripped: not copied, with all that they hold
                 memo[id(hook.__self__)] = hook.__self__
     try:
-        return strip(copy.deepcopy(model, memo))
+        copied = strip(copy.deepcopy(model, memo))
     except Exception as e:
         raise RuntimeError(
             f"{type(model).__name__} cannot be deep-copied, which planning needs so that the model itself stays untouched: {e}"
         ) from e
+    if stray := [name for name, p in model.named_parameters() if id(p) in free and memo.met[id(p)] > own[id(p)]]:
+        raise StrayParameter(stray)
+    unshare(model, copied)
+    return copied
 
 
 def is_ours(hook):
     """Whether a module's hook is this library's."""
-    return getattr(hook, "__module__", None) == f"{__package__}.hooks"
+    return getattr(hook, "__module__", None) in (f"{__package__}.hooks", f"{__package__}.composites")
 
 
 def user_hooks(module):
-    """A module's hooks that are neither torch's nor this library's."""
-    kinds = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
+    """A module's hooks that are neither torch's nor this library's, by the ids of their handles."""
+    found = [item for hooks in hooks_of(module) for item in hooks.items()]
     known = "torch.", f"{__package__}."
-    return [h for hooks in kinds for h in hooks.values() if not str(getattr(h, "__module__", "")).startswith(known)]
+    return {k: h for k, h in found if not str(getattr(h, "__module__", "")).startswith(known)}
+
+
+def hooks_of(module):
+    return module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
 
 
 def strip(model):
     """Take this library's hooks off a copy of a model that they were applied to."""
     for module in model.modules():
+        plain(module)
         for name in module._parameters:  # copied while it ran: its local tensor hides the parameter
             vars(module).pop(name, None)
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
@@ -83,8 +121,11 @@ def fake_inputs(fake_mode, args, kwargs, known=None):
             with fake_mode:
                 memo[id(t)] = torch.empty(shape, dtype=t.dtype, device=t.device)
 
+    given = {id(t): t for _, t in tensors((args, kwargs))}  # one that is given twice stays one
+    fakes = {i: fake_mode.from_tensor(t.detach()).requires_grad_(t.requires_grad) for i, t in given.items()}
+
     def convert(obj):
-        changes = {p: fake_mode.from_tensor(t.detach()).requires_grad_(t.requires_grad) for p, t in tensors(obj)}
+        changes = {p: fakes[id(t)] for p, t in tensors(obj)}
         if known is not None:
             known.update((id(changes[p]), t.detach()) for p, t in tensors(obj))
         with FakeCopyMode(fake_mode):
@@ -97,8 +138,11 @@ def fake_inputs(fake_mode, args, kwargs, known=None):
 def real_inputs(args, kwargs):
     """Copies of the inputs: a forward that runs on them cannot change the user's."""
 
+    given = {id(t): t for _, t in tensors((args, kwargs))}
+    copies = {i: t.detach().clone().requires_grad_(t.requires_grad) for i, t in given.items()}
+
     def convert(obj):
-        changes = {p: t.detach().clone().requires_grad_(t.requires_grad) for p, t in tensors(obj)}
+        changes = {p: copies[id(t)] for p, t in tensors(obj)}
         return replace(obj, changes | {p: copy.deepcopy(x) for p, x in leaves(obj) if opaque(x)})
 
     return convert(tuple(args)), convert(dict(kwargs))

@@ -15,7 +15,7 @@ class Value:
         self.id, self.tensor = id, tensor
         self.producer, self.param = producer, param
         self.shape, self.dtype = tuple(tensor.shape), tensor.dtype
-        self.trainable = False  # whether it could ever need a gradient: made from a parameter or an input that could
+        self.trainable = tensor.requires_grad  # whether it could ever need a gradient: made from a parameter or an input that could
         self.memory = self  # the value whose memory it shares, if it is a view
 
     @property
@@ -53,6 +53,7 @@ class Call:
     nodes: list = field(default_factory=list)
     source: str = "?"
     opaque: str = ""  # why it must get whole tensors, with whole gradients
+    checkpoints: int = 0  # as `utils.callers` counts them; more than its module's: it is run again when that is not running
 
     def __str__(self):
         return f"{self.name} in {self.module.path or 'the root'} ({self.source})"
@@ -69,6 +70,7 @@ class ModuleCall:
     outputs: dict = field(default_factory=dict)
     steady: bool = False
     watched: bool = False
+    checkpoints: int = 0
 
     def chain(self):
         """This run and those that called it, innermost first."""
@@ -107,6 +109,10 @@ class Graph:
         read = [v for call in self.calls if call.nodes for v in call.inputs.values()]
         return Counter(v.id for v in [*read, *self.outputs.values()])
 
+    def numbered(self, call, module):
+        """Whether a call can be told from others by its number in a module's run."""
+        return id(module) not in self.unsteady and call.checkpoints == module.checkpoints
+
     @cached_property
     def seen(self):
         """Values by id that hooks of the user's see, or code with a backward of its own: whole, with whole gradients."""
@@ -117,6 +123,18 @@ class Graph:
     def last_write(self):
         """Memory (as its first Value's id) -> index of the last call that wrote to it."""
         return {v.memory.id: c.index for c in self.calls for n in c.nodes for v in n.inputs if v.id in n.mutated}
+
+    @cached_property
+    def made_of(self):
+        """Value id -> the parameters that it is made of, if of them (and constants) alone: a weight that is standardised before its use."""
+        given = {v.id for v in self.modules[0].inputs.values()}
+        made = {v.id: {name} for name, v in self.params.items()}
+        for call in self.calls:
+            ins = [v for v in call.inputs.values() if v.producer is not None or v.id in made or v.id in given]
+            if call.nodes and ins and all(v.id in made for v in ins):
+                names = set().union(*(made[v.id] for v in ins))
+                made.update((v.id, names) for v in call.outputs.values())
+        return made
 
     @cached_property
     def unsteady(self):

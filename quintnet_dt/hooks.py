@@ -4,13 +4,12 @@ Parameters are DTensors; while a module's forward runs, the attributes that it r
 plain tensors at their cost.
 """
 
-import sys
-
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .calls import calls
 from .context import quiet
+from .ghost import hooks_of, user_hooks
 from .private import in_backward
 from .utils import SHARDS, lookup
 
@@ -20,19 +19,18 @@ class ModuleHooks:
 
     def __init__(self, context, path, owners):
         self.context, self.path, self.owners = context, path, owners
+        self.count, self.known = 0, set()  # how many hooks the module had when it was split; which of them were the user's
 
     def before(self, module, args, kwargs):
         """Choose the programs for a call that the user makes; show the module the local tensors of its parameters, and apply the actions on
         its inputs. A forward that is recomputed in a backward keeps the programs that it had."""
         context = self.context
-        if context.running and is_over(context.frame):
-            unwind(context)
-        if not context.running:
-            context.frame = sys._getframe(1)
-            if context.paths is not None and not in_backward():
-                context.call = (self.path, self.owners, module, args, kwargs)
-                context.programs = context.paths.programs(*context.call)
+        if not context.running and context.paths is not None and not in_backward():
+            context.call = (self.path, self.owners, module, args, kwargs)
+            context.programs = context.paths.programs(*context.call)
         program, shown = context.programs.get(self.path), []
+        if program is not None and sum(map(len, hooks_of(module))) != self.count:
+            self.check(module, program)
         context.running.append((self, program, shown))
         if program is None:
             return None
@@ -42,6 +40,16 @@ class ModuleHooks:
             with quiet:
                 self.show_params(program.params, shown)
         return context.apply((args, kwargs), program.inputs)
+
+    def check(self, module, program):
+        """Refuse hooks that the user added since, where they would see shards."""
+        new = user_hooks(module).keys() - self.known
+        backward = new & {*module._backward_hooks, *module._backward_pre_hooks}
+        if self.context.mesh is not None and new and (program.inside or backward and program.inputs):
+            raise RuntimeError(
+                f"{self.path}: a hook was added to it since the model was split, and would see this rank's shards: register it before "
+                "apply_tensor_parallel, which then keeps whole what it sees, or on a module further out"
+            )
 
     def show_params(self, params, shown):
         for name, actions in params.items():
@@ -63,7 +71,7 @@ class ModuleHooks:
             return None
         _, program, shown = context.running.pop()
         if not context.running:
-            context.call = context.frame = None
+            context.call = None
             self.mark((args, kwargs, output))
         if program is None:
             return None
@@ -103,29 +111,12 @@ def hide(owner, attr, param):
         setattr(owner, attr, param)
 
 
-def is_over(frame):
-    """Whether a call has ended: torch runs no hook after a KeyboardInterrupt."""
-    try:
-        frame.clear()
-        return True
-    except RuntimeError:
-        return False
-
-
-def unwind(context):
-    """Undo what an interrupted call left."""
-    for _, _, shown in context.running[::-1]:
-        for owner, attr, p in shown:
-            hide(owner, attr, p)
-    context.running.clear()
-    calls.drop(context)
-
-
 def hook(module, context, path, owners):
     """Register the hooks of one module."""
     hooks = ModuleHooks(context, path, owners)
     module.register_forward_pre_hook(hooks.before, with_kwargs=True, prepend=True)
     module.register_forward_hook(hooks.after, with_kwargs=True, always_call=True)
+    hooks.count, hooks.known = sum(map(len, hooks_of(module))), set(user_hooks(module))
 
 
 def install(model, context):

@@ -6,9 +6,9 @@ from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
 from .context import Context
 from .hooks import hook, parameter_owners
-from .layout import Action
 from .processgroup import ProcessGroupManager
 from .program import CallProgram, Program
+from .sharding import Action
 
 
 class ShardedModule(ParallelStyle):

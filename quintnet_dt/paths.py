@@ -7,9 +7,9 @@ from math import prod
 import torch
 
 from .axes import Axes
-from .layout import Axis, LayoutError, Sharding
 from .plan import LOCAL, WEIGHT_GATHERED, TensorParallelPlan
 from .planner import Planner, divides, settle
+from .sharding import Axis, LayoutError, Sharding
 from .trace import trace
 from .utils import leaves, opaque
 
@@ -26,7 +26,7 @@ class Paths:
 
     def programs(self, path, owners, module, args, kwargs):
         """The programs for this call of `module`; raises RuntimeError where it cannot be shown right."""
-        key = (path, signature(module, args, kwargs))
+        self.key = key = (path, signature(module, args, kwargs))
         if key not in self.known:
             self.known[key] = [self.learn(path, owners, module, args, kwargs)]
         return self.known[key][0]
@@ -34,7 +34,7 @@ class Paths:
     def variants(self, path, owners, module, args, kwargs):
         """Other programs for this call, whose forward has turned out to take another path than the one that was shown: those
         that are known, then one learned from this call itself."""
-        known = self.known[path, signature(module, args, kwargs)]
+        known = self.known[self.key]  # the modes may have changed within the forward
         yield from list(known)
         known.append(self.learn(path, owners, module, args, kwargs))
         yield known[-1]
@@ -77,19 +77,20 @@ def device_of(model):
 
 def signature(model, args, kwargs):
     """What tells one path through a forward from another: which arguments are there, their kinds, dtypes, ranks and dims of size 1, and the mode."""
-    return (model.training, torch.is_grad_enabled(), *_kinds((args, kwargs), 0))
+    return (model.training, torch.is_grad_enabled(), *_kinds((args, kwargs), 0, {}))
 
 
-def _kinds(obj, depth):
+def _kinds(obj, depth, seen):
     for path, x in leaves(obj):
         if isinstance(x, torch.Tensor):
-            yield path, x.dtype, x.requires_grad, tuple(s == 1 for s in x.shape)
+            same = seen.setdefault(id(x), len(seen))  # query, key and value may be one tensor
+            yield path, same, x.dtype, x.requires_grad, tuple(s == 1 for s in x.shape)
         elif isinstance(x, (bool, int, float, str, type(None))):
             yield path, x
         elif opaque(x) and depth < 4:  # a cache: empty or filled
-            yield path, type(x), tuple(
-                _kinds([v for v in vars(x).values() if not isinstance(v, (int, float))], depth + 1)
-            )
+            sizes = [v for v in vars(x).values() if type(v) in (int, float)]
+            yield path, type(x), tuple((a > b) - (a < b) for a, b in combinations(sizes, 2))  # of lengths: is it full?
+            yield from _kinds([v for v in vars(x).values() if type(v) not in (int, float)], depth + 1, seen)
         else:
             yield path, type(x)
 

@@ -1,18 +1,22 @@
 """Which axes to shard: every axis is tried alone, its bytes counted, and the best that do not conflict are taken; then the weights that are left."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 from math import prod
 
 from .cost import cost, hoist
-from .layout import Axis, LayoutError, Sharding, lay_out
+from .layout import lay_out
 from .program import compile_programs
 from .prove import prove
+from .sharding import Axis, LayoutError, Sharding
 
 # Weights are split until those left whole hold no more than this share of all elements.
 NEGLIGIBLE = 0.02
 # One weight with more than this share is always split: an embedding that is little beside seventy billion others is a gigabyte still.
 VOCABULARY = 0.005
+# Up to so many axes that stand in each other's way, every choice among them is tried.
+EXHAUSTIVE = 10
 
 
 @dataclass
@@ -24,6 +28,24 @@ class Candidate:
     calls: list
     elements: int
     bytes: float = 0.0
+
+
+    def conflicts(self, other):
+        """Whether both cannot be sharded: a weight is split once, and a call works on one axis."""
+        return not self.params.keys().isdisjoint(other.params) or not self.indices.isdisjoint(other.indices)
+
+    @cached_property
+    def indices(self):
+        return frozenset(call.index for call in self.calls)
+
+
+def _regions(candidates):
+    """Candidates in groups: those of different groups have no weight and no call in common."""
+    groups = []
+    for c in candidates:
+        near = [g for g in groups if any(c.conflicts(o) for o in g)]
+        groups = [g for g in groups if g not in near] + [[c, *(o for g in near for o in g)]]
+    return groups
 
 
 @dataclass
@@ -42,18 +64,27 @@ class Planner:
     """Chooses a Sharding over `n` ranks for one traced forward. `fixed[name]` is a user's dim (None: replicate)."""
 
     def __init__(self, graph, axes, n, fixed=None, loss_parallel=False):
-        self.graph, self.axes, self.n, self.fixed, self.loss_parallel = graph, axes, n, fixed or {}, loss_parallel
+        written = {v.memory.param for c in graph.calls for x in c.nodes for v in x.inputs if v.id in x.mutated} - {None}
+        self.fixed = {**dict.fromkeys(written), **(fixed or {})}  # what the forward writes to stays whole
+        self.graph, self.axes, self.n, self.loss_parallel = graph, axes, n, loss_parallel
         self.params = graph.params
         self.why = {}  # parameter -> what stood in the way
         self._alone = {}
         self.touch, self.users = {}, {}
+        total, rest, self.small = sum(map(self.numel, self.params)), 0, set()
+        for name in sorted(self.params, key=self.numel):
+            rest += self.numel(name)
+            if rest > NEGLIGIBLE * total or self.numel(name) >= VOCABULARY * total:
+                break
+            self.small.add(name)
         for call in graph.calls:
             values = [*call.inputs.values(), *call.outputs.values(), *(v for n in call.nodes for v in n.outputs)]
             for v in {v.id: v for v in values}.values() if call.nodes else ():
                 for f in dict.fromkeys(f for dim in axes.final(v) for f in dim):
                     self.touch.setdefault(f, {})[call.index] = call
-            for v in {v.id: v for v in call.inputs.values() if v.param}.values() if call.nodes else ():
-                self.users.setdefault(v.param, []).append(call)
+            made_of = [graph.made_of[v.id] for v in call.inputs.values() if call.nodes and v.id in graph.made_of]
+            for name in set().union(*made_of):
+                self.users.setdefault(name, []).append(call)
 
     def numel(self, name):
         return self.params[name].tensor.numel()
@@ -85,26 +116,34 @@ class Planner:
 
     def weigh(self, candidate):
         """Whether a candidate can be laid out, taken alone; counts its bytes."""
-        sharding = Sharding({p: (d, candidate.axis) for p, (d, _) in candidate.params.items()}, {candidate.axis}, loss_parallel=self.loss_parallel)
         if self.graph.unsteady and self._common_module(candidate.calls) in self.graph.unsteady:
             self.note(candidate.params, "its axis runs through a module whose forward reads values")
             return False
-        try:
-            layout = lay_out(self.graph, self.axes, sharding, candidate.calls)
-        except LayoutError as e:
-            self.note(candidate.params, str(e))
-            return False
-        if self._gathers_weight(layout):
-            call, reason = layout.blockers[0]
-            self.note(candidate.params, f"{reason}: {call}")
+        params, whole = candidate.params, {None}
+        while whole:  # weights that a call needs whole are left out
+            for p in whole:
+                params.pop(p, None)
+            split = {p: (d, candidate.axis) for p, (d, _) in params.items()}
+            sharding = Sharding(split, {candidate.axis}, loss_parallel=self.loss_parallel)
+            try:
+                layout = lay_out(self.graph, self.axes, sharding, candidate.calls)
+            except LayoutError as e:
+                self.note(params, str(e))
+                return False
+            whole = self._gathered_weights(layout) & params.keys()
+            if whole:
+                self.note(whole, "{1}: {0}".format(*layout.blockers[0]))
+        candidate.elements = sum(map(self.numel, params))
+        candidate.calls = [c for c in candidate.calls if c.index in layout.axis_of]
+        if not candidate.elements:
             return False
         candidate.bytes = cost(self.graph, layout, self.n)
         return True
 
-    def _gathers_weight(self, layout):
-        """Whether a call needs a split weight whole."""
-        uses = layout.uses.items()
-        return any(a[0].kind == "gather" and self.graph.calls[i].inputs[p].param for (i, p), a in uses)
+    def _gathered_weights(self, layout):
+        """The split weights that calls need whole, themselves or what is made of them."""
+        gathered = [self.graph.calls[i].inputs[p].id for (i, p), a in layout.uses.items() if a[0].kind == "gather"]
+        return set().union(*(self.graph.made_of.get(v, ()) for v in gathered))
 
     def _common_module(self, calls):
         """The id of the innermost module run that holds all the calls."""
@@ -113,23 +152,45 @@ class Planner:
 
     def choose(self, banned=()):
         """A Sharding. Axes in `banned` are not sharded through the model."""
-        taken, used_by, sharding = set(), {}, Sharding(loss_parallel=self.loss_parallel)
-        weighed = [c for c in self.candidates() if self.weigh(c) and c.axis not in banned]
-        for c in sorted(weighed, key=lambda c: (c.bytes / c.elements, -c.elements)):
-            if c.bytes > sum(self.alone(p).bytes for p in c.params):
-                self.note(c.params, f"sharded through the model, its axis would send {c.bytes:.0f} bytes a step")
-                continue
-            if taken & c.params.keys() or any(used_by.get(x.index, c.axis) != c.axis for x in c.calls):
-                continue
-            taken |= c.params.keys()
+        used_by, sharding, good = {}, Sharding(loss_parallel=self.loss_parallel), []
+        for c in self.candidates():
+            if c.axis not in banned and self.weigh(c):
+                if c.bytes <= self._apart(c.params):
+                    good.append(c)
+                else:
+                    self.note(c.params, f"sharded through the model, its axis would send {c.bytes:.0f} bytes a step")
+        for c in (c for region in _regions(good) for c in self._best(region)):
             used_by.update((x.index, c.axis) for x in c.calls)
             sharding.through.add(c.axis)
             for p, (dim, outer) in c.params.items():
                 sharding.params[p] = (dim, c.axis)
                 if outer != 1:
                     sharding.outer[p] = outer
-        self.fill(sharding)
+        self.fill(sharding, used_by)
         return sharding
+
+    def _apart(self, params):
+        """Bytes a step if each of these weights is split alone; those that would stay whole send none."""
+        return sum(b for p in params if p not in self.small and (b := self.alone(p).bytes) != float("inf"))
+
+    def _best(self, region):
+        """Of candidates that stand in each other's way, those that send the fewest bytes, counting the weights left as split alone: all
+        choices tried where the region is small, else the cheapest for each element first."""
+        region = sorted(region, key=lambda c: (c.bytes / c.elements, -c.elements))
+        if len(region) > EXHAUSTIVE:
+            chosen = []
+            for c in region:
+                chosen += [] if any(c.conflicts(o) for o in chosen) else [c]
+            return chosen
+        everything = {p for c in region for p in c.params}
+
+        def total(chosen):
+            return sum(c.bytes for c in chosen) + self._apart(everything - {p for c in chosen for p in c.params})
+
+        choices = [[]]
+        for c in region:
+            choices += [[*some, c] for some in choices if not any(c.conflicts(o) for o in some)]
+        return min(choices, key=lambda some: (total(some), -sum(c.elements for c in some)))
 
     # Weights that no axis took.
 
@@ -164,28 +225,22 @@ class Planner:
         except LayoutError as e:
             gathered.why = str(e)
             return gathered
-        if self._gathers_weight(layout):
+        if self._gathered_weights(layout):
             gathered.why = "{1}: {0}".format(*layout.blockers[0])
             return gathered
         return Way(dim, axis, cost(self.graph, layout, self.n), False, partners)
 
-    def fill(self, sharding):
-        """Split the largest weights left, until what stays whole is negligible."""
-        total = sum(map(self.numel, self.params))
-        left = sorted((p for p in self.params if p not in sharding.params), key=self.numel, reverse=True)
-        rest = sum(map(self.numel, left))
-        for name in left:
-            if name in sharding.params or (name in self.fixed and self.fixed[name] is None):
+    def fill(self, sharding, used_by):
+        """Split the weights left, the largest first; the small ones stay whole."""
+        for name in sorted(self.params, key=self.numel, reverse=True):
+            if name in sharding.params or self.fixed.get(name, 0) is None or name in self.small and name not in self.fixed:
                 continue
-            small = rest <= NEGLIGIBLE * total and self.numel(name) < VOCABULARY * total
-            if name not in self.fixed and small:
-                break
             way = self.alone(name, sharding.params)
-            if way.axis is None:
-                continue
+            busy = any(call.index in used_by for call in self.users.get(name, ()))
+            if way.axis is None or (busy and not way.gathered and len(self.params[name].shape) == 1):
+                continue  # a row-parallel layer's bias: split, it would break the axis that runs through there
             for p, d in {name: way.dim, **way.partners}.items():
                 sharding.params[p] = (d, way.axis)
-                rest -= self.numel(p)
             if way.gathered:
                 sharding.whole.add(name)
                 self.why[name] = way.why

@@ -15,18 +15,23 @@ from torch.distributed.tensor.placement_types import _StridedShard  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: F401
 
 
+# The softmax within F.scaled_dot_product_attention: a row of which every element is masked gives zeros.
+safe_softmax = torch._safe_softmax
+
+
 @contextlib.contextmanager
 def hidden_fakes():
-    """Model code that asks whether a tensor is a FakeTensor is told no.
+    """Model code that asks whether a tensor is a FakeTensor is told no, and `x.tolist()` is one call, as of any tensor.
 
     transformers builds other attention masks when it believes that it is exported; the path to record is the one of a plain call.
     """
-    namespace = torch._subclasses
+    namespace, tolist = torch._subclasses, FakeTensor.tolist
     namespace.FakeTensor = type("FakeTensor", (), {})
+    FakeTensor.tolist = lambda x: torch.overrides.handle_torch_function(torch.Tensor.tolist, (x,), x)
     try:
         yield
     finally:
-        namespace.FakeTensor = FakeTensor
+        namespace.FakeTensor, FakeTensor.tolist = FakeTensor, tolist
 
 
 @contextlib.contextmanager

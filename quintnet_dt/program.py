@@ -8,7 +8,8 @@ a call by its number, which takes a torch-function mode around that module's for
 from collections import Counter
 from dataclasses import dataclass, field
 
-from .layout import Action, LayoutError, linear
+from .analysis import linear
+from .sharding import PARTIAL, Action, LayoutError
 
 
 @dataclass
@@ -31,6 +32,7 @@ class Program:
     outputs: dict = field(default_factory=dict)
     calls: dict = field(default_factory=dict)
     names: list = field(default_factory=list)  # of all calls that its mode sees, where one watches it
+    inside: bool = field(default=False, compare=False)  # whether hooks would see shards or partial results as its inputs or outputs
     shards: dict = field(default_factory=dict)  # path of an object in (args, kwargs, output) -> {place: Action} of the shards that it keeps
 
     def does_as(self, other):
@@ -46,7 +48,22 @@ class Program:
 
 def compile_programs(graph, layout, sizes=None):
     """Programs by module path. `sizes[call index]`: paths of sizes to divide. Raises LayoutError where no program can do what the layout asks."""
-    return _Compiler(graph, layout, sizes or {}).run()
+    aside = set()
+    while True:
+        try:
+            return _Compiler(graph, layout, sizes or {}, aside).run()
+        except _Differ as e:
+            if e.path in aside:
+                raise
+            aside.add(e.path)
+
+
+class _Differ(LayoutError):
+    """A module's runs need different programs."""
+
+    def __init__(self, path, axis):
+        super().__init__(f"{path} runs more than once, in ways that differ", axis=axis)
+        self.path = path
 
 
 def holds(values, v):
@@ -55,8 +72,10 @@ def holds(values, v):
 
 
 class _Compiler:
-    def __init__(self, graph, layout, sizes):
+    def __init__(self, graph, layout, sizes, aside):
         self.graph, self.layout, self.sizes = graph, layout, sizes
+        self.aside = aside  # modules whose calls are numbered by their callers
+        self.closed = aside | {m.path for m in graph.modules if m.watched}  # and others at whose borders nothing is done
         self.readers = {}  # value id -> calls that read it
         self.direct = {}  # (value id, module run) -> calls of that run that read it
         self.within = Counter()  # (value id, module run) -> how many calls read it in that run and what it calls
@@ -87,6 +106,11 @@ class _Compiler:
         for index, sizes in self.sizes.items():
             self.at(self.graph.calls[index]).sizes = sizes
         self.per_run[id(self.graph.modules[0])].shards = self.layout.shards
+        states, whole = self.layout.states, self.layout.values
+        for m in self.graph.modules[1:]:
+            program, seen = self.per_run[id(m)], {v.id for v in (*m.inputs.values(), *m.outputs.values())}
+            split = any(a.kind == "split" for actions in program.inputs.values() for a in actions)
+            program.inside = split or any(states.get(i) is not None and i not in whole for i in seen)
         self.number()
         return self.merge()
 
@@ -122,7 +146,7 @@ class _Compiler:
                     if same or not actions:
                         continue
                 if agree and self.within[at] == len(self.direct[at]) and not holds(m.outputs, v):
-                    given = [p for p, x in m.inputs.items() if x is v and not m.watched]
+                    given = [p for p, x in m.inputs.items() if x is v and m.path not in self.closed]
                     self.per_run[id(m)].inputs.update({p: actions for p in given})
                     if given:
                         continue
@@ -144,8 +168,10 @@ class _Compiler:
         for x in chain[::-1]:
             if self.output(x, actions):
                 return
-        call = self.graph.calls[v.producer]
-        at = [p for p, x in call.outputs.items() if x is v]
+            if x.tensor.is_contiguous() and not v.tensor.is_contiguous():
+                break  # a later dropout draws its mask in the order of memory, which a collective makes that of the dims
+        call = self.graph.calls[x.producer]
+        at = [p for p, y in call.outputs.items() if y is x]
         if not at:
             raise LayoutError("a tensor that was written to in place cannot be completed", call, self.axis(call))
         self.at(call).outputs.update({p: actions for p in at})
@@ -155,24 +181,31 @@ class _Compiler:
             return False
         m = self.graph.calls[v.producer].module
         at = [p for p, x in m.outputs.items() if x is v]
-        if not at or m.watched or self.within[v.id, id(m)] or any(v is x for _, _, x in self.graph.held):
+        if not at or m.path in self.closed or self.within[v.id, id(m)] or any(v is x for _, _, x in self.graph.held):
             return False
         self.per_run[id(m)].outputs.update({p: actions for p in at})
         return True
 
     def axis(self, call):
-        return self.layout.axis_of.get(call.index)
+        """The axis that a call works on, or whose partial results it was given."""
+        found = self.layout.axis_of.get(call.index)
+        makers = (self.graph.calls[v.producer] for v in call.inputs.values() if self.layout.states.get(v.id) is PARTIAL)
+        return found or next(filter(None, map(self.axis, makers)), None)
 
     def on_shards(self, call):
         """Whether a call works on shards or partial results."""
         states = self.layout.states
         return call.index in self.layout.axis_of or any(states.get(v.id) is not None for v in call.inputs.values())
 
+    def caller(self, call):
+        """The module run that a call is numbered in."""
+        return next(m for m in call.module.chain() if m.path not in self.aside)
+
     def number(self):
         """Give each call with a program its number among the calls that its module's mode will see. A module that computes on shards in its
         own code is watched too: its calls must be those that were shown right."""
-        watched = {self.graph.calls[i].module.path for i in self.at_calls}
-        paths = watched | {c.module.path for c in self.graph.calls if self.on_shards(c) and not c.module.steady}
+        watched = {self.caller(self.graph.calls[i]).path for i in self.at_calls}
+        paths = watched | {self.caller(c).path for c in self.graph.calls if self.on_shards(c) and not c.module.steady}
         for call in self.graph.calls:
             m = call.module
             while m is not None and m.path not in paths:
@@ -182,10 +215,9 @@ class _Compiler:
             if id(m) in self.graph.unsteady and m.path not in watched:
                 continue
             program = self.per_run[id(m)]
-            if call.index in self.at_calls and id(m) in self.graph.unsteady:
-                raise LayoutError(
-                    "the forward reads values, so its calls cannot be told apart by number", call, self.axis(call)
-                )
+            if call.index in self.at_calls and not self.graph.numbered(call, m):
+                reason = "the forward reads values, or runs a function in a checkpoint, so its calls cannot be told apart by number"
+                raise LayoutError(reason, call, self.axis(call))
             if call.index in self.at_calls:
                 program.calls[len(program.names)] = self.at_calls[call.index]
             program.names.append(call.name)
@@ -197,5 +229,6 @@ class _Compiler:
             new, old = self.per_run[id(m)], programs.setdefault(m.path, self.per_run[id(m)])
             if old != new:
                 axis = next((self.axis(c) for c in self.graph.calls if c.module.within(m) and self.axis(c)), None)
-                raise LayoutError(f"{m.path} runs more than once, in ways that differ", axis=axis)
+                raise _Differ(m.path, axis)
+            old.inside |= new.inside
         return programs

@@ -12,10 +12,10 @@ from .comm_ops import SimulatedGroup, chunk_sizes
 from .context import Context, quiet
 from .ghost import fake_inputs, ghost
 from .hooks import install
-from .layout import Axis, LayoutError
 from .private import FakeTensorMode, silent_fakes
 from .program import compile_programs
-from .trace import Recorder, reads_values, record
+from .sharding import Axis, LayoutError
+from .trace import UNSEEN, Recorder, reads_values, record
 from .utils import leaves, lookup, tensors
 
 # Calls whose integers are sizes: they may differ between the whole and the shard when what comes out is as expected.
@@ -76,23 +76,24 @@ class _Checker(Recorder):
         super().__init__()
         self.whole = graph.calls
         self.axes, self.layout, self.n = axes, layout, n
-        self.at, self.sizes, self.readings = 0, {}, iter(graph.readings)
+        self.at, self.sizes, self.readings = 0, {}, {}
+        for i, result, _ in graph.readings:
+            self.readings.setdefault(i, []).append(result)
 
     @property
     def paused(self):
         return quiet.depth > 0
 
     def error(self, reason):
+        """A LayoutError of the sharded axis nearest to the present call: in its module, else in those around it."""
         call = self.whole[self.at] if self.at < len(self.whole) else None
-        axis = None
-        for c in self.whole[: self.at + 1][::-1]:  # the sharded axis nearest before
-            if call is not None and c.module.within(call.module) or c is call:
-                axis = self.layout.axis_of.get(c.index) or next(
-                    (s for v in c.inputs.values() if isinstance(s := self.layout.states.get(v.id), Axis)), None
-                )
-            if axis is not None:
-                break
-        return LayoutError(reason, call, axis)
+        near = sorted(self.whole, key=lambda c: (c.index > self.at, abs(c.index - self.at)))
+        for module in call.module.chain() if call is not None else ():
+            for c in near:
+                axis = self.layout.axis_of.get(c.index) if c.module.within(module) else None
+                if axis is not None:
+                    return LayoutError(reason, call, axis)
+        return LayoutError(reason, call)
 
     def local_shape(self, v):
         state = self.layout.states.get(v.id)
@@ -109,6 +110,9 @@ class _Checker(Recorder):
         call = self.whole[self.at]
         if name != call.name or self._stack[-1].path != call.module.path:
             raise self.error(f"on shards the forward calls {name} here")
+        if name in UNSEEN:
+            out, self.at = self.reading(), self.at + 1
+            return out
         made = {v.id for v in call.inputs.values()}
         expected = {p: self.local_shape(v) for p, v in call.outputs.items() if v.id not in made}
         self._call = call
@@ -150,15 +154,19 @@ class _Checker(Recorder):
         if self.paused:
             return func(*args, **kwargs)
         if reads_values(func, args):
-            _, result, _ = next(self.readings, (None, None, None))
-            if result is None:
-                raise self.error("reads other values on shards")
+            result = self.reading()
             if not isinstance(result, tuple):
                 return result
             x = next(t for _, t in tensors((args, kwargs)))
             dtype = x.dtype if func._schema.name in ("aten::masked_select", "aten::index") else None
             return torch.empty(result, dtype=dtype or torch.int64, device=x.device)
         return self.compute(func, args, kwargs)
+
+    def reading(self):
+        """What the whole forward read here: within the call, since its operators on real tensors may be others."""
+        if not self.readings.get(self.at):
+            raise self.error("reads other values on shards")
+        return self.readings[self.at].pop(0)
 
     def give(self, inputs):
         pass
@@ -187,7 +195,7 @@ def localise(call, args, kwargs, expected):
         x, local = next(iter(call.inputs.values())), next(tensors((args, kwargs)))[1]
         split = call.name != "group_norm" or x.shape[1] != local.shape[1]
         return [groups] if split and ints[groups] == lookup(call.args, groups) else []
-    if call.name in ("view", "reshape", "expand", "unflatten"):
+    if call.name in ("view", "reshape", "expand", "unflatten") or call.name.startswith("new_"):
         (path, local), *_ = expected.items()
         first = 1 if call.name == "unflatten" else 0
         sizes = zip(

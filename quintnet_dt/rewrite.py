@@ -11,16 +11,18 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 from . import inputs
 from .axes import Axes
+from .composites import adapt
 from .context import Context
 from .cost import cost
+from .ghost import StrayParameter
 from .hooks import parameter_owners
 from .layers import ShardedModule
-from .layout import Action
 from .paths import Paths, device_of, sharding_of, signature
 from .plan import GATHERED, LOCAL, REPLICATED, WEIGHT_GATHERED, Entry, TensorParallelPlan, check_user_plan
 from .planner import Planner, settle
 from .processgroup import ProcessGroupManager
 from .program import Program
+from .sharding import Action
 from .trace import trace
 
 
@@ -102,7 +104,7 @@ def _make_plan(model, n, example_inputs, user, loss_parallel):
             graph = trace(model, args, kwargs, device=device)
             break
         except Exception as e:
-            if given:
+            if given or isinstance(e, StrayParameter):
                 raise
             failed = failed or e
     else:
@@ -195,6 +197,7 @@ def _apply(model, mesh, plan, known, src_data_rank):
         for buffer in model.buffers():
             if buffer.device.type != "meta" and buffer.numel():
                 dist.broadcast(buffer, source, group=mesh.get_group())
+    adapt(model)
     model.tensor_parallel_plan, model.tensor_parallel_mesh = plan, mesh
 
 

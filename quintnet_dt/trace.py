@@ -7,17 +7,21 @@ few and regular, which are what the axis rules read.
 """
 
 import contextlib
-from functools import partial
+import gc
+from functools import cache, partial
+from types import CellType
 
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
-from .ghost import fake_inputs, ghost, real_inputs, user_hooks
+from .caches import forgotten
+from .composites import restated
+from .ghost import StrayParameter, fake_inputs, ghost, real_inputs, user_hooks
 from .graph import Call, Graph, ModuleCall, Node, Value
 from .private import FakeTensor, FakeTensorMode, TorchDispatchMode, hidden_fakes, silent_fakes, unset_fake_temporarily
-from .utils import call_name, held, in_custom_function, is_float, replace, shard_kept, source_line, tensors
+from .utils import call_name, callers, held, is_float, replace, shard_kept, source_line, tensors
 
 # What a forward may read of its values: on fake tensors these have no answer.
 READS_VALUES = (
@@ -25,12 +29,16 @@ READS_VALUES = (
     "aten::masked_select aten::bincount aten::equal aten::is_nonzero aten::repeat_interleave"
 ).split()
 
+UNSEEN = {"tolist", "numpy"}  # these read values with no operator
+
 # Forwards that make the same calls each time, so that nothing need watch them.
 STEADY = {
     c.forward
     for c in (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
     + (nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Identity, nn.Dropout, nn.Softmax, nn.Sequential, nn.Bilinear)
 }
+
+BATCH_NORMS = {"aten::native_batch_norm", "aten::cudnn_batch_norm", "aten::miopen_batch_norm"}
 
 # Why a call must get whole tensors.
 OPAQUE = "it reads tensors or gradients in ways that operators do not show (an autograd.Function, a hook, torch.vmap)"
@@ -53,12 +61,19 @@ def trace(model, args=(), kwargs=None, *, device=None):
     try:
         copied = ghost(model, fake_mode, device=device)
         fakes = fake_inputs(fake_mode, args, kwargs, recorder.known)
-        return record(copied, *fakes, modes=[fake_mode], recorder=recorder)
+        graph = record(copied, *fakes, modes=[fake_mode], recorder=recorder)
+    except StrayParameter:
+        raise
     except Exception:
         shards = any(shard_kept(holder, place) for _, holder, place, _ in held((args, kwargs)))
         if shards or any(p.device.type == "meta" for p in model.parameters()):
             raise
-        return record(ghost(model, device=device), *real_inputs(args, kwargs))
+        graph = record(ghost(model, device=device), *real_inputs(args, kwargs))
+    read = {id(v.tensor) for v in graph.values}  # of the model itself, not of its copy: through a lambda
+    captured = [(name, gc.get_referrers(p)) for name, p in model.named_parameters() if id(p) in read]
+    if stray := [name for name, holders in captured if any(type(x) is CellType for x in holders)]:
+        raise StrayParameter(stray)
+    return graph
 
 
 def record(model, args, kwargs, modes=(), recorder=None):
@@ -68,6 +83,7 @@ def record(model, args, kwargs, modes=(), recorder=None):
     recorder.attach(model)
     with contextlib.ExitStack() as stack:
         gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+        stack.enter_context(forgotten(model))
         stack.enter_context(torch.random.fork_rng(devices=gpus))
         torch.manual_seed(0)  # the same path on every rank
         unseen = saved_tensors_hooks(lambda t: t, lambda t: t)  # a checkpoint around us must not see ours
@@ -134,7 +150,7 @@ class Recorder:
 
     def enter(self, path, steady, watched, module, args, kwargs):
         parent = self._stack[-1] if self._stack else None
-        call = ModuleCall(path, parent, self.values((args, kwargs)), {}, steady, watched)
+        call = ModuleCall(path, parent, self.values((args, kwargs)), {}, steady, watched, callers()[1])
         if parent is None:
             for v in call.inputs.values():
                 v.trainable = is_float(v)
@@ -149,12 +165,17 @@ class Recorder:
             len(self.graph.calls), func, name, self._stack[-1], None, self.values((args, kwargs)), source=source_line()
         )
         call.args = replace((args, kwargs), call.inputs)
-        call.opaque = OPAQUE if name in ("register_hook", "retain_grad") or in_custom_function() else ""
+        sets = getattr(func, "__name__", "") == "__set__"  # x.data = y
+        custom, call.checkpoints = callers()
+        call.opaque = OPAQUE if sets or custom or name in ("register_hook", "retain_grad") else ""
         self._call = call
         try:
-            out = func(*args, **kwargs)
+            out = self.read(func, *args) if name in UNSEEN else func(*args, **kwargs)
         finally:
             self._call = None
+        written = [call.inputs[0, 0]] if sets else [v for n in call.nodes for v in n.inputs if v.id in n.mutated]
+        if param := next((v.param for v in written if v.param), None):
+            raise RuntimeError(f"{call}: expected a forward that leaves {param} as it is; write to it in place and through its `.data`")
         self.graph.calls.append(call)
         known = {v.id for v in (*call.inputs.values(), *(v for n in call.nodes for v in n.outputs))}
         reads = (v for n in call.nodes for v in n.inputs if v.param or v.producer is not None)
@@ -162,6 +183,16 @@ class Recorder:
             call.inputs |= hidden
             call.opaque = OPAQUE
         call.outputs = {p: self.value(t, producer=call.index) for p, t in tensors(out)}
+        return out
+
+    def read(self, func, x, *args):
+        """A call that reads values with no operator: `x.tolist()`."""
+        real = self.known.get(id(x)) if isinstance(x, FakeTensor) else x
+        if real is None:
+            raise RuntimeError("a fake tensor has no values to read")
+        with unset_fake_temporarily():
+            out = func(real, *args)
+        self.graph.readings.append((len(self.graph.calls), out, self.fake))
         return out
 
     def compute(self, func, args, kwargs):
@@ -172,9 +203,9 @@ class Recorder:
             return func(*(a.bfloat16() for a in args[:2]), *args[2:], **kwargs).to(dtype)
         return func(*args, **kwargs)
 
-    def know(self, func, args, kwargs):
-        """Run one operator; on the real tensors behind fake ones too, where those are known."""
-        given, reads = dict(tensors((args, kwargs))), reads_values(func, args)
+    def know(self, func, args, kwargs, given):
+        """Run one operator on the tensors `given`; on the real ones behind fake ones too, where those are known."""
+        reads = reads_values(func, args)
         real = self.run_known(func, args, kwargs, given) if self.fake else None
         if reads and real is not None:
             out = real
@@ -204,20 +235,20 @@ class Recorder:
     def run_node(self, func, args, kwargs):
         if self.paused:
             return func(*args, **kwargs)
-        inputs = {p: self.value(t) for p, t in tensors((args, kwargs))}
-        shared = _aliased(func, args, kwargs)
+        given = dict(tensors((args, kwargs)))
+        inputs = {p: self.value(t) for p, t in given.items()}
+        shared = _aliased(func, args)
         memory = None if shared is None else self.value(shared).memory
         margs, mkwargs = replace((args, kwargs), inputs)
         written = _written(func, args, kwargs)
-        out = self.know(func, args, kwargs)
+        out = self.know(func, args, kwargs, given)
         producer = self._call.index if self._call is not None else None
         old = {id(t): self.value(t).id for t in written}
         for t in written:
             before = self.value(t)
             self.value(t, producer, new=True).memory = before.memory
-        given = {id(x) for _, x in tensors((args, kwargs))}
-        made = [t for _, t in tensors(out if isinstance(out, (tuple, list)) else (out,))]
-        outs = [self.value(t, producer, new=id(t) not in given and id(t) in self._values) for t in made]
+        known = {id(x) for x in given.values()}
+        outs = [self.value(t, producer, new=id(t) not in known and id(t) in self._values) for _, t in tensors(out)]
         outs += [self.value(t) for t in written if not any(self.value(t) is o for o in outs)]
         for v in outs:
             v.trainable |= is_float(v) and any(x.trainable for x in inputs.values())
@@ -240,28 +271,25 @@ def reads_values(func, args):
     return func._schema.name in READS_VALUES and "self_int" not in str(func)
 
 
-def _aliased(func, args, kwargs):
-    """The tensor whose memory an operator's outputs share, by its schema; None if they own theirs."""
-    if any(r.alias_info is not None for r in func._schema.returns):
-        for i, a in enumerate(func._schema.arguments):
-            if a.alias_info is not None and i < len(args) and isinstance(args[i], torch.Tensor):
-                return args[i]
-    return None
+@cache
+def _aliases(func):
+    """(position, name) of the arguments whose memory an operator's outputs share, and of those that it writes to, by its schema."""
+    marked = [(i, a) for i, a in enumerate(func._schema.arguments) if a.alias_info is not None]
+    views = any(r.alias_info is not None for r in func._schema.returns)
+    return [(i, a.name) for i, a in marked if views], [(i, a.name) for i, a in marked if a.alias_info.is_write]
+
+
+def _aliased(func, args):
+    """The tensor whose memory an operator's outputs share; None if they own theirs."""
+    return next((args[i] for i, _ in _aliases(func)[0] if i < len(args) and isinstance(args[i], torch.Tensor)), None)
 
 
 def _written(func, args, kwargs):
-    """The tensors that an operator writes to, by its schema."""
-    found = []
-    if (
-        func._schema.name in ("aten::native_batch_norm", "aten::cudnn_batch_norm", "aten::miopen_batch_norm")
-        and args[5]
-    ):
-        found = [x for x in args[3:5] if x is not None]  # running statistics, which its schema does not tell of
-    for i, a in enumerate(func._schema.arguments):
-        if a.alias_info is not None and a.alias_info.is_write:
-            x = args[i] if i < len(args) else kwargs.get(a.name)
-            found += [t for _, t in tensors((x,))]
-    return found
+    """The tensors that an operator writes to."""
+    found = [args[i] if i < len(args) else kwargs.get(name) for i, name in _aliases(func)[1]]
+    if func._schema.name in BATCH_NORMS and args[5]:
+        found += args[3:5]  # running statistics, which its schema does not tell of
+    return [t for _, t in tensors(found)]
 
 
 class _Calls(TorchFunctionMode):
@@ -270,9 +298,14 @@ class _Calls(TorchFunctionMode):
         self.recorder = recorder
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        r = self.recorder
+        r, kwargs = self.recorder, kwargs or {}
         name = call_name(func) if r._stack and r._call is None and not r.paused else None
-        return func(*args, **kwargs or {}) if name is None else r.run_call(name, func, args, kwargs or {})
+        if name is None:
+            return func(*args, **kwargs)
+        if (inner := restated(func, args, kwargs)) is not None:
+            with self:
+                return inner(*args, **kwargs)
+        return r.run_call(name, func, args, kwargs)
 
 
 class _Nodes(TorchDispatchMode):
@@ -281,6 +314,8 @@ class _Nodes(TorchDispatchMode):
         self.recorder = recorder
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.prim.device.default:  # asked several times an operator
+            return args[0].device
         if func.namespace == "prim":
             return func(*args, **(kwargs or {}))
         return self.recorder.run_node(func, args, kwargs or {})

@@ -1,6 +1,7 @@
 """Small helpers: walking nested arguments, and placing a traced operator in the user's source."""
 
 import dataclasses
+import functools
 import os
 import sys
 
@@ -8,28 +9,28 @@ import torch
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _HERE = os.path.dirname(__file__) + os.sep
+_LEAVES = torch.Tensor, int, float, str, type(None)  # the usual ones, so that they are told first
 
 
 def leaves(obj, path=()):
-    """Yield `(path, leaf)` for every leaf of nested tuples, lists, dicts, dataclasses and slices.
+    """`[(path, leaf), ...]` for every leaf of nested tuples, lists, dicts, dataclasses and slices.
 
     A path is the tuple of indices, keys and field names that leads to the leaf.
     """
+    if isinstance(obj, _LEAVES):
+        return [(path, obj)]
     if isinstance(obj, (tuple, list)):
-        for i, x in enumerate(obj):
-            yield from leaves(x, (*path, i))
+        items = enumerate(obj)
     elif isinstance(obj, dict):
-        for k, x in obj.items():
-            yield from leaves(x, (*path, k))
+        items = obj.items()
     elif isinstance(obj, slice):
-        yield from leaves((obj.start, obj.stop, obj.step), path)
+        items = enumerate((obj.start, obj.stop, obj.step))
     elif dataclasses.is_dataclass(obj) and not isinstance(obj, type):
-        for f in dataclasses.fields(obj):  # what it holds, not what a property makes up
-            yield from leaves(
-                vars(obj).get(f.name) if hasattr(obj, "__dict__") else getattr(obj, f.name), (*path, f.name)
-            )
+        held = vars(obj).get if hasattr(obj, "__dict__") else functools.partial(getattr, obj)
+        items = [(f.name, held(f.name)) for f in dataclasses.fields(obj)]  # not what a property makes up
     else:
-        yield path, obj
+        return [(path, obj)]
+    return [leaf for key, x in items for leaf in leaves(x, (*path, key))]
 
 
 def opaque(x):
@@ -111,19 +112,22 @@ def source_line():
     return "?"
 
 
+_CHECKPOINT = os.path.join(_TORCH, "utils", "checkpoint.py")
 _APPLY = torch.autograd.Function.apply.__code__
 
 
-def in_custom_function():
-    """Whether the forward of an autograd.Function runs that is not torch's own: it has a backward of its own."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None:
-        if frame.f_back.f_code is _APPLY and not frame.f_code.co_filename.startswith(_TORCH):
-            return True
-        frame = frame.f_back
-    return False
+def callers():
+    """Of the code that runs: whether it is in the forward of an autograd.Function that is not torch's own, which has a backward of its own; and
+    how many frames of torch.utils.checkpoint it is in, which run it again."""
+    frame, custom, checkpoints = sys._getframe(1), False, 0
+    while (caller := frame.f_back) is not None:
+        custom |= caller.f_code is _APPLY and not frame.f_code.co_filename.startswith(_TORCH)
+        checkpoints += frame.f_code.co_filename == _CHECKPOINT
+        frame = caller
+    return custom, checkpoints
 
 
+OPERATORS = type(torch.ops.aten.add), type(torch.ops.aten.add.Tensor)
 _TENSOR_PROPERTIES = {"T", "mT", "H", "mH", "real", "imag", "data", "grad"}
 
 
@@ -133,7 +137,9 @@ def call_name(func):
     if name in ("__get__", "__set__"):
         name = getattr(getattr(func, "__self__", None), "__name__", name)
         return name if name in _TENSOR_PROPERTIES else None
-    return None if name in _QUERIES or getattr(func, "namespace", None) == "prim" else name
+    if isinstance(func, OPERATORS) and not str(func).startswith("aten."):  # mylib.view is not view
+        name = str(func)
+    return None if name in _QUERIES or name.startswith("prim.") else name
 
 
 _QUERIES = set(

@@ -7,7 +7,8 @@ from torch import nn
 
 from quintnet_dt.axes import Axes
 from quintnet_dt.factors import Factor, leaves, take, unify
-from quintnet_dt.layout import Axis, Sharding, lay_out
+from quintnet_dt.layout import lay_out
+from quintnet_dt.sharding import Axis, Sharding
 from quintnet_dt.trace import trace
 
 
@@ -322,4 +323,4 @@ def test_rows_of_a_table_that_are_a_part_of_its_dim_are_not_looked_up_as_if_they
     axis = Axis((axes.final(v)[0][0],))
     assert axis.find(axes, v) == (0, 1, 4)
     layout = lay_out(graph, axes, Sharding({"e.weight": (0, axis)}, {axis}))
-    assert all(a.size == 16 for a in layout.lookups.values())  # a program keeps the axis's size as the number of rows
+    assert all(a.size == 16 for a in layout.instead.values())  # a program keeps the axis's size as the number of rows

@@ -13,7 +13,7 @@ from quintnet_dt import rules
 from quintnet_dt.axes import Axes
 from quintnet_dt.comm_ops import chunk_sizes
 from quintnet_dt.factors import leaves
-from quintnet_dt.layout import Axis
+from quintnet_dt.sharding import Axis
 from quintnet_dt.trace import record
 from quintnet_dt.utils import replace, tensors
 
@@ -113,7 +113,7 @@ def localised(node, local, out_shapes, at_of):
     args, kwargs = list(node.args), dict(node.kwargs)
     out = out_shapes[0] if out_shapes else ()
     x = node.inputs[0] if node.inputs else None
-    if name in ("view", "_unsafe_view", "expand") and not isinstance(args[1], torch.dtype):
+    if name in ("view", "_unsafe_view", "expand") and not isinstance(args[1], torch.dtype) or name.startswith("new_"):
         args[1] = list(out)
     elif "split" in name:
         dim = rules.table.arg(node, "dim")
@@ -681,6 +681,31 @@ for (
 ) in "sub div pow atan2 fmod remainder eq lt logical_and minimum hypot xlogy logaddexp copysign floor_divide".split():
     POINTWISE[name] = (lambda x, y, n=name: getattr(torch, n)(x, y), r(4, 6).abs() + 1, r(6).abs() + 1)
 
+SPATIAL |= {
+    **{f"{m} {n}": (lambda x, m=m: F.interpolate(x, scale_factor=2, mode=m), r(2, 4, *[4] * n)) for m in ["nearest-exact"] for n in (1, 2, 3)},
+    **{f"{m} aa": (lambda x, m=m: F.interpolate(x, scale_factor=0.5, mode=m, antialias=True), X4) for m in ("bilinear", "bicubic")},
+    "reflection_pad3d": (lambda x: F.pad(x, (1, 1, 1, 1, 1, 1), mode="reflect"), r(2, 4, 4, 4, 4)),
+    "adaptive_max_pool3d": (lambda x: F.adaptive_max_pool3d(x, 2), r(2, 4, 4, 4, 4)),
+    "grid_sample 3d": (lambda x, g: F.grid_sample(x, g.tanh(), align_corners=False), r(2, 4, 4, 4, 4), r(2, 2, 4, 2, 3)),
+    "pixel_shuffle 3": (lambda x: F.pixel_shuffle(x, 3), r(2, 36, 4, 2)),
+    "pixel_shuffle one": (lambda x: F.pixel_shuffle(x, 2), r(4, 1, 1)),
+    "pixel_unshuffle 3d": (lambda x: F.pixel_unshuffle(x, 2), r(4, 4, 6)),
+    "unfold unbatched": (lambda x: F.unfold(x, 2), r(4, 4, 4)),
+    "fold unbatched": (lambda x: F.fold(x, (4, 4), 2, stride=2), r(16, 4)),
+    "fft": (lambda x: torch.fft.ifft(torch.fft.fft(torch.fft.irfft(torch.fft.rfft(x), n=6), dim=1), dim=0), r(2, 4, 6)),
+    "rfft2": (lambda x: torch.fft.rfft2(x, dim=(1, 2)), r(2, 4, 6, 4)),
+    "embedding_bag": (F.embedding_bag, ids(8, 2, 4), r(8, 6)),
+    "embedding_bag max": (lambda i, w: F.embedding_bag(i, w, torch.tensor([0, 2]), mode="max"), ids(8, 6), r(8, 6)),
+    "embedding_bag weighted": (lambda i, w, p: F.embedding_bag(i, w, per_sample_weights=p, mode="sum"), ids(8, 2, 4), r(8, 6), r(2, 4)),
+    "bilinear": (F.bilinear, r(2, 4, 6), r(2, 4, 8), r(4, 6, 8), r(4)),
+    "weight_norm": (lambda v, g: torch._weight_norm(v, g, 0), r(4, 6, 2), r(4, 1, 1)),
+    "weight_norm last": (lambda v, g: torch._weight_norm(v, g, 2), r(4, 6, 8), r(1, 1, 8)),
+    "new": (lambda x: (x.new_ones(4, 2), x.new_full((4, 6, 2), 3.0), x.new_empty(4, 6).fill_(2) + x), r(4, 6)),
+    "hardswish_": (lambda x: F.hardswish(x.clone(), inplace=True), r(4, 6)),
+    "group_norm groups of one": (lambda x, w: F.group_norm(x, 4, w), r(2, 4, 6), r(4)),
+    "instance_norm": (lambda x, w, b: F.instance_norm(x, weight=w, bias=b), r(2, 4, 6), r(4), r(4)),
+}
+
 CASES = {**PRODUCTS, **VIEWS, **INDEXING, **REDUCTIONS, **NORMS, **SPATIAL, **POINTWISE}
 
 # Registered operators that no case can reach, and why.
@@ -694,7 +719,8 @@ UNREACHED = {
     **dict.fromkeys("bernoulli_ native_dropout dropout".split(), "random: placed by the layout"),
     **dict.fromkeys("uniform_ normal_ exponential_ rand_like randn_like".split(), "random: see the test of them"),
     "_fused_rms_norm": "decomposed on the CPU",
-    "empty_like": "its values are anything",
+    **dict.fromkeys(["empty_like", "new_empty"], "its values are anything"),
+    "_embedding_bag": "_embedding_bag_forward_only where no gradients are wanted",
 }
 
 

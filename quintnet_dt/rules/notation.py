@@ -5,10 +5,11 @@ of it gives a Partial); `!` marks what the operator needs whole, `~` what is loo
 `...` is any further dims.
 """
 
+import re
 from math import prod
 
 from ..factors import leaves, unify
-from .table import RULES, arg, fresh, unknown
+from .table import RULES, arg, fresh, signature, unknown
 
 NOTATION = {
     "mm": "i k, k j -> i j",
@@ -23,6 +24,11 @@ NOTATION = {
     "_scaled_dot_product_flash_attention": "b h q d!, b h k! d!, b h k! e -> b h q e",
     "_scaled_dot_product_efficient_attention": "b h q d!, b h k! d!, b h k! e, b h q k! -> b h q e",
     "_scaled_dot_product_cudnn_attention": "b h q d!, b h k! d!, b h k! e, b h q k! -> b h q e",
+    "_trilinear": "n i, o i j, n j -> n o",
+    "_embedding_bag": "v! d, i!, o!, p! -> n d",
+    "_embedding_bag_forward_only": "v! d, i!, o!, p! -> n d",
+    "grid_sampler_2d": "b c h! w!, b p q t! -> b c p q",
+    "grid_sampler_3d": "b c h! w! l!, b p q r t! -> b c p q r",
     "tril": "... i! j! -> ... i j",
     "triu": "... i! j! -> ... i j",
     "view_as_complex": "... c! -> ...",
@@ -35,15 +41,38 @@ def _parse(text):
     return [p.split() for p in left.split(",")], [p.split() for p in right.split(",")]
 
 
-def from_notation(text):
-    """The rule function of one line of notation."""
+def faults(text, schema):
+    """What is wrong with a user's line for an operator of that schema: a list of messages."""
+    if text.count("->") != 1:
+        return ["expected patterns of the inputs, one '->', patterns of the outputs"]
+    ins, outs = _parse(text)
+    letters = {t.strip("+!") for p in ins for t in p}
+    tensors = [a for a in schema.arguments if "Tensor" in str(a.type)]
+    given = [a.name for a in tensors if "List" not in str(a.type)]
+    made = [r for r in schema.returns if str(r.type) == "Tensor"]
+    odd = [t for p in ins for t in p if not re.fullmatch(r"\+?\w+!?|\.\.\.", t)]
+    odd += [t for p in ins for t in p[1:] if t.startswith("+")]
+    new = [t for p in outs for t in p if t not in letters]
+    found = [f"expected letters, '+' before a first one or '!' after one, or '...', found {odd[0]!r}"] if odd else []
+    found += ["expected at most one '...' a tensor"] if any(p.count("...") > 1 for p in ins + outs) else []
+    found += ["expected '...' after '->' too"] if "..." in letters and not any("..." in p for p in outs) else []
+    found += [f"expected letters of the inputs, unmarked, after '->', found {new[0]!r}"] if new else []
+    if len(given) != len(tensors) or len(made) != len(schema.returns) or schema.is_mutable:
+        found.append("expected an operator that takes and returns single tensors, and writes to none; give a function")
+    elif (len(ins), len(outs)) != (len(given), len(made)):
+        wanted = f"of its {len(given)} tensor arguments ({', '.join(given)}) and {len(made)} results"
+        found.append(f"expected a pattern for each {wanted}, found {len(ins)} and {len(outs)}")
+    return found
+
+
+def from_notation(text, user=None):
+    """The rule function of one line of notation. A line of a `user`, named so in errors, must fit the shapes that it meets."""
     patterns, outs = _parse(text)
     named = {t for p in outs for t in p}
 
     def apply(node, axes):
         letters, contracted, looked_up, rest = {}, set(), set(), []
-        arguments = [a for a in node.args if hasattr(a, "shape") or a is None]
-        arguments += [a for a in node.kwargs.values() if hasattr(a, "shape")]
+        arguments = [arg(node, name) for name, (_, _, tensor) in signature(node.op).items() if tensor]
         effect = axes.effects[id(node)]
         for value, pattern in zip(arguments, patterns):
             if value is None:
@@ -59,6 +88,8 @@ def from_notation(text):
                 tokens[at : at + 1] = [("...", k - n) for k in range(n)]
                 if n > len(rest):
                     rest = [("...", k - n) for k in range(n)]
+            if user and len(tokens) != len(dims):
+                raise ValueError(f"{user}: expected a tensor of dims {' '.join(pattern)!r}, found shape {value.shape}")
             tokens = tokens[len(tokens) - len(dims) :]  # a bias broadcasts from the right
             for token, dim, size in zip(tokens, dims, value.shape):
                 letter = token if isinstance(token, tuple) else token.rstrip("!~")
@@ -83,15 +114,12 @@ def from_notation(text):
             tokens = []
             for t in pattern:
                 tokens += rest if t == "..." else [t]
-            if len(tokens) != len(value.shape):
-                continue
-            axes.set(
-                value,
-                [
-                    (letters[t] if t in letters and prod(f.size for f in leaves(letters[t])) == n else fresh(n))
-                    for t, n in zip(tokens, value.shape)
-                ],
-            )
+            if user and len(tokens) != len(value.shape):
+                raise ValueError(f"{user}: expected a result of dims {' '.join(pattern)!r}, found shape {value.shape}")
+            if len(tokens) == len(value.shape):
+                dims = [letters.get(t, []) for t in tokens]
+                same = [prod(f.size for f in leaves(d)) == n for d, n in zip(dims, value.shape)]
+                axes.set(value, [d if s else fresh(n) for d, s, n in zip(dims, same, value.shape)])
 
     return apply
 

@@ -5,10 +5,10 @@ import torch
 from ..factors import unify
 from .table import arg, dims_of, every, fresh, pass_but, rule, unknown
 
-SAME = "clone _to_copy detach alias lift_fresh contiguous zeros_like ones_like full_like empty_like zero_ fill_ masked_fill_ masked_fill copy_"
-CHANNELS = "max_pool2d_with_indices avg_pool2d max_pool3d_with_indices avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d upsample_bilinear2d upsample_bicubic2d upsample_nearest2d upsample_linear1d upsample_nearest1d upsample_nearest3d upsample_trilinear3d reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d"
+SAME = "clone _to_copy detach alias lift_fresh contiguous zeros_like ones_like full_like empty_like zero_ fill_ masked_fill_ masked_fill copy_ hardswish hardswish_ log_sigmoid_forward _prelu_kernel"
+CHANNELS = "max_pool2d_with_indices avg_pool2d max_pool3d_with_indices avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d upsample_bilinear2d upsample_bicubic2d upsample_nearest2d upsample_linear1d upsample_nearest1d upsample_nearest3d upsample_trilinear3d reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d reflection_pad3d replication_pad3d _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa adaptive_max_pool3d"
 REDUCE = "amax amin var std var_mean std_mean argmax argmin any all prod logsumexp linalg_vector_norm max min median norm nansum"
-WHOLE_DIM = "_softmax _log_softmax _safe_softmax cumsum cumprod logcumsumexp cummax cummin sort topk flip roll argsort"
+WHOLE_DIM = "_softmax _log_softmax _safe_softmax cumsum cumprod logcumsumexp cummax cummin sort topk flip roll argsort _fft_r2c _fft_c2r _fft_c2c"
 
 
 @rule(SAME)
@@ -37,8 +37,7 @@ def pointwise(node, axes):
 @rule("bernoulli_ native_dropout dropout")
 def dropout(node, axes):
     """A mask for each element. Within a call of dropout the layout gives each rank its part of the whole mask."""
-    call = next(c for c in axes.graph.calls if any(n is node for n in c.nodes))
-    return pointwise(node, axes) if call.name == "dropout" else unknown(node, axes)
+    return (pointwise if axes.call.name == "dropout" else unknown)(node, axes)
 
 
 rule("rand_like randn_like uniform_ normal_ exponential_")(unknown)  # ranks would draw the same
@@ -121,6 +120,69 @@ def channels(node, axes):
     value = node.inputs[0]
     lead = len(value.shape) - (1 if "1d" in str(node.op) else 3 if "3d" in str(node.op) else 2)
     pass_but(node, axes, list(range(lead, len(value.shape))))
+
+
+@rule("pixel_shuffle pixel_unshuffle")
+def pixel_shuffle(node, axes):
+    """.. (c p q) h w <-> .. c (h p) (w q)"""
+    value, out = node.inputs[0], node.outputs[0]
+    c, h, w = (min(sizes) for sizes in zip(value.shape[-3:], out.shape[-3:]))
+    c, h, w, p, q = map(fresh, (c, h, w, *(max(a, b) // n for a, b, n in zip(value.shape[-2:], out.shape[-2:], (h, w)))))
+    deep, wide = [c + p + q, h, w], [c, h + p, w + q]
+    if value.shape[-3] < out.shape[-3]:
+        deep, wide = wide, deep
+    for dim, factors in zip(axes.dims(value)[-3:], deep):
+        unify(dim, factors)
+    axes.whole(node, value, p + q)
+    axes.set(out, [*axes.dims(value)[:-3], *wide])
+
+
+@rule("im2col")
+def im2col(node, axes):
+    """.. c h w -> .. (c k) l"""
+    value, out = node.inputs[0], node.outputs[0]
+    *lead, c, h, w = axes.dims(value)
+    axes.whole(node, value, h + w)
+    axes.set(out, [*lead, c + fresh(out.shape[-2] // value.shape[-3]), fresh(out.shape[-1])])
+
+
+@rule("col2im")
+def col2im(node, axes):
+    """.. (c k) l -> .. c h w"""
+    value, out = node.inputs[0], node.outputs[0]
+    *lead, ck, length = axes.dims(value)
+    c, k = fresh(out.shape[-3]), fresh(value.shape[-2] // out.shape[-3])
+    unify(ck, c + k)
+    axes.whole(node, value, k + length)
+    axes.set(out, [*lead, c, *map(fresh, out.shape[-2:])])
+
+
+@rule("glu")
+def glu(node, axes):
+    """A dim is (two halves, c): the first is scaled by the second."""
+    value, out = node.inputs[0], node.outputs[0]
+    dim = arg(node, "dim") % len(out.shape)
+    half, c = fresh(2), fresh(out.shape[dim])
+    unify(axes.dims(value)[dim], half + c)
+    axes.whole(node, value, half)
+    axes.set(out, [c if i == dim else d for i, d in enumerate(axes.dims(value))])
+
+
+@rule("_weight_norm_interface")
+def weight_norm(node, axes):
+    """Rows of a weight, each with its own norm, are scaled."""
+    v, g = node.inputs
+    dim = arg(node, "dim") % len(v.shape)
+    unify(axes.dims(v)[dim], axes.dims(g)[dim])
+    pass_but(node, axes, [i for i in range(len(v.shape)) if i != dim])
+
+
+@rule("new_empty new_zeros new_ones new_full")
+def new(node, axes):
+    """Reads no values; dims as long as the input's are taken to be those."""
+    value, out = node.inputs[0], node.outputs[0]
+    dims = zip(axes.dims(value), value.shape, out.shape)
+    axes.set(out, [d if a == b else fresh(b) for d, a, b in dims] + [fresh(n) for n in out.shape[len(value.shape) :]])
 
 
 @rule("constant_pad_nd")

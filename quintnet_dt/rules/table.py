@@ -4,6 +4,8 @@ A rule is a function (node, axes) that sets the dims of the node's outputs (`axe
 (`axes.contract`) or needs whole (`axes.whole`). An operator without a rule is assumed to need every dim whole, which is always right, never fast.
 """
 
+import functools
+
 from ..factors import Factor
 
 RULES = {}
@@ -34,14 +36,17 @@ def fresh(n):
     return [Factor(n)] if n != 1 else []
 
 
-def arg(node, name, default=None):
-    """An operator's argument by its schema name."""
-    for i, a in enumerate(node.op._schema.arguments):
-        if a.name == name:
-            if i < len(node.args):
-                return node.args[i]
-            return node.kwargs.get(name, a.default_value if a.has_default_value() else default)
-    return default
+@functools.cache
+def signature(op):
+    """An operator's arguments as {name: (position, default value, whether it is a tensor)}."""
+    places = enumerate(op._schema.arguments)
+    return {a.name: (i, a.default_value, str(a.type) in ("Tensor", "Optional[Tensor]")) for i, a in places}
+
+
+def arg(node, name):
+    """An operator's argument by its schema name, None where it has none of that name."""
+    at, default, _ = signature(node.op).get(name, (len(node.args), None, False))
+    return node.args[at] if at < len(node.args) else node.kwargs.get(name, default)
 
 
 def dims_of(node, ndim, name="dim"):

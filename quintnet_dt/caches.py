@@ -1,0 +1,42 @@
+"""Results that a model's code keeps with functools.lru_cache: a fake tensor must not stay there, nor a copy share them."""
+
+import contextlib
+import functools
+import inspect
+import sys
+from types import CellType, MethodType
+
+_Cache = type(functools.lru_cache(lambda: None))
+
+
+def unshare(model, copied):
+    """Methods with a cache that the modules of a deep copy share with the original's: made the copy's own, without a cache."""
+    for module, twin in zip(model.modules(), copied.modules()):
+        for name, cached in vars(module).items():
+            if isinstance(cached, _Cache) and inspect.ismethod(cached.__wrapped__):
+                vars(twin)[name] = MethodType(cached.__wrapped__.__func__, twin)
+
+
+@contextlib.contextmanager
+def forgotten(model):
+    """What runs inside adds nothing to the caches in the code of the model's classes and their files: those that it adds to are cleared."""
+    before = {cache: cache.cache_info().misses for cache in _caches(model)}
+    try:
+        yield
+    finally:
+        for cache, misses in before.items():
+            if cache.cache_info().misses != misses:
+                cache.cache_clear()
+
+
+def _caches(model):
+    classes = {c for kind in {type(m) for m in model.modules()} for c in kind.__mro__ if not c.__module__.startswith("torch.")}
+    files = {id(f): f for c in classes if (f := sys.modules.get(c.__module__)) is not None and c is not object}
+    for x in (x for owner in (*classes, *files.values()) for x in list(vars(owner).values())):
+        x = getattr(x, "__func__", x) if isinstance(x, (staticmethod, classmethod)) else x
+        if isinstance(x, _Cache):
+            yield x
+        elif inspect.isfunction(x):
+            cells = (cell.cell_contents for cell in x.__closure__ or () if cell != CellType())
+            yield from (c for c in cells if isinstance(c, _Cache))
+
