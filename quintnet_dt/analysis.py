@@ -1,5 +1,7 @@
 """One call on a shard: what it needs of its inputs, and what comes out."""
 
+import torch
+
 from .sharding import AVERAGED, PARTIAL
 from .utils import is_float
 
@@ -18,6 +20,11 @@ def linear(node):
     """Whether a node is linear in all its tensor inputs at once, so that a sum of partial results may be taken after it."""
     name = op_name(node)
     return name in LINEAR and (name not in ADDITIVE or len(node.inputs) == 2)
+
+
+def copes(node):
+    """Whether a node surely works on an empty shard: convolutions and norms of nothing fail, or crash."""
+    return torch.Tag.pointwise in node.op.tags or op_name(node) in LINEAR | FIRST | {"mm", "addmm", "bmm", "embedding"}
 
 
 class Analysis:

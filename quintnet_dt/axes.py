@@ -8,8 +8,9 @@ named-dimension analysis (TOAST, arXiv 2508.15010).
 from dataclasses import dataclass, field
 from math import prod
 
-from .factors import Factor, leaves, unify
+from .factors import Factor, flat, leaves, unify
 from .rules import rule_of
+from .rules.table import arg
 from .rules.table import unknown
 
 
@@ -31,6 +32,10 @@ class Axes:
         self.graph = graph
         self._dims = {}
         self.effects = {}
+        self.sliced = {}  # (value id, dim) -> the lengths of all slices that are taken of it there
+        for node in (n for call in graph.calls for n in call.nodes if n.op._schema.name == "aten::slice"):
+            value, dim = node.inputs[0], arg(node, "dim") % len(node.inputs[0].shape)
+            self.sliced.setdefault((value.id, dim), set()).add(node.outputs[0].shape[dim])
         for call in graph.calls:
             self.call = call  # whose nodes' rules are applied
             for node in call.nodes:
@@ -82,6 +87,6 @@ class Axes:
         """A node's effect with its factors resolved to leaves, as sets."""
         e = self.effects[id(node)]
         if isinstance(e.contract, list):
-            whole = {v: set(leaves(f)) for v, f in e.whole.items()}
-            e = self.effects[id(node)] = Effect(set(leaves(e.contract)), whole, e.bias, e.lookup, e.mean)
+            whole = {v: set(flat(f)) for v, f in e.whole.items()}
+            e = self.effects[id(node)] = Effect(set(flat(e.contract)), whole, e.bias, e.lookup, e.mean)
         return e

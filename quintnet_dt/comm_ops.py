@@ -122,6 +122,15 @@ def reduce_scatter(x: Tensor, dim: int, group: Group, sizes: Sizes = None) -> Te
     return x if group_size(group) == 1 else ReduceScatter.apply(x, dim, group, sizes)
 
 
+def exchange(x: Tensor, dim: int, group: Group, positions: Tensor) -> Tensor:
+    """``y_r = X[positions[r]]`` along ``dim``, of the whole ``X`` whose part r, by `chunk_sizes`, is ``x_r``; ``dx`` goes back the same way.
+
+    ``positions`` is (ranks, length): every index of ``X`` once, increasing for each rank. An all-to-all, for weights whose rows are stored in
+    another order than they are used in. Returns (..., length, ...).
+    """
+    return x if group_size(group) == 1 else Exchange.apply(x, dim, group, positions)
+
+
 # --- The autograd functions. Backward is the partner's function: differentiable again. Gradients stay materialized: a
 # rank whose gradient is undefined joins with zeros. No setup_context: it costs microseconds a call. One collective
 # each, so nothing that async could overlap. Results are no views: autograd forbids in-place work on those. ``sizes`` is
@@ -209,6 +218,37 @@ class ReduceScatter(Function):
 def _filled(x, dim, length):
     """``x`` with zeros after it, up to a length along one dim."""
     return F.pad(x, [0, 0] * (x.dim() - 1 - dim) + [0, length - x.shape[dim]])
+
+
+class Exchange(Function):
+    @staticmethod
+    def forward(ctx, x, dim, group, positions):
+        if isinstance(group, SimulatedGroup):
+            ctx.args = dim, group, None, x.shape
+            return x.new_zeros((*x.shape[:dim], positions.shape[1], *x.shape[dim + 1 :]))
+        rank, sizes = group_rank(group), chunk_sizes(positions.numel(), len(positions))
+        owners = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))[positions]  # (ranks, length)
+        given = [p[o == rank] - sum(sizes[:rank]) for p, o in zip(positions, owners)]  # to each rank, of mine
+        taken = torch.bincount(owners[rank], minlength=len(sizes)).tolist()
+        ctx.args = dim, group, (torch.cat(given), [len(g) for g in given], taken), x.shape
+        return _swap(x.movedim(dim, 0)[ctx.args[2][0]], ctx.args[2][1], taken, group).movedim(0, dim).contiguous()
+
+    @staticmethod
+    def backward(ctx, dy):
+        dim, group, plan, shape = ctx.args
+        if plan is None:
+            return dy.new_zeros(shape), None, None, None
+        back = _swap(dy.movedim(dim, 0), plan[2], plan[1], group)
+        dx = torch.empty_like(back)
+        dx[plan[0]] = back
+        return dx.movedim(0, dim).contiguous(), None, None, None
+
+
+def _swap(x, given, taken, group):
+    """Rows to every rank and rows from every rank: so many each."""
+    y = x.new_empty((sum(taken), *x.shape[1:]))
+    dist.all_to_all_single(y, x.contiguous(), taken, given, group=group)
+    return y
 
 
 def _check(x: Tensor, dim: int, group: Group, sizes: Sizes, whole: bool) -> tuple[int, Sizes]:

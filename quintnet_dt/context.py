@@ -1,5 +1,7 @@
 """What the hooks of one model share, and the actions: one collective each on one tensor."""
 
+import dataclasses
+
 import torch
 from torch.distributed.tensor import DTensor, Shard
 
@@ -29,7 +31,9 @@ class Context:
         self.mesh, self._group = mesh, group
         self.programs = {}
         self.paths, self.call = None, None  # Paths; the call that the user made, while it runs
-        self.running = []  # (ModuleHooks, program, parameters shown) of each of its forwards that is running, one inside the other
+        self.running = (
+            []
+        )  # (ModuleHooks, program, parameters shown) of each of its forwards that is running, one inside the other
 
     @property
     def group(self):
@@ -107,11 +111,31 @@ def _parts(x, a, group, whole):
 
 def _along(collective, whole):
     def act(x, a, group):
+        if isinstance(a.outer, tuple):  # piece by piece
+            n = (
+                a.units
+                if whole
+                else comm_ops.chunk_sizes(a.units, comm_ops.group_size(group))[comm_ops.group_rank(group)]
+            )
+            parts = x.split([outer * n * inner for outer, inner in a.outer], a.dim)
+            cut = [dataclasses.replace(a, outer=outer, inner=inner) for outer, inner in a.outer]
+            return torch.cat([act(part, piece, group) for part, piece in zip(parts, cut)], a.dim)
         x, dim, sizes, outer = _parts(x, a, group, whole)
         x = collective(x, dim, group, sizes)
         return x if outer is None else x.flatten(outer, outer + 2)
 
     return act
+
+
+def _positions(a, group):
+    """Where in the whole dim each rank's part of each piece lies."""
+    n, start, mine = comm_ops.group_size(group), 0, []
+    for outer, inner in a.outer:
+        length = outer * a.units * inner
+        at = torch.arange(start, start + length).view(outer, n, a.units // n * inner)
+        mine.append(at.transpose(0, 1).reshape(n, -1))
+        start += length
+    return torch.cat(mine, 1)
 
 
 _ACTIONS = {
@@ -120,5 +144,6 @@ _ACTIONS = {
     "mean": lambda x, a, group: comm_ops.all_reduce(x, group) / comm_ops.group_size(group),
     "gather": _along(comm_ops.all_gather, whole=False),
     "split": _along(comm_ops.split, whole=True),
+    "exchange": lambda x, a, group: comm_ops.exchange(x, a.dim, group, _positions(a, group)),
     "once": lambda x, a, group: _AddOnce.apply(x, comm_ops.group_rank(group) == 0),
 }

@@ -24,6 +24,7 @@ def action_bytes(value, action, n):
     passes = {"sum": 2, "mean": 2, "gather": 1, "once": 0, "shard": 0}
     if action.kind in ("enter", "split"):  # these send in the backward only
         passes |= {"enter": 2, "split": 1} if value.differentiable else {"enter": 0, "split": 0}
+    passes["exchange"] = (2 if value.differentiable else 1) / n
     return share * passes[action.kind]
 
 

@@ -1,13 +1,17 @@
-"""Factors: what a dim is made of. Operators say which factors are the same; a union-find merges them, and splits one where a view does."""
+"""Factors: what a dim is made of. Operators say which factors are the same; a union-find merges them, and splits one where a view does.
+
+A factor that `split` or a slice cuts in unequal pieces ([q | k | v]) has factors of its own in each piece."""
+
+from math import prod
 
 
 class Factor:
     """A part of a dim, `size` long; merged with others by `unify`, and split in two (outer, inner) by `take`."""
 
-    __slots__ = ("size", "parent", "parts", "opaque")
+    __slots__ = ("size", "parent", "parts", "pieces", "opaque")
 
     def __init__(self, size):
-        self.size, self.parent, self.parts, self.opaque = size, None, None, False
+        self.size, self.parent, self.parts, self.pieces, self.opaque = size, None, None, None, False
 
     def root(self):
         f = self
@@ -30,11 +34,34 @@ def leaves(factors):
     return out
 
 
+def flat(factors):
+    """Leaves, and those within the pieces of a leaf."""
+    for f in leaves(factors):
+        yield f
+        yield from (g for piece in f.pieces or () for g in flat(piece))
+
+
 def _cut(leaf, outer):
     leaf.parts = [Factor(outer), Factor(leaf.size // outer)]
     for part in leaf.parts:
-        part.opaque = leaf.opaque
+        part.opaque = leaf.opaque or leaf.pieces is not None
     return leaf.parts
+
+
+def piece(factors, start, length):
+    """The factors of a part of a dim, which need not divide it; None where it is made of several factors or is cut elsewhere."""
+    f, *more = leaves(factors)
+    if more:
+        return None
+    if length == f.size:
+        return [f]
+    if f.pieces is None:
+        f.pieces = [[Factor(size)] for size in (start, length, f.size - start - length) if size]
+    for part in f.pieces:
+        size = prod(g.size for g in leaves(part))
+        if start + length <= size:
+            return None if start < 0 else part if length == size else piece(part, start, length)
+        start -= size
 
 
 def take(factors, size):
@@ -64,6 +91,12 @@ def unify(xs, ys):
             xs.pop(0), ys.pop(0)
         elif a.size == b.size:
             b.parent, a.opaque = a, a.opaque or b.opaque
+            a.pieces, others = a.pieces or b.pieces, b.pieces
+            if others not in (None, a.pieces):
+                same = [[prod(f.size for f in p) for p in map(leaves, cut)] for cut in (a.pieces, others)]
+                a.opaque |= same[0] != same[1]
+                for p, q in zip(a.pieces, others) if not a.opaque else ():
+                    unify(p, q)
             xs, ys = leaves(xs[1:]), leaves(ys[1:])
         elif a.size % b.size == 0:
             _cut(a, b.size)

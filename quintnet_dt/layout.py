@@ -9,7 +9,7 @@ from itertools import combinations
 from math import prod
 
 from .analysis import FIRST, Analysis, linear, op_name
-from .sharding import AVERAGED, PARTIAL, Action, Axis, LayoutError
+from .sharding import AVERAGED, PARTIAL, Action, Axis, LayoutError, pieces
 from .utils import is_float
 
 
@@ -93,13 +93,13 @@ class _Pass:
 
     def action(self, kind, value, axis):
         dim, outer, inner = axis.find(self.axes, value)
-        if outer != 1 and not self.axes.steady_within(value, dim, axis.factors[-1]):
+        if type(outer) is int and outer != 1 and not self.axes.steady_within(value, dim, axis.factors[-1]):
             raise LayoutError("where the axis lies depends on sizes that may vary", axis=axis)
         return Action(kind, dim, axis.size, inner, outer)
 
     def weight_gather(self, v):
         dim, _ = self.sharding.params[v.param]
-        outer = self.sharding.outer.get(v.param, 1)
+        outer = pieces(self.sharding, v.param)
         return Action("gather", dim, v.shape[dim] // outer, 1, outer)
 
     def sum_value(self, v):
@@ -113,6 +113,8 @@ class _Pass:
         for path, v in call.inputs.items():
             if v.id in self.gathered and state[v.id] is not None:
                 self.use(call, path, self.weight_gather(v))
+            elif v.param and isinstance(self.sharding.outer.get(v.param), tuple):
+                self.use(call, path, self.action("exchange", v, state[v.id]))
         state = {i: None if i in self.gathered else s for i, s in state.items()}
         active = [s for s in dict.fromkeys(state.values()) if s is not None and s is not PARTIAL]
         partial = [inputs[i] for i, s in state.items() if s is PARTIAL]
@@ -140,7 +142,8 @@ class _Pass:
             self.layout.blockers.append((call, reason))
         for path, v in call.inputs.items():
             if state[v.id] in active and (reason or state[v.id] != axis):
-                self.use(call, path, self.action("gather", v, state[v.id]))
+                stored = v.param and isinstance(self.sharding.outer.get(v.param), tuple)
+                self.use(call, path, self.weight_gather(v) if stored else self.action("gather", v, state[v.id]))
         if reason:
             return
         self.layout.axis_of[call.index] = axis

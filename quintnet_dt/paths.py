@@ -2,13 +2,12 @@
 
 from dataclasses import replace
 from itertools import combinations
-from math import prod
 
 import torch
 
 from .axes import Axes
-from .plan import LOCAL, WEIGHT_GATHERED, TensorParallelPlan
-from .planner import Planner, divides, settle
+from .plan import EXCHANGED, LOCAL, WEIGHT_GATHERED, TensorParallelPlan
+from .planner import Planner, divides, settle, spans
 from .sharding import Axis, LayoutError, Sharding
 from .trace import trace
 from .utils import leaves, opaque
@@ -101,15 +100,19 @@ def sharding_of(plan, graph, axes):
     for name, e in plan.entries.items():
         if e.dim is None or name not in graph.params:
             continue
-        factors = axes.final(graph.params[name])[e.dim]
-        spans = [(i, j) for i, j in combinations(range(len(factors) + 1), 2) if divides(factors[i:j], plan.tp_size)]
-        span = next((factors[i:j] for i, j in spans if prod(f.size for f in factors[:i]) == e.pieces), None)
-        axis = Axis(tuple(span if e.how == LOCAL and span else factors))
-        if e.how == LOCAL and span:
+        dim, axis = axes.final(graph.params[name])[e.dim], None
+        if e.how in (LOCAL, EXCHANGED):
+            for factors in spans([dim]):
+                for i, j in combinations(range(len(factors) + 1), 2):
+                    found = Axis(tuple(factors[i:j])) if divides(factors[i:j], plan.tp_size) else None
+                    at = found and found.find(axes, graph.params[name])
+                    if at and axis is None and (at[1] == e.pieces or e.how == EXCHANGED and isinstance(at[1], tuple)):
+                        axis, sharding.outer[name] = found, at[1]
+        if axis is not None:
             sharding.through.add(axis)
-        elif e.how == WEIGHT_GATHERED or e.pieces > 1:
-            sharding.whole.add(name)
+        else:
+            axis, sharding.outer[name] = Axis(tuple(dim)), e.pieces
+            if e.how in (WEIGHT_GATHERED, EXCHANGED) or e.pieces > 1:
+                sharding.whole.add(name)
         sharding.params[name] = (e.dim, axis)
-        if e.pieces > 1:
-            sharding.outer[name] = e.pieces
     return sharding

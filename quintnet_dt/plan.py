@@ -11,10 +11,11 @@ from torch.distributed.tensor.placement_types import Placement
 
 from .private import _StridedShard
 
-LOCAL, GATHERED = "local", "gathered"
+LOCAL, EXCHANGED, GATHERED = "local", "exchanged", "gathered"
 WEIGHT_GATHERED, REPLICATED = "weight gathered", "replicated"
 HOW = {
     LOCAL: "computes on this rank's shard, the axis stays sharded through the region",
+    EXCHANGED: "as local; stored in its own order, of unequal fused pieces: the ranks exchange rows before its use",
     GATHERED: "computes on this rank's shard, the result is completed at once",
     WEIGHT_GATHERED: "the weight is gathered before its use",
     REPLICATED: "whole on every rank",

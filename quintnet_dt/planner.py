@@ -6,6 +6,7 @@ from itertools import combinations
 from math import prod
 
 from .cost import cost, hoist
+from .factors import flat, leaves
 from .layout import lay_out
 from .program import compile_programs
 from .prove import prove
@@ -29,7 +30,6 @@ class Candidate:
     elements: int
     bytes: float = 0.0
 
-
     def conflicts(self, other):
         """Whether both cannot be sharded: a weight is split once, and a call works on one axis."""
         return not self.params.keys().isdisjoint(other.params) or not self.indices.isdisjoint(other.indices)
@@ -41,11 +41,15 @@ class Candidate:
 
 def _regions(candidates):
     """Candidates in groups: those of different groups have no weight and no call in common."""
-    groups = []
+    group_of, groups = {}, {}
     for c in candidates:
-        near = [g for g in groups if any(c.conflicts(o) for o in g)]
-        groups = [g for g in groups if g not in near] + [[c, *(o for g in near for o in g)]]
-    return groups
+        near = {id(group_of[key]): group_of[key] for key in (*c.params, *c.indices) if key in group_of}
+        group = [c, *(o for g in near.values() for o in g)]
+        for i in near:
+            del groups[i]
+        groups[id(group)] = group
+        group_of.update((key, group) for o in group for key in (*o.params, *o.indices))
+    return list(groups.values())
 
 
 @dataclass
@@ -80,7 +84,7 @@ class Planner:
         for call in graph.calls:
             values = [*call.inputs.values(), *call.outputs.values(), *(v for n in call.nodes for v in n.outputs)]
             for v in {v.id: v for v in values}.values() if call.nodes else ():
-                for f in dict.fromkeys(f for dim in axes.final(v) for f in dim):
+                for f in dict.fromkeys(f for dim in axes.final(v) for f in flat(dim)):
                     self.touch.setdefault(f, {})[call.index] = call
             made_of = [graph.made_of[v.id] for v in call.inputs.values() if call.nodes and v.id in graph.made_of]
             for name in set().union(*made_of):
@@ -98,7 +102,7 @@ class Planner:
     def candidates(self):
         found = {}  # adjacent factors -> parameters with them: one that n divides, or as many as it takes
         for name, v in self.params.items():
-            for dim in self.axes.final(v):
+            for dim in spans(self.axes.final(v)):
                 for i, j in combinations(range(len(dim) + 1), 2):
                     if divides(dim[i:j], self.n) and not (j - i > 1 and divides(dim[i : j - 1], self.n)):
                         found.setdefault(tuple(dim[i:j]), []).append(name)
@@ -140,6 +144,10 @@ class Planner:
         candidate.bytes = cost(self.graph, layout, self.n)
         return True
 
+    @cached_property
+    def weighed(self):
+        return [c for c in self.candidates() if self.weigh(c)]
+
     def _gathered_weights(self, layout):
         """The split weights that calls need whole, themselves or what is made of them."""
         gathered = [self.graph.calls[i].inputs[p].id for (i, p), a in layout.uses.items() if a[0].kind == "gather"]
@@ -153,8 +161,8 @@ class Planner:
     def choose(self, banned=()):
         """A Sharding. Axes in `banned` are not sharded through the model."""
         used_by, sharding, good = {}, Sharding(loss_parallel=self.loss_parallel), []
-        for c in self.candidates():
-            if c.axis not in banned and self.weigh(c):
+        for c in self.weighed:
+            if c.axis not in banned:
                 if c.bytes <= self._apart(c.params):
                     good.append(c)
                 else:
@@ -233,7 +241,12 @@ class Planner:
     def fill(self, sharding, used_by):
         """Split the weights left, the largest first; the small ones stay whole."""
         for name in sorted(self.params, key=self.numel, reverse=True):
-            if name in sharding.params or self.fixed.get(name, 0) is None or name in self.small and name not in self.fixed:
+            if (
+                name in sharding.params
+                or self.fixed.get(name, 0) is None
+                or name in self.small
+                and name not in self.fixed
+            ):
                 continue
             way = self.alone(name, sharding.params)
             busy = any(call.index in used_by for call in self.users.get(name, ()))
@@ -244,6 +257,14 @@ class Planner:
             if way.gathered:
                 sharding.whole.add(name)
                 self.why[name] = way.why
+
+
+def spans(dims):
+    """Lists of adjacent factors: of each dim, and of each unequal piece of one."""
+    for dim in dims:
+        yield dim
+        for f in dim:
+            yield from spans(map(leaves, f.pieces or ()))
 
 
 def divides(factors, n):
@@ -266,15 +287,17 @@ def settle(planner, model, args, kwargs, device=None, sharding=None):
             if sharding.whole == sharding.params.keys() and not graph.given:  # it computes as the whole model does
                 return sharding, layout, compile_programs(graph, layout)
             return sharding, layout, prove(model, args, kwargs, graph, axes, layout, sharding, n, device)
-        except LayoutError as e:
-            names = {p for p, (_, a) in sharding.params.items() if e.axis in (a, None)}
-            planner.note(names, str(e))
-            if e.axis in sharding.through and not fixed:
-                banned.add(e.axis)
-                sharding = planner.choose(banned)
-            elif e.axis in sharding.through:  # its weights compute alone, completed at once
-                sharding.through.discard(e.axis)
-            elif names - sharding.whole:
-                sharding.whole |= names
-            else:
-                raise
+        except LayoutError as first:
+            known = len(banned)
+            for e in (first, *first.others):
+                names = {p for p, (_, a) in sharding.params.items() if e.axis in (a, None)}
+                planner.note(names, str(e))
+                if e.axis in sharding.through and not fixed:
+                    banned.add(e.axis)
+                elif e.axis in sharding.through:  # its weights compute alone, completed at once
+                    sharding.through.discard(e.axis)
+                elif names - sharding.whole:
+                    sharding.whole |= names
+                elif e is first:
+                    raise
+            sharding = planner.choose(banned) if len(banned) > known else sharding

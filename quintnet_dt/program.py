@@ -131,7 +131,7 @@ class _Compiler:
             at = (v.id, id(m))
             agree = all(self.actions(c, v) == actions for c in self.direct[at])
             if v.param is not None and not holds(m.inputs, v):
-                agree = agree and at not in self.passed
+                agree = agree and at not in self.passed and m.path not in self.aside
                 self.per_run[id(m)].params[v.param] = actions if agree else ()
                 if agree or not actions:
                     continue
@@ -187,10 +187,10 @@ class _Compiler:
         return True
 
     def axis(self, call):
-        """The axis that a call works on, or whose partial results it was given."""
-        found = self.layout.axis_of.get(call.index)
-        makers = (self.graph.calls[v.producer] for v in call.inputs.values() if self.layout.states.get(v.id) is PARTIAL)
-        return found or next(filter(None, map(self.axis, makers)), None)
+        """The axis that a call works on, or whose shards or partial results it was given."""
+        states = {v.producer: s for v in call.inputs.values() if (s := self.layout.states.get(v.id)) is not None}
+        found = (self.axis(self.graph.calls[i]) if s is PARTIAL else s for i, s in states.items())
+        return self.layout.axis_of.get(call.index) or next(filter(None, found), None)
 
     def on_shards(self, call):
         """Whether a call works on shards or partial results."""

@@ -18,11 +18,11 @@ from .ghost import StrayParameter
 from .hooks import parameter_owners
 from .layers import ShardedModule
 from .paths import Paths, device_of, sharding_of, signature
-from .plan import GATHERED, LOCAL, REPLICATED, WEIGHT_GATHERED, Entry, TensorParallelPlan, check_user_plan
+from .plan import EXCHANGED, GATHERED, LOCAL, REPLICATED, WEIGHT_GATHERED, Entry, TensorParallelPlan, check_user_plan
 from .planner import Planner, settle
 from .processgroup import ProcessGroupManager
 from .program import Program
-from .sharding import Action
+from .sharding import Action, pieces
 from .trace import trace
 
 
@@ -138,14 +138,15 @@ def _describe(planner, sharding, layout, fixed):
     plan.loss_parallel = planner.loss_parallel
     for name, v in planner.params.items():
         dim, axis = sharding.params.get(name, (None, None))
-        entry = plan.entries[name] = Entry(name, v.shape, dim, sharding.outer.get(name, 1), why=planner.why.get(name, ""))
+        entry = plan.entries[name] = Entry(name, v.shape, dim, pieces(sharding, name), why=planner.why.get(name, ""))
         if axis is None:
             entry.why = "small" if planner.n > 1 else "one rank holds all"
         elif name in sharding.whole:
             entry.how = WEIGHT_GATHERED
             entry.why = entry.why if planner.users.get(name) else "the traced forward did not reach it"
         elif axis in sharding.through:
-            entry.how, entry.why = LOCAL, f"an axis of {axis.size} units, {axis.size // planner.n} a rank"
+            entry.how = EXCHANGED if isinstance(sharding.outer.get(name), tuple) else LOCAL
+            entry.why = f"an axis of {axis.size} units, {axis.size // planner.n} a rank"
         else:
             entry.how = GATHERED
         if name in fixed and planner.n > 1:

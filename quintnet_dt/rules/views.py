@@ -1,6 +1,6 @@
 """Rules of views and of parts of a dim: how factors split, merge, move and are cut."""
 
-from ..factors import leaves, take, unify
+from ..factors import leaves, piece, take, unify
 from .table import RULES, arg, dims_of, every, fresh, pass_but, rule, unknown
 
 
@@ -60,16 +60,21 @@ def squeeze(node, axes):
 
 
 def _part(node, axes, dim, length, start, value, outs):
-    """Outputs that are parts of a dim: if it is k equal parts, the parts share the factors within."""
+    """Outputs that are parts of a dim, one after the other: k equal parts share the factors within, unequal ones have their own."""
     dims = axes.dims(value)
     size = value.shape[dim]
     got = None
     if length and size % length == 0 and start % length == 0:
         got = take(dims[dim], size // length)
-    axes.whole(node, value, dims[dim] if got is None else got[0])
+    if got is not None:
+        axes.whole(node, value, got[0])
     for out in outs:
-        inner = got[1] if got is not None and out.shape[dim] == length else fresh(out.shape[dim])
-        axes.set(out, [inner if i == dim else d for i, d in enumerate(dims)])
+        part = got[1] if got is not None else piece(dims[dim], start, out.shape[dim])
+        if part is None or not out.shape[dim]:
+            axes.whole(node, value, dims[dim])
+            part = fresh(out.shape[dim])
+        axes.set(out, [part if i == dim else d for i, d in enumerate(dims)])
+        start += out.shape[dim]
 
 
 @rule("slice")
@@ -82,7 +87,8 @@ def slice_(node, axes):
         return pass_but(node, axes, [dim])
     start = arg(node, "start") or 0
     start = max(start + value.shape[dim], 0) if start < 0 else start
-    _part(node, axes, dim, out.shape[dim], start, value, [out])
+    alike = len(axes.sliced[value.id, dim]) == 1
+    _part(node, axes, dim, out.shape[dim] if alike else 0, start, value, [out])
 
 
 @rule("split split_with_sizes chunk unsafe_split unsafe_chunk tensor_split unsafe_split_with_sizes")
