@@ -28,7 +28,7 @@ class _Calls(TorchFunctionMode):
     def pop(self, failed):
         frame = self.frames[-1]
         try:
-            if not failed and frame[3] != len(frame[1].names):
+            if not failed and frame[1].names and frame[3] != len(frame[1].names):
                 self.change(frame, None)
         finally:
             self.frames.pop()
@@ -43,12 +43,11 @@ class _Calls(TorchFunctionMode):
         try:
             for programs in context.paths.variants(*context.call) if context.call else ():
                 other = programs.get(path, Program())
-                same = all(programs.get(p, Program()).does_as(q) for p, q in context.programs.items() if p != path)
-                if (
-                    same
-                    and other.goes_on(program, number)
-                    and other.names[number : number + 1] == [name][: name is not None]
-                ):
+                ran = {p: q for p, q in context.programs.items() if p in context.ran and p != path}
+                same = all(programs.get(p, Program()).does_as(q) for p, q in ran.items())
+                unwatched = number == 0 and not other.names  # none of its calls is on a shard
+                next_is = unwatched or other.names[number : number + 1] == [name][: name is not None]
+                if same and other.goes_on(program, number) and next_is:
                     context.programs, frame[1] = programs, other
                     return
         finally:
@@ -69,7 +68,7 @@ class _Calls(TorchFunctionMode):
                 return inner(*args, **kwargs)
         frame = self.frames[-1]
         number = frame[3]
-        if frame[1].names[number : number + 1] != [name]:
+        if frame[1].names and frame[1].names[number : number + 1] != [name]:
             self.change(frame, name)
         context, program, path, _ = frame
         frame[3] += 1

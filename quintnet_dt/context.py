@@ -31,6 +31,7 @@ class Context:
         self.mesh, self._group = mesh, group
         self.programs = {}
         self.paths, self.call = None, None  # Paths; the call that the user made, while it runs
+        self.ran = set()  # the modules that it has run so far
         self.running = (
             []
         )  # (ModuleHooks, program, parameters shown) of each of its forwards that is running, one inside the other

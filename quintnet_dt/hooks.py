@@ -4,6 +4,8 @@ Parameters are DTensors; while a module's forward runs, the attributes that it r
 plain tensors at their cost.
 """
 
+from functools import partial
+
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -11,7 +13,7 @@ from .calls import calls
 from .context import quiet
 from .ghost import hooks_of, user_hooks
 from .private import in_backward
-from .utils import SHARDS, lookup
+from .utils import SHARDS, lookup, tensors
 
 
 class ModuleHooks:
@@ -26,12 +28,13 @@ class ModuleHooks:
         its inputs. A forward that is recomputed in a backward keeps the programs that it had."""
         context = self.context
         if not context.running and context.paths is not None and not in_backward():
-            context.call = (self.path, self.owners, module, args, kwargs)
+            context.call, context.ran = (self.path, self.owners, module, args, kwargs), set()
             context.programs = context.paths.programs(*context.call)
         program, shown = context.programs.get(self.path), []
         if program is not None and sum(map(len, hooks_of(module))) != self.count:
             self.check(module, program)
         context.running.append((self, program, shown))
+        context.ran.add(self.path)
         if program is None:
             return None
         if program.names:
@@ -81,9 +84,18 @@ class ModuleHooks:
         finally:
             for owner, attr, p in shown:
                 hide(owner, attr, p)
-        if output is None or not program.outputs:
-            return None
-        return context.apply(output, program.outputs)
+        if output is not None and program.outputs:
+            output = context.apply(output, program.outputs)
+        if not context.running and context.paths is not None and not in_backward():
+            self.remember(output)
+        return output if program.outputs else None
+
+    def remember(self, output):
+        """A checkpoint in this forward, which a backward will run again, is to find the programs of this forward."""
+        resume = partial(setattr, self.context, "programs", self.context.programs)
+        with quiet:
+            for t in (t for _, t in tensors(output) if t.grad_fn is not None):
+                t.register_hook(lambda grad: resume())
 
     def mark(self, objects):
         """Tell objects such as a key-value cache which of the tensors that they keep are shards."""

@@ -455,7 +455,7 @@ class Linear(Attention):
 
     def forward(self, x):
         b, t, _ = x.shape
-        q, k, v = (f(x).view(b, t, self.heads, -1) for f in (self.q, self.k, self.v))
+        q, k, v = (f(x).view(b, t, self.heads, self.dim) for f in (self.q, self.k, self.v))
         state, out = x.new_zeros(b, self.heads, self.dim, self.dim), []
         for i in range(t):
             new = k[:, i].unsqueeze(-1) * v[:, i].unsqueeze(-2)

@@ -279,6 +279,25 @@ def test_attention_on_four_ranks():
     check_all({k: v for k, v in {**TRANSFORMERS, **ATTENTIONS}.items() if k in some}, 4, share=0.28)
 
 
+@pytest.mark.filterwarnings(*IGNORED)
+def test_padding_of_a_frozen_encoder():
+    """Nothing needs gradients, so torch packs the input although they are enabled; padding becomes zeros, unless the fast path is off."""
+
+    def ranks(rank):
+        x = randn(2, 6, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        given = {"src": x, "src_key_padding_mask": padding(2, 6)}
+        build = lambda: encoder(2)().requires_grad_(False)
+        sharded, whole = pair(build, 2, train=False, example_inputs=given)
+        for model in (sharded, copy.deepcopy(sharded)):
+            same_output(run(model, given), run(whole, given))
+            assert not run(model, given)[1, 3:].any()
+        torch.backends.mha.set_fastpath_enabled(False)
+        same_output(run(sharded, given), run(whole, given))
+        assert run(sharded, given)[1, 3:].all()
+
+    run_ranks(ranks, 2)
+
+
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor")
 def test_heads_that_ranks_do_not_divide():
     """The weights are split all the same."""
