@@ -29,7 +29,11 @@ class _Calls(TorchFunctionMode):
         frame = self.frames[-1]
         try:
             if not failed and frame[1].names and frame[3] != len(frame[1].names):
-                self.change(frame, None)
+                self.__exit__(None, None, None)  # as torch does while it handles a call
+                try:
+                    self.change(frame, None)
+                finally:
+                    self.__enter__()
         finally:
             self.frames.pop()
             if not self.frames:
@@ -45,8 +49,7 @@ class _Calls(TorchFunctionMode):
                 other = programs.get(path, Program())
                 ran = {p: q for p, q in context.programs.items() if p in context.ran and p != path}
                 same = all(programs.get(p, Program()).does_as(q) for p, q in ran.items())
-                unwatched = number == 0 and not other.names  # none of its calls is on a shard
-                next_is = unwatched or other.names[number : number + 1] == [name][: name is not None]
+                next_is = not other.names or other.names[number : number + 1] == [name][: name is not None]
                 if same and other.goes_on(program, number) and next_is:
                     context.programs, frame[1] = programs, other
                     return

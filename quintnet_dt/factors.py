@@ -56,7 +56,7 @@ def piece(factors, start, length):
     if length == f.size:
         return [f]
     if f.pieces is None:
-        f.pieces = [[Factor(size)] for size in (start, length, f.size - start - length) if size]
+        f.pieces = [[Factor(size)] if size > 1 else [] for size in (start, length, f.size - start - length) if size]
     for part in f.pieces:
         size = prod(g.size for g in leaves(part))
         if start + length <= size:

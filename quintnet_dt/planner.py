@@ -145,8 +145,15 @@ class Planner:
         return True
 
     @cached_property
-    def weighed(self):
-        return [c for c in self.candidates() if self.weigh(c)]
+    def good(self):
+        """Candidates that can be laid out, and send no more than their weights split alone."""
+        found = []
+        for c in self.candidates():
+            if self.weigh(c) and c.bytes <= self._apart(c.params):
+                found.append(c)
+            elif c.bytes:
+                self.note(c.params, f"sharded through the model, its axis would send {c.bytes:.0f} bytes a step")
+        return found
 
     def _gathered_weights(self, layout):
         """The split weights that calls need whole, themselves or what is made of them."""
@@ -160,14 +167,9 @@ class Planner:
 
     def choose(self, banned=()):
         """A Sharding. Axes in `banned` are not sharded through the model."""
-        used_by, sharding, good = {}, Sharding(loss_parallel=self.loss_parallel), []
-        for c in self.weighed:
-            if c.axis not in banned:
-                if c.bytes <= self._apart(c.params):
-                    good.append(c)
-                else:
-                    self.note(c.params, f"sharded through the model, its axis would send {c.bytes:.0f} bytes a step")
-        for c in (c for region in _regions(good) for c in self._best(region)):
+        used_by, sharding = {}, Sharding(loss_parallel=self.loss_parallel)
+        regions = _regions([c for c in self.good if c.axis not in banned])
+        for c in (c for region in regions for c in self._best(region)):
             used_by.update((x.index, c.axis) for x in c.calls)
             sharding.through.add(c.axis)
             for p, (dim, outer) in c.params.items():

@@ -43,7 +43,8 @@ class Program:
         """Whether this program could take over from another one before the call of that number."""
         same = all(getattr(self, a) == getattr(other, a) for a in ("params", "inputs", "outputs"))
         mine, its = ({k: c for k, c in p.calls.items() if k < number} for p in (self, other))
-        return same and self.names[:number] == other.names[:number] and mine == its
+        names = not self.names or self.names[:number] == other.names[:number]  # with none, no call of its own is on a shard
+        return same and names and mine == its
 
 
 def compile_programs(graph, layout, sizes=None):
