@@ -38,7 +38,12 @@ class Paths:
         known.append(self.learn(path, owners, module, args, kwargs))
         yield known[-1]
 
-    def learn(self, path, owners, module, args, kwargs):
+    def learn(self, *call):
+        """Programs for this call, shown right in the gradient mode that it was made in."""
+        with torch.set_grad_enabled(self.key[1][1]):
+            return self.show(*call)
+
+    def show(self, path, owners, module, args, kwargs):
         names = {id(m._parameters[attr]): name for name, at in owners.items() for m, attr in at}
         names = {inner: names[id(p)] for inner, p in module.named_parameters()}
         device = device_of(module)

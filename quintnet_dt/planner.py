@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import combinations
+from itertools import combinations, groupby
 from math import prod
 
 from .cost import cost, hoist
@@ -76,11 +76,12 @@ class Planner:
         self._alone = {}
         self.touch, self.users = {}, {}
         total, rest, self.small = sum(map(self.numel, self.params)), 0, set()
-        for name in sorted(self.params, key=self.numel):
-            rest += self.numel(name)
-            if rest > NEGLIGIBLE * total or self.numel(name) >= VOCABULARY * total:
+        for numel, names in groupby(sorted(self.params, key=self.numel), self.numel):  # repeated layers are alike
+            names = list(names)
+            rest += numel * len(names)
+            if rest > NEGLIGIBLE * total or numel >= VOCABULARY * total:
                 break
-            self.small.add(name)
+            self.small.update(names)
         for call in graph.calls:
             values = [*call.inputs.values(), *call.outputs.values(), *(v for n in call.nodes for v in n.outputs)]
             for v in {v.id: v for v in values}.values() if call.nodes else ():

@@ -3,6 +3,7 @@
 import hashlib
 import warnings
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -81,6 +82,7 @@ def apply_tensor_parallel(model, tp_size=None, *, mesh=None, example_inputs=None
 # ---- planning
 
 
+@torch.enable_grad()
 def _make_plan(model, n, example_inputs, user, loss_parallel):
     """(plan, {signature: programs}) for a model."""
     if not isinstance(model, nn.Module):

@@ -87,7 +87,7 @@ def record(model, args, kwargs, modes=(), recorder=None):
         stack.enter_context(torch.random.fork_rng(devices=gpus))
         torch.manual_seed(0)  # the same path on every rank
         unseen = saved_tensors_hooks(lambda t: t, lambda t: t)  # a checkpoint around us must not see ours
-        modes = torch.enable_grad(), hidden_fakes(), silent_fakes(), unseen, *modes, _Nodes(recorder), _Calls(recorder)
+        modes = hidden_fakes(), silent_fakes(), unseen, *modes, _Nodes(recorder), _Calls(recorder)
         for mode in modes:
             stack.enter_context(mode)
         recorder.give((args, kwargs))

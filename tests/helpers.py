@@ -66,6 +66,8 @@ def same_grads(sharded, whole, tol=1e-9, floor=1e-11):
     )
     wrong, flat = [], []
     for name, p in whole.named_parameters():
+        if not p.numel():
+            continue
         grad = there[name].grad
         if p.grad is None or grad is None:
             # A weight that a call did not reach may get zeros.

@@ -1,4 +1,4 @@
-"""Regions of real models, each a few lines: fused projections, heads that do not divide, parameters inside, experts, state spaces; and the planner."""
+"""Regions of real models: fused projections, uneven heads, parameters inside, experts, state spaces; the planner."""
 
 import copy
 import inspect
@@ -31,8 +31,22 @@ def ids(*shape, high=48):
     return lambda: (torch.randint(3, high, shape),)
 
 
-def block(module, *args, **kw):
-    return lambda: Block(module(*args, **kw))
+class Model(nn.Module):
+    """A function of (itself, x); parts: modules, parameters (shapes). `residual`: its input wants a gradient."""
+
+    def __init__(self, function, residual, parts):
+        super().__init__()
+        self.function, self.norm = function, nn.RMSNorm(D) if residual else None
+        for name, part in parts.items():
+            setattr(self, name, nn.Parameter(torch.rand(part)) if isinstance(part, tuple) else part)
+
+    def forward(self, x):
+        return self.function(self, x) if self.norm is None else x + self.function(self, self.norm(x))
+
+
+def model(function, parts, residual=True):
+    """A function that builds a Model; `parts()` makes its parts."""
+    return lambda: Model(function, residual, parts())
 
 
 def check_all(cases, n):
@@ -50,8 +64,8 @@ def check_all(cases, n):
 
 
 def check_case(n, build, given, share=0.05, local=None, then=None, calls=(), tol=1e-9):
-    """A model against the whole one; a rank holds up to 1 / n + `share`; `local`: {end of a weight's name: dim (None: any)} of those
-    that must compute on shards."""
+    """A model against the whole one. A rank holds up to 1 / n + `share`. `local`: weights that must compute on shards,
+    as {end of the name: dim, or None for any}."""
     torch.manual_seed(3)
     inputs = [double(f()) for f in (given, *calls)]
     sharded, whole = pair(build, n, example_inputs=copy.deepcopy(inputs[0]))
@@ -69,17 +83,6 @@ def check_case(n, build, given, share=0.05, local=None, then=None, calls=(), tol
 # ---------------------------------------------------------------- attention
 
 
-class Block(nn.Module):
-    """A residual, so that what enters the region wants a gradient."""
-
-    def __init__(self, inner):
-        super().__init__()
-        self.norm, self.inner = nn.RMSNorm(D), inner
-
-    def forward(self, x):
-        return x + self.inner(self.norm(x))
-
-
 class TransposedLinear(nn.Module):
     """A weight of (in, out), as GPT-2 stores it."""
 
@@ -91,66 +94,55 @@ class TransposedLinear(nn.Module):
         return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], -1)
 
 
-def attend(q, k, v, bias=None):
-    """q: (batch, heads, length, dim); k, v with fewer heads are repeated."""
+def attend(q, k, v, bias=0.0):
+    """q: (batch, length, heads, dim); k, v with fewer heads are repeated."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if k.shape[1] != q.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    scores = q @ k.transpose(-1, -2) / k.shape[-1] ** 0.5
-    if bias is not None:
-        scores = scores + bias
+    scores = q @ k.transpose(-1, -2) / k.shape[-1] ** 0.5 + bias
     return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
 
 
-class Fused(nn.Module):
+def fused(kind, h=4, kv=4, d=6):
     """One projection for q, k and v, cut as `kind` says."""
 
-    def __init__(self, kind, heads=4, kv=4, dim=6, bias=True):
-        super().__init__()
-        self.kind, self.heads, self.kv, self.dim = kind, heads, kv, dim
-        self.sizes = [heads * dim, kv * dim, kv * dim]
-        make = TransposedLinear if kind == "thirds" else nn.Linear
-        self.inp, self.out = make(D, sum(self.sizes)), make(heads * dim, D)
-
-    def forward(self, x):
-        b, t, _ = x.shape
-        h, kv, d, y = self.heads, self.kv, self.dim, self.inp(x)
-        if self.kind in ("thirds", "chunk", "sizes", "slices"):
-            if self.kind == "thirds":
-                parts = y.split(h * d, dim=2)
-            elif self.kind == "chunk":
-                parts = y.chunk(3, dim=-1)
-            elif self.kind == "sizes":
-                parts = y.split(self.sizes, dim=-1)
-            else:
-                at = h * d
-                parts = y[..., :at], y[..., at : at + kv * d], y[..., at + kv * d :]
-            q, k, v = (p.view(b, t, -1, d) for p in parts)
-        elif self.kind == "a head's three":
-            q, k, v = y.view(b, t, h, 3 * d).chunk(3, dim=-1)
-        elif self.kind == "heads by three":
+    def forward(m, x):
+        (b, t, _), y = x.shape, m.inp(x)
+        if kind == "a head's three":
+            parts = y.view(b, t, h, 3 * d).chunk(3, dim=-1)
+        elif kind == "heads by three":
             y = y.view(b, t, h, 3, d)
-            q, k, v = y[..., 0, :], y[..., 1, :], y[..., 2, :]
-        elif self.kind == "one kv head":
+            parts = y[..., 0, :], y[..., 1, :], y[..., 2, :]
+        elif kind == "one kv head":
             y = y.view(b, t, h + 2, d)
-            q, k, v = y[..., :-2, :], y[..., [-2], :], y[..., [-1], :]
-        else:  # groups of queries with their key and value
+            parts = y[..., :-2, :], y[..., [-2], :], y[..., [-1], :]
+        elif kind == "groups":  # of queries with their key and value
             y = y.view(b, t, kv, h // kv + 2, d)
-            q, k, v = y[..., :-2, :].flatten(2, 3), y[..., -2, :], y[..., -1, :]
-        return self.out(attend(*(z.transpose(1, 2) for z in (q, k, v))))
+            parts = y[..., :-2, :].flatten(2, 3), y[..., -2, :], y[..., -1, :]
+        elif kind == "thirds":
+            parts = y.split(h * d, dim=2)
+        elif kind == "chunk":
+            parts = y.chunk(3, dim=-1)
+        elif kind == "sizes":
+            parts = y.split([h * d, kv * d, kv * d], dim=-1)
+        else:
+            parts = y[..., : h * d], y[..., h * d : (h + kv) * d], y[..., (h + kv) * d :]
+        return m.out(attend(*(z.reshape(b, t, -1, d) for z in parts)))
+
+    make = TransposedLinear if kind == "thirds" else nn.Linear
+    return model(forward, lambda: {"inp": make(D, (h + 2 * kv) * d), "out": make(h * d, D)})
 
 
-class FusedMLP(nn.Module):
-    def __init__(self, cut):
-        super().__init__()
-        self.inp, self.out, self.cut = nn.Linear(D, 128, bias=False), nn.Linear(64, D, bias=False), cut
-
-    def forward(self, x):
-        y = self.inp(x)
-        if self.cut == "chunk":
+def fused_mlp(cut):
+    def forward(m, x):
+        y = m.inp(x)
+        if cut == "chunk":
             gate, up = y.chunk(2, -1)
         else:
-            gate, up = y.split(64, -1) if self.cut == "split" else (y[..., :64], y[..., 64:])
-        return self.out(F.gelu(gate) * up)
+            gate, up = y.split(64, -1) if cut == "split" else (y[..., :64], y[..., 64:])
+        return m.out(F.gelu(gate) * up)
+
+    return model(forward, lambda: {"inp": nn.Linear(D, 128, bias=False), "out": nn.Linear(64, D, bias=False)})
 
 
 @pytest.mark.parametrize("n", [2, 4])
@@ -158,36 +150,35 @@ def test_fused_projections(n):
     x, local, cases = features(2, 5, D), {"inp.weight": 0, "out.weight": 1}, {}
     equal, grouped = ["chunk", "sizes", "a head's three", "heads by three"], ["sizes", "slices", "groups"]
     for kind, kv in [*((k, 4) for k in equal), *((k, 2) for k in grouped)]:
-        cases[kind, kv] = dict(build=block(Fused, kind, 4, kv), given=x, local=local if kv % n == 0 else {})
-    cases["thirds"] = dict(build=block(Fused, "thirds"), given=x, local={"inp.weight": 1, "out.weight": 0})
-    cases["one kv head"] = dict(build=block(Fused, "one kv head", 4, 1), given=x)
+        cases[kind, kv] = dict(build=fused(kind, 4, kv), given=x, local=local if kv % n == 0 else {})
+    cases["thirds"] = dict(build=fused("thirds"), given=x, local={"inp.weight": 1, "out.weight": 0})
+    cases["one kv head"] = dict(build=fused("one kv head", 4, 1), given=x)
     for kind in ("chunk", "split", "slices"):
-        cases[f"gate and up by {kind}"] = dict(build=block(FusedMLP, kind), given=x, local=local)
+        cases[f"gate and up by {kind}"] = dict(build=fused_mlp(kind), given=x, local=local)
     check_all(cases, n)
 
 
-class Attention(nn.Module):
-    """Separate projections. `norm`: of queries and keys, per head ("head") or over all of them."""
+def attention(mix=attend, heads=4, kv=None, dim=6, norm=None, **more):
+    """Separate projections; `mix(q, k, v, [m])` of (batch, length, heads, dim). `norm`: "head", or over all of them."""
+    kv = kv or heads
 
-    def __init__(self, heads=4, kv=None, dim=6, norm=None, bias=False):
-        super().__init__()
-        kv = kv or heads
-        self.heads, self.kv, self.dim, self.norm = heads, kv, dim, norm
-        self.q, self.k, self.v = (nn.Linear(D, h * dim, bias=bias) for h in (heads, kv, kv))
-        self.o = nn.Linear(heads * dim, D, bias=bias)
-        make = {"head": lambda h: nn.RMSNorm(dim), "rms": nn.RMSNorm, "layer": nn.LayerNorm, "spelled": SpelledNorm}
-        if norm:
-            self.qn, self.kn = make[norm](heads * dim), make[norm](kv * dim)
+    def forward(m, x):
+        q, k, v = m.q(x), m.k(x), m.v(x)
+        if norm in ("rms", "layer", "spelled"):
+            q, k = m.qn(q), m.kn(k)
+        q, k, v = (y.view(*x.shape[:2], h, dim) for y, h in ((q, heads), (k, kv), (v, kv)))
+        if norm == "head":
+            q, k = m.qn(q), m.kn(k)
+        return m.o(mix(q, k, v) if mix is attend else mix(q, k, v, m))
 
-    def forward(self, x):
-        b, t, _ = x.shape
-        q, k, v = self.q(x), self.k(x), self.v(x)
-        if self.norm in ("rms", "layer", "spelled"):
-            q, k = self.qn(q), self.kn(k)
-        q, k, v = q.view(b, t, self.heads, self.dim), k.view(b, t, self.kv, self.dim), v.view(b, t, self.kv, self.dim)
-        if self.norm == "head":
-            q, k = self.qn(q), self.kn(k)
-        return self.o(attend(*(z.transpose(1, 2) for z in (q, k, v))))
+    def parts():
+        projections = {p: nn.Linear(D, h * dim, bias=False) for p, h in zip("qkv", (heads, kv, kv))}
+        make = {"head": lambda d: nn.RMSNorm(dim), "rms": nn.RMSNorm, "layer": nn.LayerNorm, "spelled": SpelledNorm}
+        norms = {"qn": make[norm](heads * dim), "kn": make[norm](kv * dim)} if norm else {}
+        extra = {name: f() if callable(f) else f for name, f in more.items()}
+        return {**projections, "o": nn.Linear(heads * dim, D, bias=False), **norms, **extra}
+
+    return model(forward, parts)
 
 
 HEADS = {"q.weight": 0, "k.weight": 0, "v.weight": 0, "o.weight": 1}
@@ -205,11 +196,11 @@ class SpelledNorm(nn.Module):
 @pytest.mark.parametrize("n", [2, 4])
 def test_heads_that_do_not_divide(n):
     shapes = {2: [(4, 1), (3, 3), (3, 1), (6, 3)], 4: [(8, 2), (14, 14), (14, 2), (6, 6), (4, 1), (6, 2)]}[n]
-    check_all({(h, kv): dict(build=block(Attention, h, kv), given=features(2, 5, D)) for h, kv in shapes}, n)
+    check_all({(h, kv): dict(build=attention(heads=h, kv=kv), given=features(2, 5, D)) for h, kv in shapes}, n)
 
 
 def test_queries_that_divide_where_keys_do_not():
-    """Between the sizes of a real model; in a tiny one the model dimension may send fewer bytes."""
+    """At the sizes of a real model; in a tiny one the model dimension may send fewer bytes."""
     with torch.device("meta"):
         model = llama(num_attention_heads=16, hidden_size=1024, head_dim=64, intermediate_size=4096, vocab_size=32000)
     plan = plan_tensor_parallel(model, 4, example_inputs=(torch.ones(2, 128, dtype=torch.long),))
@@ -247,7 +238,7 @@ def test_three_ranks():
     gpt2 = lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**sizes))  # noqa: E731
     bert = lambda: hf.BertForMaskedLM(hf.BertConfig(**TEXT, max_position_embeddings=32))  # noqa: E731
     cases = {"convolutions": dict(build=ResNet, given=features(2, 3, 8, 8), share=0.1)}
-    cases["attention"] = dict(build=Attention, given=features(2, 5, D))
+    cases["attention"] = dict(build=attention(), given=features(2, 5, D))
     for name, build in {"llama": llama, "gpt2": gpt2, "bert": bert}.items():
         cases[name] = dict(build=build, given=ids(2, 6), share=0.1, tol=FLOAT32)
     check_all(cases, 3)
@@ -257,162 +248,124 @@ def test_three_ranks():
 
 
 def small_reductions(n):
-    """The norms of all queries and keys cost no more than one sum, forward and backward, of a number for each token."""
+    """Norms of all queries and keys cost no more than a sum each, forward and backward, of a number for each token."""
 
-    def then(model):
-        plan = model.tensor_parallel_plan
-        bare = plan_tensor_parallel(Block(Attention()).double(), n, example_inputs=(torch.randn(2, 5, D).double(),))
-        token = 2 * 5 * 8 * 4 * (n - 1) / n
-        assert 0 < plan.bytes_per_step - bare.bytes_per_step <= 2 * token, f"{plan}\n{bare}"
+    def then(sharded):
+        plan = sharded.tensor_parallel_plan
+        bare = plan_tensor_parallel(attention()().double(), n, example_inputs=double(features(2, 5, D)()))
+        assert 0 < plan.bytes_per_step - bare.bytes_per_step <= 2 * 2 * 5 * 8 * 4 * (n - 1) / n, f"{plan}\n{bare}"
 
     return then
 
 
-class Sinks(Attention):
+def sinks(q, k, v, m):
     """A learned logit for each head, that takes attention and gives nothing."""
-
-    def __init__(self):
-        super().__init__()
-        self.sinks = nn.Parameter(torch.randn(self.heads))
-
-    def forward(self, x):
-        b, t, _ = x.shape
-        q, k, v = (f(x).view(b, t, -1, self.dim).transpose(1, 2) for f in (self.q, self.k, self.v))
-        scores = q @ k.mT * self.dim**-0.5
-        scores = torch.cat([scores, self.sinks.reshape(1, -1, 1, 1).expand(b, -1, t, -1)], dim=-1)
-        scores = scores - scores.max(dim=-1, keepdim=True).values
-        return self.o((scores.softmax(-1)[..., :-1] @ v).transpose(1, 2).reshape(b, t, -1))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    scores = torch.cat([scores, m.sinks.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], -1)], dim=-1)
+    scores = scores - scores.max(dim=-1, keepdim=True).values
+    return (scores.softmax(-1)[..., :-1] @ v).transpose(1, 2).flatten(2)
 
 
-class Biased(Attention):
-    """ALiBi's slopes, learned or not, or a table of relative positions that is handed in."""
-
-    def __init__(self, slopes=None):
-        super().__init__()
-        values = 2.0 ** -torch.arange(1, 5)
-        if slopes == "parameter":
-            self.slopes = nn.Parameter(values)
-        elif slopes == "buffer":
-            self.register_buffer("slopes", values)
-
-    def forward(self, x, bias=None):
-        b, t, _ = x.shape
-        if bias is None:
-            at = torch.arange(t)
-            bias = self.slopes[:, None, None] * (at[None, None, :] - at[None, :, None])
-        q, k, v = (f(x).view(b, t, self.heads, self.dim).transpose(1, 2) for f in (self.q, self.k, self.v))
-        return self.o(attend(q, k, v, bias))
+def alibi(q, k, v, m):
+    at = torch.arange(q.shape[1])
+    return attend(q, k, v, m.slopes[:, None, None] * (at[None, None, :] - at[None, :, None]))
 
 
-class Relative(nn.Module):
-    """The first layer's table of relative positions serves all layers."""
-
-    def __init__(self):
-        super().__init__()
-        self.table, self.layers = nn.Embedding(8, 4), nn.ModuleList(Biased() for _ in range(2))
-
-    def forward(self, x):
-        at = torch.arange(x.shape[1])
-        bias = self.table((at[None, :] - at[:, None]).clamp(-3, 4) + 3).permute(2, 0, 1).unsqueeze(0)
-        for layer in self.layers:
-            x = x + layer(x, bias)
-        return x
+def cosine(q, k, v, m):
+    """Queries and keys of length one; a temperature for each head."""
+    q, k, v = F.normalize(q, dim=-1).transpose(1, 2), F.normalize(k, dim=-1).transpose(1, 2), v.transpose(1, 2)
+    scores = q @ k.mT * m.temperature.clamp(max=4.6).exp()
+    return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
 
 
-class Cosine(Attention):
-    """Queries and keys of length one; a temperature for each head, kept below 100."""
+def relative(m, x):
+    """One table of relative positions serves all layers."""
+    at = torch.arange(x.shape[1])
+    bias = m.table((at[None, :] - at[:, None]).clamp(-3, 4) + 3).permute(2, 0, 1).unsqueeze(0)
+    for layer in (m.first, m.second):
+        q, k, v = (layer[p](x).view(*x.shape[:2], 4, 6) for p in "qkv")
+        x = x + layer["o"](attend(q, k, v, bias))
+    return x
 
-    def __init__(self):
-        super().__init__()
-        self.temperature = nn.Parameter(torch.rand(self.heads, 1, 1))
 
-    def forward(self, x):
-        b, t, _ = x.shape
-        q, k, v = (f(x).view(b, t, -1, self.dim).transpose(1, 2) for f in (self.q, self.k, self.v))
-        scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT * self.temperature.clamp(max=4.6).exp()
-        return self.o((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+def layers():
+    first, second = (nn.ModuleDict({p: nn.Linear(D, D) for p in "qkvo"}) for _ in range(2))
+    return {"table": nn.Embedding(8, 4), "first": first, "second": second}
 
 
 class Slopes(nn.Module):
-    """A slope for each hidden unit; a scale and a gate that are one number each, inside and outside."""
+    """The slopes of heads in a buffer."""
 
     def __init__(self):
         super().__init__()
-        self.a, self.b = nn.Linear(D, 48), nn.Linear(48, D)
-        self.slopes, self.logit_scale = nn.Parameter(torch.rand(48)), nn.Parameter(torch.tensor(0.3))
-        self.gate, self.outer = nn.Parameter(torch.tensor([0.2])), nn.Parameter(torch.tensor(0.7))
+        self.register_buffer("values", torch.rand(4))
 
-    def forward(self, x):
-        h = self.a(x)
-        h = torch.where(h > 0, h, self.slopes * h) * self.logit_scale.exp()
-        return x + self.outer.tanh() * self.b(h + torch.tanh(self.gate) * h.square())
+    def __getitem__(self, at):
+        return self.values[at]
+
+
+def scaled(m, x):
+    """A slope for each hidden unit; a scale and a gate that are one number each, inside and outside."""
+    h = m.a(x)
+    h = torch.where(h > 0, h, m.slopes * h) * m.logit_scale.exp()
+    return m.outer.tanh() * m.b(h + torch.tanh(m.gate) * h.square())
 
 
 @pytest.mark.parametrize("n", [2, 4])
 def test_parameters_inside_a_region(n):
-    builds = {
-        "norm of a head": block(Attention, norm="head"),
-        "rms": block(Attention, norm="rms"),
-        "layer": block(Attention, norm="layer"),
-        "spelled": block(Attention, norm="spelled"),
-        "sinks": block(Sinks),
-        "slopes of heads": block(Biased, "parameter"),
-        "slopes in a buffer": block(Biased, "buffer"),
-        "relative positions": Relative,
-        "temperatures": block(Cosine),
+    builds = {name: attention(norm=name) for name in ("head", "rms", "layer", "spelled")} | {
+        "sinks": attention(sinks, sinks=(4,)),
+        "slopes of heads": attention(alibi, slopes=(4,)),
+        "slopes in a buffer": attention(alibi, slopes=Slopes),
+        "temperatures": attention(cosine, temperature=(4, 1, 1)),
+        "relative positions": model(relative, layers, residual=False),
     }
-    cases = {name: dict(build=build, given=features(2, 5, D), local=HEADS) for name, build in builds.items()}
+    x, numbers = features(2, 5, D), {"slopes": (48,), "logit_scale": (), "gate": (1,), "outer": ()}
+    cases = {name: dict(build=build, given=x, local=HEADS) for name, build in builds.items()}
     cases["spelled"]["then"] = small_reductions(n)
     # A LayerNorm over a sharded dim is right, but there is no rule by which it could run on head shards.
     cases["layer"]["local"] = None
-    cases["slopes and scales"] = dict(build=Slopes, given=features(2, 5, D), local={"a.weight": 0, "b.weight": 1})
+    build = model(scaled, lambda: {"a": nn.Linear(D, 48), "b": nn.Linear(48, D), **numbers})
+    cases["slopes and scales"] = dict(build=build, given=x, local={"a.weight": 0, "b.weight": 1})
     check_all(cases, n)
 
 
 # ------------------------------------------------------------------ experts
 
 
-class Experts(nn.Module):
-    """Experts as parameters of three dims; each token goes to all ("bmm", "einsum"), or a buffer of slots holds the chosen ("slots")."""
+def experts(kind, e=4, hidden=32):
+    """Experts as parameters of three dims; all compute each token, and the weights of those not chosen are zero."""
 
-    def __init__(self, kind, experts=4, hidden=32):
-        super().__init__()
-        self.kind, self.router = kind, nn.Linear(D, experts, bias=False)
-        self.up, self.down = nn.Parameter(torch.randn(experts, D, 2 * hidden) * 0.2), nn.Parameter(
-            torch.randn(experts, hidden, D) * 0.2
-        )
-
-    def forward(self, x):
+    def forward(m, x):
         flat = x.flatten(0, 1)
-        probs = self.router(flat).softmax(-1)
+        probs = m.router(flat).softmax(-1)
         value, index = probs.topk(2, dim=-1)
         weights = torch.zeros_like(probs).scatter(1, index, value / value.sum(-1, keepdim=True))
-        if self.kind == "bmm":
-            gate, up = torch.bmm(flat.expand(self.up.shape[0], -1, -1), self.up).chunk(2, dim=-1)
-            out = (torch.bmm(F.silu(gate) * up, self.down) * weights.t()[..., None]).sum(0)
-        else:
-            gate, up = torch.einsum("td,edh->teh", flat, self.up).chunk(2, dim=-1)
-            out = torch.einsum("teh,ehd,te->td", F.silu(gate) * up, self.down, weights)
-        return out.view_as(x)
+        if kind == "bmm":
+            gate, up = torch.bmm(flat.expand(e, -1, -1), m.up).chunk(2, dim=-1)
+            return (torch.bmm(F.silu(gate) * up, m.down) * weights.t()[..., None]).sum(0).view_as(x)
+        gate, up = torch.einsum("td,edh->teh", flat, m.up).chunk(2, dim=-1)
+        return torch.einsum("teh,ehd,te->td", F.silu(gate) * up, m.down, weights).view_as(x)
+
+    router = lambda: nn.Linear(D, e, bias=False)  # noqa: E731
+    return model(forward, lambda: {"router": router(), "up": (e, D, 2 * hidden), "down": (e, hidden, D)})
 
 
-class ExpertList(nn.Module):
-    def __init__(self, experts=3):
-        super().__init__()
-        self.router = nn.Linear(D, experts)
-        self.shared = nn.Sequential(nn.Linear(D, 32), nn.SiLU(), nn.Linear(32, D))
-        self.experts = nn.ModuleList(
-            nn.Sequential(nn.Linear(D, 32), nn.GELU(), nn.Linear(32, D)) for _ in range(experts)
-        )
+def routed(m, x):
+    """Modules, each for the tokens that go to it; and one that all tokens pass."""
+    flat = x.view(-1, x.shape[-1])
+    weight, chosen = m.router(flat).softmax(-1).topk(1, dim=-1)
+    out = torch.zeros_like(flat)
+    for e, expert in enumerate(m.experts):
+        token, slot = torch.where(chosen == e)
+        out.index_add_(0, token, expert(flat[token]) * weight[token, slot].unsqueeze(-1))
+    return out.view_as(x) + m.shared(x)
 
-    def forward(self, x):
-        flat = x.view(-1, x.shape[-1])
-        weight, chosen = self.router(flat).softmax(-1).topk(1, dim=-1)
-        out = torch.zeros_like(flat)
-        for e, expert in enumerate(self.experts):
-            token, slot = torch.where(chosen == e)
-            out.index_add_(0, token, expert(flat[token]) * weight[token, slot].unsqueeze(-1))
-        return out.view_as(x) + self.shared(x)
+
+def expert_list():
+    shared, *each = (nn.Sequential(nn.Linear(D, 32), nn.GELU(), nn.Linear(32, D)) for _ in range(4))
+    return {"router": nn.Linear(D, 3), "shared": shared, "experts": nn.ModuleList(each)}
 
 
 @pytest.mark.parametrize("n", [2, 4])
@@ -420,8 +373,8 @@ def test_experts(n):
     hf = pytest.importorskip("transformers")
 
     def split(*ends):
-        def then(model):
-            plan = model.tensor_parallel_plan
+        def then(sharded):
+            plan = sharded.tensor_parallel_plan
             assert all(e.dim is not None for name, e in plan.entries.items() if name.endswith(ends)), plan
 
         return then
@@ -429,8 +382,8 @@ def test_experts(n):
     config = dict(TEXT, num_key_value_heads=4, num_local_experts=4, experts_implementation="eager", use_cache=False)
     mixtral = lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**config))  # noqa: E731
     x, calls, local = features(2, 5, D), [features(1, 1, D), features(3, 7, D)], {"up": None, "down": None}
-    cases = {kind: dict(build=block(Experts, kind), given=x, local=local) for kind in ("bmm", "einsum")}
-    cases["list"] = dict(build=block(ExpertList), given=x, calls=calls, then=split("0.weight", "2.weight"))
+    cases = {kind: dict(build=experts(kind), given=x, local=local) for kind in ("bmm", "einsum")}
+    cases["list"] = dict(build=model(routed, expert_list), given=x, calls=calls, then=split("0.weight", "2.weight"))
     parts = split("experts.gate_up_proj", "experts.down_proj")
     cases["mixtral"] = dict(build=mixtral, given=ids(2, 6), calls=[ids(1, 9)], then=parts, tol=FLOAT32)
     check_all(cases, n)
@@ -439,93 +392,77 @@ def test_experts(n):
 # ------------------------------------------- state spaces, linear attention
 
 
-class Mamba(nn.Module):
-    def __init__(self, inner=32, state=4, rank=3):
-        super().__init__()
-        self.inner, self.state, self.rank = inner, state, rank
-        self.in_proj, self.out_proj = nn.Linear(D, 2 * inner, bias=False), nn.Linear(inner, D, bias=False)
-        self.conv = nn.Conv1d(inner, inner, 3, groups=inner, padding=2)
-        self.x_proj, self.dt_proj = nn.Linear(inner, rank + 2 * state, bias=False), nn.Linear(rank, inner)
-        self.A_log, self.D = nn.Parameter(torch.rand(inner, state)), nn.Parameter(torch.rand(inner))
-
-    def forward(self, x):
-        t = x.shape[1]
-        x, gate = self.in_proj(x).chunk(2, dim=-1)
-        x = F.silu(self.conv(x.transpose(1, 2))[..., :t]).transpose(1, 2)
-        step, b, c = self.x_proj(x).split([self.rank, self.state, self.state], dim=-1)
-        step = F.softplus(self.dt_proj(step))
-        decay = torch.exp(step.unsqueeze(-1) * -self.A_log.exp())
-        drive = (step * x).unsqueeze(-1) * b.unsqueeze(2)
-        state, out = torch.zeros(x.shape[0], self.inner, self.state, dtype=x.dtype), []
-        for i in range(t):
-            state = decay[:, i] * state + drive[:, i]
-            out.append((state * c[:, i, None]).sum(-1))
-        return self.out_proj((torch.stack(out, dim=1) + x * self.D) * F.silu(gate))
+def mamba(m, x, inner=32, state=4, rank=3):
+    t = x.shape[1]
+    x, gate = m.in_proj(x).chunk(2, dim=-1)
+    x = F.silu(m.conv(x.transpose(1, 2))[..., :t]).transpose(1, 2)
+    step, b, c = m.x_proj(x).split([rank, state, state], dim=-1)
+    step = F.softplus(m.dt_proj(step))
+    decay = torch.exp(step.unsqueeze(-1) * -m.A_log.exp())
+    drive = (step * x).unsqueeze(-1) * b.unsqueeze(2)
+    h, out = torch.zeros(x.shape[0], inner, state, dtype=x.dtype), []
+    for i in range(t):
+        h = decay[:, i] * h + drive[:, i]
+        out.append((h * c[:, i, None]).sum(-1))
+    return m.out_proj((torch.stack(out, dim=1) + x * m.D) * F.silu(gate))
 
 
-class Linear(Attention):
-    """Linear attention as a recurrence: a matrix of state for each head, which decays."""
-
-    def __init__(self):
-        super().__init__()
-        self.decay, self.bonus, self.after = (
-            nn.Parameter(torch.rand(4, 1, 1)),
-            nn.Parameter(torch.rand(4, 6)),
-            nn.GroupNorm(4, D),
-        )
-
-    def forward(self, x):
-        b, t, _ = x.shape
-        q, k, v = (f(x).view(b, t, self.heads, self.dim) for f in (self.q, self.k, self.v))
-        state, out = (
-            x.new_zeros(b, self.heads, self.dim, self.dim),
-            [],
-        )  # as long as there are heads, t would be taken for them
-        for i in range(t):
-            new = k[:, i].unsqueeze(-1) * v[:, i].unsqueeze(-2)
-            out.append(torch.einsum("bhk,bhkv->bhv", q[:, i], state + self.bonus.unsqueeze(-1) * new))
-            state = state * torch.sigmoid(self.decay) + new
-        y = self.after(torch.stack(out, 1).reshape(b * t, -1)).view(b, t, -1)
-        return self.o(y)
+def mamba_parts():
+    ends = {
+        "in_proj": nn.Linear(D, 64, bias=False),
+        "out_proj": nn.Linear(32, D, bias=False),
+        "A_log": (32, 4),
+        "D": (32,),
+    }
+    conv = nn.Conv1d(32, 32, 3, groups=32, padding=2)
+    return {**ends, "conv": conv, "x_proj": nn.Linear(32, 11, bias=False), "dt_proj": nn.Linear(3, 32)}
 
 
-class Rwkv(nn.Module):
-    """Time mixing: each token is mixed with the one before it, and keys weigh values with a decay for each channel."""
+def linear_attention(q, k, v, m):
+    """A recurrence: a matrix of state for each head, which decays."""
+    b, t, h, d = q.shape
+    state, out = q.new_zeros(b, h, d, d), []
+    for i in range(t):
+        new = k[:, i].unsqueeze(-1) * v[:, i].unsqueeze(-2)
+        out.append(torch.einsum("bhk,bhkv->bhv", q[:, i], state + m.bonus.unsqueeze(-1) * new))
+        state = state * torch.sigmoid(m.decay) + new
+    return m.after(torch.stack(out, 1).reshape(b * t, -1)).view(b, t, -1)
 
-    def __init__(self):
-        super().__init__()
-        self.key, self.value, self.gate, self.out = (nn.Linear(D, D, bias=False) for _ in range(4))
-        self.mix, self.decay, self.first = (nn.Parameter(torch.rand(D)) for _ in range(3))
 
-    def forward(self, x):
-        last = F.pad(x, (0, 0, 1, -1))
-        mixed = x * self.mix + last * (1 - self.mix)
-        k, v, r = self.key(mixed), self.value(mixed), torch.sigmoid(self.gate(mixed))
-        num, den, out = torch.zeros_like(v[:, 0]), torch.zeros_like(v[:, 0]), []
-        for i in range(x.shape[1]):
-            here = torch.exp(self.first + k[:, i])
-            out.append((num + here * v[:, i]) / (den + here))
-            fade = torch.exp(-torch.exp(self.decay))
-            num, den = fade * num + k[:, i].exp() * v[:, i], fade * den + k[:, i].exp()
-        return self.out(r * torch.stack(out, dim=1))
+def rwkv(m, x):
+    """Each token is mixed with the one before it; keys weigh values, with a decay for each channel."""
+    mixed = x * m.mix + F.pad(x, (0, 0, 1, -1)) * (1 - m.mix)
+    k, v, r = m.key(mixed), m.value(mixed), torch.sigmoid(m.gate(mixed))
+    num, den, out = torch.zeros_like(v[:, 0]), torch.zeros_like(v[:, 0]), []
+    for i in range(x.shape[1]):
+        here = torch.exp(m.first + k[:, i])
+        out.append((num + here * v[:, i]) / (den + here))
+        fade = torch.exp(-torch.exp(m.decay))
+        num, den = fade * num + k[:, i].exp() * v[:, i], fade * den + k[:, i].exp()
+    return m.out(r * torch.stack(out, dim=1))
+
+
+def rwkv_parts():
+    linears = {p: nn.Linear(D, D, bias=False) for p in ("key", "value", "gate", "out")}
+    return {**linears, "mix": (D,), "decay": (D,), "first": (D,)}
 
 
 @pytest.mark.parametrize("n", [2, 4])
 def test_state_spaces_and_linear_attention(n):
     hf = pytest.importorskip("transformers")
     config = dict(vocab_size=48, hidden_size=16, num_hidden_layers=1, state_size=4, time_step_rank=4, use_cache=False)
-    mamba = lambda: hf.MambaForCausalLM(hf.MambaConfig(**config))  # noqa: E731
+    real = lambda: hf.MambaForCausalLM(hf.MambaConfig(**config))  # noqa: E731
     inner = {"in_proj.weight": 0, "conv.weight": 0, "x_proj.weight": 1, "dt_proj.weight": 0, "A_log": 0}
     x, mix = features(2, 5, D), {"key.weight": 0, "value.weight": 0, "gate.weight": 0, "out.weight": 1}
-    check_all(
-        {
-            "mamba": dict(build=block(Mamba), given=x, local={**inner, "out_proj.weight": 1}),
-            "linear attention": dict(build=block(Linear), given=x, local=HEADS),
-            "rwkv": dict(build=block(Rwkv), given=x, local=mix),
-            "transformers' mamba": dict(build=mamba, given=ids(2, 4), share=0.1, tol=FLOAT32),
-        },
-        n,
-    )
+    linear = attention(linear_attention, decay=(4, 1, 1), bonus=(4, 6), after=lambda: nn.GroupNorm(4, D))
+    cases = {
+        "mamba": dict(build=model(mamba, mamba_parts), given=x, local={**inner, "out_proj.weight": 1}),
+        # A length equal to the number of heads (4) would be taken for it in new_zeros: right, but not local then.
+        "linear attention": dict(build=linear, given=x, local=HEADS),
+        "rwkv": dict(build=model(rwkv, rwkv_parts), given=x, local=mix),
+        "transformers' mamba": dict(build=real, given=ids(2, 4), share=0.1, tol=FLOAT32),
+    }
+    check_all(cases, n)
 
 
 # ----------------------------------------------------------------- planning
@@ -569,29 +506,23 @@ def test_planning_changes_nothing(train):
     hook.remove()
 
 
-class Blocked(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Linear(D, 64, bias=False), nn.Linear(64, D)
-
-    def forward(self, x):
-        basis = torch.linalg.qr(self.a.weight).Q
-        return self.b(x @ basis.mT)
+def blocked(m, x):
+    basis = torch.linalg.qr(m.a.weight).Q
+    return m.b(x @ basis.mT)
 
 
 def test_why_names_the_operator_in_the_way_and_its_line():
-    lines, first = inspect.getsourcelines(Blocked.forward)
-    line = first + next(i for i, text in enumerate(lines) if "qr(" in text)
-    plan = plan_tensor_parallel(Blocked(), 2, example_inputs=(torch.randn(2, 5, D),))
-    assert plan["a.weight"].how == "weight gathered" and "linalg_qr" in plan["a.weight"].why, plan
-    assert f"test_regions.py:{line}" in plan["a.weight"].why, plan
+    line = inspect.getsourcelines(blocked)[1] + 1
+    build = model(blocked, lambda: {"a": nn.Linear(D, 64, bias=False), "b": nn.Linear(64, D)}, residual=False)
+    a = plan_tensor_parallel(build(), 2, example_inputs=(torch.randn(2, 5, D),))["a.weight"]
+    assert a.how == "weight gathered" and "linalg_qr" in a.why and f"test_regions.py:{line}" in a.why, a
 
 
 def chain(*widths):
     return nn.Sequential(*[nn.Linear(a, b, bias=False) for a, b in zip(widths, widths[1:])])
 
 
-SMALL = [lambda: chain(16, 64, 16, 8), lambda: chain(8, 8, 64, 24, 64), block(Attention), block(FusedMLP, "chunk")]
+SMALL = [lambda: chain(16, 64, 16, 8), lambda: chain(8, 8, 64, 24, 64), attention(), fused_mlp("chunk")]
 
 
 @pytest.mark.parametrize("build", SMALL)

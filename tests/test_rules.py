@@ -761,7 +761,6 @@ def test_every_rule_has_a_case_and_claims_something_that_holds():
         lambda x: F.alpha_dropout(x, 0.5, True),
         lambda x: F.feature_alpha_dropout(x, 0.5, True),
         lambda x: F.dropout2d(x, 0.5, True),
-        lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.5),
         lambda x: F.gumbel_softmax(x),
         lambda x: F.rrelu(x, training=True),
     ],
