@@ -31,7 +31,7 @@ class Analysis:
     """One call on a shard of one axis: which inputs must be split, entered or added once, and what comes out; or the reason why it needs the whole."""
 
     def __init__(self, axes, call, axis, state, through):
-        self.axes, self.call, self.axis, self.through = axes, call, axis, through
+        self.axes, self.call, self.axis, self.through = axis.axes or axes, call, axis, through
         self.external = {v.id: v for v in call.inputs.values()}
         self.given = {i for i, s in state.items() if s is not None}
         self.slices, self.enter, self.once, self.kept = set(), set(), set(), set()

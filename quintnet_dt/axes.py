@@ -10,8 +10,8 @@ from math import prod
 
 from .factors import Factor, flat, leaves, unify
 from .rules import rule_of
-from .rules.table import arg
-from .rules.table import unknown
+from .rules.table import arg, unknown
+from .sharding import Axis
 
 
 @dataclass
@@ -28,15 +28,15 @@ class Effect:
 class Axes:
     """The factors of every dim of every value of a Graph, and the effect of every node."""
 
-    def __init__(self, graph):
-        self.graph = graph
+    def __init__(self, graph, calls=None):
+        self.graph, calls = graph, graph.calls if calls is None else calls
         self._dims = {}
         self.effects = {}
         self.sliced = {}  # (value id, dim) -> the lengths of all slices that are taken of it there
-        for node in (n for call in graph.calls for n in call.nodes if n.op._schema.name == "aten::slice"):
+        for node in (n for call in calls for n in call.nodes if n.op._schema.name == "aten::slice"):
             value, dim = node.inputs[0], arg(node, "dim") % len(node.inputs[0].shape)
             self.sliced.setdefault((value.id, dim), set()).add(node.outputs[0].shape[dim])
-        for call in graph.calls:
+        for call in calls:
             self.call = call  # whose nodes' rules are applied
             for node in call.nodes:
                 self.effects[id(node)] = Effect()
@@ -90,3 +90,10 @@ class Axes:
             whole = {v: set(flat(f)) for v, f in e.whole.items()}
             e = self.effects[id(node)] = Effect(set(flat(e.contract)), whole, e.bias, e.lookup, e.mean)
         return e
+
+
+def own_axis(graph, name, dim):
+    """The whole dim of a weight, by itself. It is seen as the calls that use the weight see it: what is added to its output later cannot make
+    both dims of a square weight one."""
+    alone = Axes(graph, graph.users.get(name, ()))
+    return Axis(tuple(alone.final(graph.params[name])[dim]), alone)

@@ -32,9 +32,8 @@ class Context:
         self.programs = {}
         self.paths, self.call = None, None  # Paths; the call that the user made, while it runs
         self.ran = set()  # the modules that it has run so far
-        self.running = (
-            []
-        )  # (ModuleHooks, program, parameters shown) of each of its forwards that is running, one inside the other
+        self.first_hook = 0  # hooks with this id or a later one were added since it began
+        self.running = []  # (ModuleHooks, program, parameters shown) of each forward that runs, one inside the other
 
     @property
     def group(self):

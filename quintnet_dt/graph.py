@@ -137,6 +137,16 @@ class Graph:
         return made
 
     @cached_property
+    def users(self):
+        """Parameter name -> the calls that use it, or what is made of it."""
+        users = {}
+        for call in self.calls:
+            made_of = [self.made_of[v.id] for v in call.inputs.values() if call.nodes and v.id in self.made_of]
+            for name in set().union(*made_of):
+                users.setdefault(name, []).append(call)
+        return users
+
+    @cached_property
     def unsteady(self):
         """Ids of the module runs that read values which do not follow from the inputs alone: their calls may differ from run to run."""
         at = [i for i, _, known in self.readings if not known and i < len(self.calls)]

@@ -8,6 +8,7 @@ from functools import partial
 
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.utils.hooks import RemovableHandle
 
 from .calls import calls
 from .context import quiet
@@ -29,6 +30,7 @@ class ModuleHooks:
         context = self.context
         if not context.running and context.paths is not None and not in_backward():
             context.call, context.ran = (self.path, self.owners, module, args, kwargs), set()
+            context.first_hook = RemovableHandle.next_id
             context.programs = context.paths.programs(*context.call)
         program, shown = context.programs.get(self.path), []
         if program is not None and sum(map(len, hooks_of(module))) != self.count:
@@ -45,10 +47,12 @@ class ModuleHooks:
         return context.apply((args, kwargs), program.inputs)
 
     def check(self, module, program):
-        """Refuse hooks that the user added since, where they would see shards."""
+        """Refuse hooks that the user added since, where they would see shards. Those that the model adds while it runs are its own affair."""
+        self.known |= {k for k in user_hooks(module) if k >= self.context.first_hook}
         new = user_hooks(module).keys() - self.known
-        backward = new & {*module._backward_hooks, *module._backward_pre_hooks}
-        if self.context.mesh is not None and new and (program.inside or backward and program.inputs):
+        backward = new & {*module._backward_hooks, *module._backward_pre_hooks}  # torch makes views for these, which are calls too
+        shards = program.inside or backward and (program.inputs or program.names or calls.frames)
+        if self.context.mesh is not None and new and shards:
             raise RuntimeError(
                 f"{self.path}: a hook was added to it since the model was split, and would see this rank's shards: register it before "
                 "apply_tensor_parallel, which then keeps whole what it sees, or on a module further out"

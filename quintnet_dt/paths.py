@@ -5,7 +5,7 @@ from itertools import combinations
 
 import torch
 
-from .axes import Axes
+from .axes import Axes, own_axis
 from .plan import EXCHANGED, LOCAL, WEIGHT_GATHERED, TensorParallelPlan
 from .planner import Planner, divides, settle, spans
 from .sharding import Axis, LayoutError, Sharding
@@ -116,7 +116,7 @@ def sharding_of(plan, graph, axes):
         if axis is not None:
             sharding.through.add(axis)
         else:
-            axis, sharding.outer[name] = Axis(tuple(dim)), e.pieces
+            axis, sharding.outer[name] = own_axis(graph, name, e.dim), e.pieces
             if e.how in (WEIGHT_GATHERED, EXCHANGED) or e.pieces > 1:
                 sharding.whole.add(name)
         sharding.params[name] = (e.dim, axis)

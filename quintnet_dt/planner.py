@@ -5,6 +5,7 @@ from functools import cached_property
 from itertools import combinations, groupby
 from math import prod
 
+from .axes import own_axis
 from .cost import cost, hoist
 from .factors import flat, leaves
 from .layout import lay_out
@@ -74,7 +75,7 @@ class Planner:
         self.params = graph.params
         self.why = {}  # parameter -> what stood in the way
         self._alone = {}
-        self.touch, self.users = {}, {}
+        self.touch, self.users = {}, graph.users
         total, rest, self.small = sum(map(self.numel, self.params)), 0, set()
         for numel, names in groupby(sorted(self.params, key=self.numel), self.numel):  # repeated layers are alike
             names = list(names)
@@ -87,9 +88,6 @@ class Planner:
             for v in {v.id: v for v in values}.values() if call.nodes else ():
                 for f in dict.fromkeys(f for dim in axes.final(v) for f in flat(dim)):
                     self.touch.setdefault(f, {})[call.index] = call
-            made_of = [graph.made_of[v.id] for v in call.inputs.values() if call.nodes and v.id in graph.made_of]
-            for name in set().union(*made_of):
-                self.users.setdefault(name, []).append(call)
 
     def numel(self, name):
         return self.params[name].tensor.numel()
@@ -221,13 +219,13 @@ class Planner:
 
     def _way(self, name, dim, calls, taken):
         v = self.params[name]
-        axis = Axis(tuple(self.axes.final(v)[dim]))
+        axis = own_axis(self.graph, name, dim)
         gathered = Way(dim, axis, v.nbytes * (self.n - 1) / self.n, True, {})
         if not calls or not axis.find(self.axes, v):
             return gathered
         partners = {}
         for x in (x for call in calls for x in call.inputs.values() if x.param and len(x.shape) == 1):
-            free = x.param not in taken and x.param not in self.fixed and self.users[x.param] == calls
+            free = x.param not in taken and x.param not in self.fixed and indices(self.users[x.param]) <= indices(calls)
             if free and axis.find(self.axes, x):
                 partners[x.param] = 0
         try:
@@ -239,7 +237,12 @@ class Planner:
         if self._gathered_weights(layout):
             gathered.why = "{1}: {0}".format(*layout.blockers[0])
             return gathered
-        return Way(dim, axis, cost(self.graph, layout, self.n), False, partners)
+        way = Way(dim, axis, cost(self.graph, layout, self.n), False, partners)
+        square = Axis(tuple(self.axes.final(v)[dim])).find(self.axes, v) is False
+        if square and way.bytes > gathered.bytes:  # one that mixes places, with few weights for its activations
+            gathered.why = "split, it would send more"
+            return gathered
+        return way
 
     def fill(self, sharding, used_by):
         """Split the weights left, the largest first; the small ones stay whole."""
@@ -268,6 +271,10 @@ def spans(dims):
         yield dim
         for f in dim:
             yield from spans(map(leaves, f.pieces or ()))
+
+
+def indices(calls):
+    return {call.index for call in calls}
 
 
 def divides(factors, n):

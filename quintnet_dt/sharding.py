@@ -4,7 +4,7 @@ The states of a tensor, seen from one rank: *replicated* (None), *sharded* (the 
 `AVERAGED`: their mean is it).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 from .factors import leaves
@@ -25,6 +25,7 @@ class Axis:
     """An axis that is sharded: adjacent leaf factors, outermost first; one for an axis of the model, a whole dim's for a weight's own."""
 
     factors: tuple
+    axes: object = field(default=None, compare=False, repr=False)  # in which a weight's own axis is found
 
     @property
     def size(self):
@@ -33,7 +34,7 @@ class Axis:
     def find(self, axes, value):
         """(dim, outer, inner) of the axis in a value; None where it has none of it; False where it has a part of it or has it twice. In a dim of
         unequal pieces, each of which has it, outer is a tuple of each piece's (outer, inner), and inner is 0."""
-        found = [(i, at) for i, dim in enumerate(axes.final(value)) if (at := self._within(dim)) is not None]
+        found = [(i, at) for i, dim in enumerate((self.axes or axes).final(value)) if (at := self._within(dim)) is not None]
         if not found:
             return None
         return False if len(found) > 1 or not found[0][1] else (found[0][0], *found[0][1])

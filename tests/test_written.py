@@ -31,7 +31,9 @@ def model(group, given, *calls, local=False):
 
 
 @pytest.mark.parametrize("n", [2, 4])
-@pytest.mark.parametrize("group", ["shared", "in_place", "buffers", "parameters", "gradients", "functional", "experts", "paths"])
+@pytest.mark.parametrize(
+    "group", ["shared", "in_place", "buffers", "parameters", "gradients", "functional", "experts", "paths"]
+)
 def test_models(group, n):
     def ranks(rank):
         for name, (build, calls, local) in CASES[group].items():
@@ -393,7 +395,9 @@ class Normed(torch.autograd.Function):
 @model("gradients", X, Y)
 class CustomFunctions(Net):
     def __init__(self):
-        super().__init__(f=mlp(), a=nn.Linear(16, 32), b=nn.Linear(32, 16), w=torch.randn(16, 32), v=torch.randn(32, 16))
+        super().__init__(
+            f=mlp(), a=nn.Linear(16, 32), b=nn.Linear(32, 16), w=torch.randn(16, 32), v=torch.randn(32, 16)
+        )
 
     def forward(self, x):
         x = Product.apply(F.gelu(Product.apply(self.f(x), self.w)), self.v)
@@ -460,7 +464,9 @@ class Forces(Net):
     """A gradient taken within the forward, differentiated again; parts without gradients; losses."""
 
     def __init__(self):
-        super().__init__(f=nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 1)), g=mlp(), t=mlp(), o=nn.Linear(16, 64))
+        super().__init__(
+            f=nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 1)), g=mlp(), t=mlp(), o=nn.Linear(16, 64)
+        )
 
     def forward(self, x):
         with torch.no_grad():
@@ -510,7 +516,9 @@ class PositionBiases(Net):
         s = s + self.at(far.clamp(-4, 3) + 4).permute(2, 0, 1) + far * self.slopes[:, None, None]
         x = x + self.o((s.softmax(-1) @ v).transpose(1, 2).flatten(2))
         q, k, v = (t.unflatten(-1, (-1, 4)).transpose(1, 2) for t in (self.gq(x), *self.gkv(x).chunk(2, -1)))
-        return self.go(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(2))
+        return self.go(
+            F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(2)
+        )
 
 
 class Apply(nn.Module):
@@ -525,7 +533,9 @@ class Apply(nn.Module):
 @model("functional", X, Y, local=True)
 class LambdasAndMaps(Net):
     def __init__(self):
-        f = nn.Sequential(nn.Linear(16, 32), Apply(torch.tanh), Apply(partial(F.gelu, approximate="tanh")), nn.Linear(32, 16))
+        f = nn.Sequential(
+            nn.Linear(16, 32), Apply(torch.tanh), Apply(partial(F.gelu, approximate="tanh")), nn.Linear(32, 16)
+        )
         super().__init__(f=f, g=mlp(), w=torch.randn(4, 16, 8), v=torch.randn(4, 8, 16), mix=torch.randn(3))
         self.h = nn.Sequential(Apply(lambda x: self.g(x)), Apply(lambda x: x * 2))  # the model's own part
 
@@ -611,7 +621,9 @@ class BySorting(Experts):
 @model("experts", X, Y, local=True)
 class InOneTensor(Net):
     def __init__(self):
-        super().__init__(gate=nn.Linear(16, 4), up=torch.randn(4, 16, 64) / 4, down=torch.randn(4, 32, 16) / 4, b=torch.randn(4, 16))
+        super().__init__(
+            gate=nn.Linear(16, 4), up=torch.randn(4, 16, 64) / 4, down=torch.randn(4, 32, 16) / 4, b=torch.randn(4, 16)
+        )
 
     def forward(self, x):
         p = self.gate(x.reshape(-1, 16)).softmax(-1)
@@ -630,7 +642,9 @@ class InOneTensor(Net):
 class Branches(Net):
     def __init__(self):
         super().__init__(f=mlp(), g=mlp(), a=nn.Linear(16, 32), b=nn.Linear(32, 16), halt=nn.Linear(16, 1))
-        self.layers, self.heads = nn.ModuleList(mlp() for _ in range(3)), nn.ModuleList(nn.Linear(16, 8) for _ in range(3))
+        self.layers, self.heads = nn.ModuleList(mlp() for _ in range(3)), nn.ModuleList(
+            nn.Linear(16, 8) for _ in range(3)
+        )
 
     def forward(self, x):
         x = self.f(x) if x.sum() > 0 else self.g(x)
