@@ -112,11 +112,7 @@ class Analysis:
                     if len(roots) != 1 or len(carrying) != 1:
                         return self.fail(f"{op_name(node)} makes the axis anew")
                     root = roots[0]
-                    if (
-                        root.producer is None
-                        and not root.trainable
-                        and any(root.id in n.mutated for n in self.call.nodes)
-                    ):
+                    if root.producer is None and not root.trainable and any(root.id in n.mutated for n in self.call.nodes):
                         self.kept.add(root.id)  # a buffer
                     self.slices.add(root.id)
                     return False

@@ -46,12 +46,9 @@ class _Calls(TorchFunctionMode):
         frames, self.frames, depth, quiet.depth = self.frames, [], quiet.depth, 0
         try:
             for programs in context.paths.variants(*context.call) if context.call else ():
-                other = programs.get(path, Program())
-                ran = {p: q for p, q in context.programs.items() if p in context.ran and p != path}
-                same = all(programs.get(p, Program()).does_as(q) for p, q in ran.items())
-                next_is = not other.names or other.names[number : number + 1] == [name][: name is not None]
-                if same and other.goes_on(program, number) and next_is:
-                    context.programs, frame[1] = programs, other
+                stack = again(context, programs, name)
+                if stack is not None:
+                    frames = [f for f in frames if f[0] is not context] + context.go_on(programs, stack)
                     return
         finally:
             self.frames, quiet.depth = frames, depth
@@ -69,13 +66,16 @@ class _Calls(TorchFunctionMode):
         if (inner := restated(func, args, kwargs)) is not None:
             with self:
                 return inner(*args, **kwargs)
-        frame = self.frames[-1]
-        number = frame[3]
-        if frame[1].names and frame[1].names[number : number + 1] != [name]:
+        frame = watching(self.frames)
+        if frame is not None and frame[1].names[frame[3] : frame[3] + 1] != [name]:
             self.change(frame, name)
-        context, program, path, _ = frame
+            frame = watching(self.frames)
+        if frame is None:
+            return func(*args, **kwargs)
+        context, program, path, number = frame
         frame[3] += 1
         call = program.calls.get(number)
+        context.log.append((name, call))
         if call is None:
             return func(*args, **kwargs)
         whole = (args, kwargs)
@@ -97,6 +97,39 @@ class _Calls(TorchFunctionMode):
 calls = _Calls()
 
 
+def watching(frames):
+    """The innermost frame whose program counts calls."""
+    return next((f for f in reversed(frames) if f[1].names), None)
+
+
+def again(context, programs, name):
+    """The frames of the modules that are running, had the call so far gone by other programs, and were `name` the next call (None: the
+    innermost module ends); None where they would have done something else."""
+    stack, alike = [], ("params", "inputs", "outputs")
+    for event in context.log:
+        if isinstance(event, str):
+            old, new = (p.get(event, Program()) for p in (context.programs, programs))
+            if any(getattr(old, a) != getattr(new, a) for a in alike):
+                return None
+            stack.append([context, new, event, 0])
+        elif isinstance(event, bool):
+            *_, new, _, number = stack.pop()
+            if event and new.names and number != len(new.names):
+                return None
+        else:
+            (next_name, call), frame = event, watching(stack)
+            if frame is None and call is not None:
+                return None
+            if frame is not None:
+                _, new, _, number = frame
+                if new.names[number : number + 1] != [next_name] or new.calls.get(number) != call:
+                    return None
+                frame[3] += 1
+    frame = stack[-1] if name is None else watching(stack)
+    ends = frame is None or not frame[1].names or frame[1].names[frame[3] : frame[3] + 1] == [name][: name is not None]
+    return stack if ends else None
+
+
 def divide(obj, paths, n, where):
     """Divide the sizes at some paths by n; a negative one stands for what is left, and does already."""
     sizes = {p: lookup(obj, p) for p in paths}
@@ -107,7 +140,13 @@ def divide(obj, paths, n, where):
 
 
 def _gather_buffers(context, whole, parts, at):
-    """Write what a call made of the parts of buffers back into the whole ones."""
+    """Write what a call made of the parts of buffers back into the whole ones: those that are alike in one collective."""
     with quiet, torch.no_grad():
+        alike = {}
         for p, a in at.items():
-            lookup(whole, p).copy_(context.act([dataclasses.replace(a, kind="gather")], lookup(parts, p)))
+            x = lookup(parts, p)
+            alike.setdefault((a, x.shape, x.dtype), {})[p] = x
+        for (a, _, _), made in alike.items():
+            gather = dataclasses.replace(a, kind="gather", dim=a.dim + 1)
+            for p, x in zip(made, context.act([gather], torch.stack([*made.values()]))):
+                lookup(whole, p).copy_(x)

@@ -31,9 +31,9 @@ class Context:
         self.mesh, self._group = mesh, group
         self.programs = {}
         self.paths, self.call = None, None  # Paths; the call that the user made, while it runs
-        self.ran = set()  # the modules that it has run so far
+        self.log = []  # what it has done so far: a path where a module starts, (name, CallProgram) of a call that was counted, True where one ends (False: failed)
         self.first_hook = 0  # hooks with this id or a later one were added since it began
-        self.running = []  # (ModuleHooks, program, parameters shown) of each forward that runs, one inside the other
+        self.running = []  # (ModuleHooks, program, parameters shown, whether its calls are counted) of each forward that runs, one inside the other
 
     @property
     def group(self):
@@ -47,7 +47,19 @@ class Context:
         return new
 
     def __getstate__(self):
-        return {**vars(self), "_group": None, "call": None, "running": []}
+        return {**vars(self), "_group": None, "call": None, "running": [], "log": []}
+
+    def go_on(self, programs, stack):
+        """Run on by other programs, from these frames of the modules that are running; returns those that stay on calls' own stack."""
+        self.programs, frames = programs, []
+        for i, frame in enumerate(stack):
+            counted = i == len(self.running) or bool(frame[1].names)  # one that ends is still to be popped
+            if i < len(self.running):
+                hooks, _, shown, was = self.running[i]
+                counted |= was
+                self.running[i] = hooks, frame[1], shown, counted
+            frames += [frame] * counted
+        return frames
 
     def act(self, actions, x):
         """Apply actions to a tensor."""
@@ -112,12 +124,8 @@ def _parts(x, a, group, whole):
 def _along(collective, whole):
     def act(x, a, group):
         if isinstance(a.outer, tuple):  # piece by piece
-            n = (
-                a.units
-                if whole
-                else comm_ops.chunk_sizes(a.units, comm_ops.group_size(group))[comm_ops.group_rank(group)]
-            )
-            parts = x.split([outer * n * inner for outer, inner in a.outer], a.dim)
+            n = sum(outer * inner for outer, inner in a.outer)
+            parts = x.split([x.shape[a.dim] // n * outer * inner for outer, inner in a.outer], a.dim)
             cut = [dataclasses.replace(a, outer=outer, inner=inner) for outer, inner in a.outer]
             return torch.cat([act(part, piece, group) for part, piece in zip(parts, cut)], a.dim)
         x, dim, sizes, outer = _parts(x, a, group, whole)

@@ -44,20 +44,16 @@ def hoist(graph, layout):
 
     def movable(call):
         """The outputs that enter, if all that the call makes does, and nothing else is done with it."""
-        numbered = not call.opaque and graph.numbered(call, call.module)
-        if call.index in layout.axis_of or not numbered or any(n.mutated for n in call.nodes):
-            return None
-        if any((call.index, p) in layout.uses for p in call.inputs):
-            return None
-        if any(graph.last_write.get(v.memory.id, -1) >= call.index for v in call.inputs.values()):
-            return None
-        outs = {v.id: v for v in call.outputs.values() if v.trainable}
-        ins = {v.id for v in call.inputs.values()}
-        if not outs or outs.keys() & (kept | ins) or any(i in layout.values or i in layout.states for i in outs):
-            return None
-        if any(len(entered(v)) != len(readers.get(v.id, ())) or not entered(v) for v in outs.values()):
-            return None
-        return list(outs.values())
+        if call.opaque or not graph.numbered(call, call.module) or call.index in layout.axis_of:
+            return []
+        if any((call.index, p) in layout.uses for p in call.inputs) or any(n.mutated for n in call.nodes):
+            return []
+        ins, outs = call.inputs.values(), {v.id: v for v in call.outputs.values() if v.trainable}
+        if any(graph.last_write.get(v.memory.id, -1) >= call.index for v in ins):
+            return []
+        if any(i in done for i in outs for done in (kept, {v.id for v in ins}, layout.values, layout.states)):
+            return []
+        return list(outs.values()) if all(0 < len(readers.get(i, ())) == len(entered(v)) for i, v in outs.items()) else []
 
     def reduction(vs):
         return sum({v.id: v.nbytes for v in vs}.values())
@@ -68,11 +64,7 @@ def hoist(graph, layout):
         for x in graph.values:
             if not x.trainable:
                 continue
-            group = {}
-            for call, _ in readers.get(x.id, ()):
-                outs = movable(call) if call.nodes else None
-                if outs:
-                    group[call.index] = (call, outs)
+            group = {call.index: (call, outs) for call, _ in readers.get(x.id, ()) if (outs := movable(call))}
             if not group:
                 continue
             before = reduction([v for _, outs in group.values() for v in outs])

@@ -123,26 +123,20 @@ def fake_inputs(fake_mode, args, kwargs, known=None):
 
     given = {id(t): t for _, t in tensors((args, kwargs))}  # one that is given twice stays one
     fakes = {i: fake_mode.from_tensor(t.detach()).requires_grad_(t.requires_grad) for i, t in given.items()}
-
-    def convert(obj):
-        changes = {p: fakes[id(t)] for p, t in tensors(obj)}
-        if known is not None:
-            known.update((id(changes[p]), t.detach()) for p, t in tensors(obj))
-        with FakeCopyMode(fake_mode):
-            changes |= {p: copy.deepcopy(x, memo) for p, x in leaves(obj) if opaque(x)}
-        return replace(obj, changes)
-
-    return convert(tuple(args)), convert(dict(kwargs))
+    if known is not None:
+        known.update((id(fakes[i]), t.detach()) for i, t in given.items())
+    with FakeCopyMode(fake_mode):
+        return _instead((tuple(args), dict(kwargs)), fakes, memo)
 
 
 def real_inputs(args, kwargs):
     """Copies of the inputs: a forward that runs on them cannot change the user's."""
-
     given = {id(t): t for _, t in tensors((args, kwargs))}
     copies = {i: t.detach().clone().requires_grad_(t.requires_grad) for i, t in given.items()}
+    return _instead((tuple(args), dict(kwargs)), copies)
 
-    def convert(obj):
-        changes = {p: copies[id(t)] for p, t in tensors(obj)}
-        return replace(obj, changes | {p: copy.deepcopy(x) for p, x in leaves(obj) if opaque(x)})
 
-    return convert(tuple(args)), convert(dict(kwargs))
+def _instead(obj, copies, memo=None):
+    """A nested argument with the copies of its tensors, by id, and with copies of objects."""
+    changes = {p: copies[id(t)] for p, t in tensors(obj)}
+    return replace(obj, changes | {p: copy.deepcopy(x, memo) for p, x in leaves(obj) if opaque(x)})

@@ -29,17 +29,18 @@ class ModuleHooks:
         its inputs. A forward that is recomputed in a backward keeps the programs that it had."""
         context = self.context
         if not context.running and context.paths is not None and not in_backward():
-            context.call, context.ran = (self.path, self.owners, module, args, kwargs), set()
+            context.call, context.log = (self.path, self.owners, module, args, kwargs), []
             context.first_hook = RemovableHandle.next_id
             context.programs = context.paths.programs(*context.call)
         program, shown = context.programs.get(self.path), []
         if program is not None and sum(map(len, hooks_of(module))) != self.count:
             self.check(module, program)
-        context.running.append((self, program, shown))
-        context.ran.add(self.path)
+        counted = program is not None and bool(program.names)
+        context.running.append((self, program, shown, counted))
+        context.log.append(self.path)
         if program is None:
             return None
-        if program.names:
+        if counted:
             calls.push(context, program, self.path)
         if program.params:
             with quiet:
@@ -76,18 +77,19 @@ class ModuleHooks:
         context = self.context
         if not context.running or context.running[-1][0] is not self:  # an exception came before `before`
             return None
-        _, program, shown = context.running.pop()
-        if not context.running:
-            context.call = None
-            self.mark((args, kwargs, output))
-        if program is None:
-            return None
+        _, program, shown, counted = context.running.pop()
         try:
-            if program.names:
+            if counted:
                 calls.pop(failed=output is None)
         finally:
+            context.log.append(output is not None)
             for owner, attr, p in shown:
                 hide(owner, attr, p)
+            if not context.running:
+                context.call = None
+                self.mark((args, kwargs, output))
+        if program is None:
+            return None
         if output is not None and program.outputs:
             output = context.apply(output, program.outputs)
         if not context.running and context.paths is not None and not in_backward():

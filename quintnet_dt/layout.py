@@ -164,9 +164,8 @@ class _Pass:
         """An action on an argument. What the call gets is another tensor, so a write that comes later would miss the model's."""
         v = call.inputs[path]
         if self.graph.last_write.get(v.memory.id, -1) >= call.index:
-            raise LayoutError(
-                "a tensor is written to in place", call, self.now.get(v.id) or self.layout.axis_of.get(call.index)
-            )
+            axis = self.now.get(v.id) or self.layout.axis_of.get(call.index)
+            raise LayoutError("a tensor is written to in place", call, axis)
         self.layout.uses.setdefault((call.index, path), []).append(action)
 
     def dearer(self, effect, inputs, given):

@@ -7,7 +7,7 @@ import torch
 
 from .axes import Axes, own_axis
 from .plan import EXCHANGED, LOCAL, WEIGHT_GATHERED, TensorParallelPlan
-from .planner import Planner, divides, settle, spans
+from .planner import Planner, divides, indices, settle, spans
 from .sharding import Axis, LayoutError, Sharding
 from .trace import trace
 from .utils import leaves, opaque
@@ -116,7 +116,13 @@ def sharding_of(plan, graph, axes):
         if axis is not None:
             sharding.through.add(axis)
         else:
-            axis, sharding.outer[name] = own_axis(graph, name, e.dim), e.pieces
+            calls, v = indices(graph.users.get(name, ())), graph.params[name]
+            shared = (  # as a bias is with its weight
+                a
+                for p, (_, a) in sharding.params.items()
+                if len(e.shape) == 1 and a not in sharding.through and calls <= indices(graph.users.get(p, ())) and a.find(axes, v)
+            )
+            axis, sharding.outer[name] = next(shared, None) or own_axis(graph, name, e.dim), e.pieces
             if e.how in (WEIGHT_GATHERED, EXCHANGED) or e.pieces > 1:
                 sharding.whole.add(name)
         sharding.params[name] = (e.dim, axis)

@@ -247,12 +247,8 @@ class Planner:
     def fill(self, sharding, used_by):
         """Split the weights left, the largest first; the small ones stay whole."""
         for name in sorted(self.params, key=self.numel, reverse=True):
-            if (
-                name in sharding.params
-                or self.fixed.get(name, 0) is None
-                or name in self.small
-                and name not in self.fixed
-            ):
+            whole = self.fixed[name] is None if name in self.fixed else name in self.small
+            if whole or name in sharding.params:
                 continue
             way = self.alone(name, sharding.params)
             busy = any(call.index in used_by for call in self.users.get(name, ()))

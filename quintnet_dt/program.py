@@ -100,12 +100,9 @@ class _Compiler:
             self.value(self.graph.values[v_id], tuple(actions))
         for path, actions in self.layout.root.items():
             self.per_run[id(self.graph.modules[0])].outputs[path] = tuple(actions)
-        for index, action in self.layout.instead.items():
-            self.at(self.graph.calls[index]).instead = action
-        for index, kept in self.layout.kept.items():
-            self.at(self.graph.calls[index]).kept = kept
-        for index, sizes in self.sizes.items():
-            self.at(self.graph.calls[index]).sizes = sizes
+        for what, found in {"instead": self.layout.instead, "kept": self.layout.kept, "sizes": self.sizes}.items():
+            for index, x in found.items():
+                setattr(self.at(self.graph.calls[index]), what, x)
         self.per_run[id(self.graph.modules[0])].shards = self.layout.shards
         states, whole = self.layout.states, self.layout.values
         for m in self.graph.modules[1:]:

@@ -53,8 +53,8 @@ def run_local(model, args, kwargs, programs, checker, sharding, n, device=None):
     def shape(name, p):
         whole = list(p.shape)
         if name in sharding.params:
-            dim, _ = sharding.params[name]
-            whole[dim] = local_length(whole[dim], n, pieces(sharding, name))
+            dim, k = sharding.params[name][0], pieces(sharding, name)
+            whole[dim] = k * chunk_sizes(whole[dim] // k, n)[0]
         return whole
 
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -70,11 +70,6 @@ def run_local(model, args, kwargs, programs, checker, sharding, n, device=None):
         raise checker.error(f"{type(e).__name__}: {e}") from e
     if checker.at != len(checker.whole):
         raise checker.error("the forward ended early")
-
-
-def local_length(length, n, outer=1):
-    """Rank 0's length of a dim that is split in n, in each of `outer` equal pieces."""
-    return outer * chunk_sizes(length // outer, n)[0]
 
 
 class _Checker(Recorder):
@@ -95,12 +90,11 @@ class _Checker(Recorder):
     def error(self, reason):
         """A LayoutError of the sharded axis nearest to the present call: in its module, else in those around it."""
         call = self.whole[self.at] if self.at < len(self.whole) else None
-        near = sorted(self.whole, key=lambda c: (c.index > self.at, abs(c.index - self.at)))
+        near = sorted(self.layout.axis_of, key=lambda i: (i > self.at, abs(i - self.at)))
         for module in call.module.chain() if call is not None else ():
-            for c in near:
-                axis = self.layout.axis_of.get(c.index) if c.module.within(module) else None
-                if axis is not None:
-                    return LayoutError(reason, call, axis)
+            for i in near:
+                if self.whole[i].module.within(module):
+                    return LayoutError(reason, call, self.layout.axis_of[i])
         return LayoutError(reason, call)
 
     def note(self, reason, go_on=True):
@@ -220,9 +214,8 @@ def localise(call, args, kwargs, expected):
     if call.name in ("view", "reshape", "expand", "unflatten") or call.name.startswith("new_"):
         (path, local), *_ = expected.items()
         first = 1 if call.name == "unflatten" else 0
-        sizes = zip(
-            list(ints.items())[first:], *(s[args[1] % args[0].dim() if first else 0 :] for s in (whole[path], local))
-        )
+        at = args[1] % args[0].dim() if first else 0
+        sizes = zip(list(ints.items())[first:], whole[path][at:], local[at:])
         return [p for (p, x), a, b in sizes if a != b and x == a]
     if call.name in ("split", "split_with_sizes"):
         pieces = [(whole[p], s) for p, s in expected.items()]

@@ -31,11 +31,8 @@ def plan_tensor_parallel(model, tp_size, *, example_inputs=None, plan=None, loss
     """The plan that `apply_tensor_parallel` would apply, in one process, without a process group, a GPU, or a change to the model.
 
     Args:
-        model: any nn.Module, live or on the meta device.
         tp_size: number of ranks to split over, at least 1.
-        example_inputs: a tuple (positional) or dict (keyword) for the model's forward; made up from the first layer if left out.
-        plan: placements that win over the planner's: {parameter name: Shard(dim) or Replicate()}, or a TensorParallelPlan.
-        loss_parallel: keep outputs that are sharded on their last dim (logits) so.
+        model, example_inputs, plan, loss_parallel: as for `apply_tensor_parallel`.
 
     Returns: TensorParallelPlan.
     Raises: TypeError, ValueError for inputs or plans that do not fit; every wrong plan entry is listed at once.

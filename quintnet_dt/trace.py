@@ -161,10 +161,9 @@ class Recorder:
         self._stack.pop().outputs = self.values(output)
 
     def run_call(self, name, func, args, kwargs):
-        call = Call(
-            len(self.graph.calls), func, name, self._stack[-1], None, self.values((args, kwargs)), source=source_line()
-        )
-        call.args = replace((args, kwargs), call.inputs)
+        inputs = self.values((args, kwargs))
+        given = replace((args, kwargs), inputs)
+        call = Call(len(self.graph.calls), func, name, self._stack[-1], given, inputs, source=source_line())
         sets = getattr(func, "__name__", "") == "__set__"  # x.data = y
         custom, call.checkpoints = callers()
         call.opaque = OPAQUE if sets or custom or name in ("register_hook", "retain_grad") else ""

@@ -83,9 +83,9 @@ class Channels(nn.Module):
 
 
 class ConvNeXt(nn.Module):
-    def __init__(self, c=12):
+    def __init__(self, c=192):
         super().__init__()
-        self.depthwise, self.norm = nn.Conv2d(c, c, 7, padding=3, groups=c), nn.LayerNorm(c)
+        self.depthwise, self.norm = nn.Conv2d(c, c, 3, padding=1, groups=c), nn.LayerNorm(c)
         self.up, self.down, self.gamma = nn.Linear(c, 4 * c), nn.Linear(4 * c, c), nn.Parameter(torch.full((c,), 0.1))
 
     def forward(self, x):
@@ -281,7 +281,7 @@ MODELS = {
         ["1.0.0", "1.2.reduce", "1.2.expand", "1.3.0"],
     ),
     "channels": (lambda: Net(Residual(conv(12, 24), Channels(), nn.Upsample(8), conv(24, 12))), image(), []),
-    "ConvNeXt": (lambda: Net(ConvNeXt(), ConvNeXt()), image(), ["1.up", "1.down", "2.up", "2.down"]),
+    "ConvNeXt": (lambda: Net(ConvNeXt(), ConvNeXt(), c=192), image(), ["1.up", "1.down", "2.up", "2.down"]),
     "U-Net": (UNet, image(), []),
     "U-Net with groups": (lambda: UNet(6), image(), []),
     "transposed": (Transposed, image(), ["0", "3"]),
@@ -352,7 +352,7 @@ class Scaled(nn.Sequential):
 
     def __init__(self, *blocks):
         super().__init__(*blocks)
-        self.scale = nn.Parameter(torch.ones(12, 1, 1))
+        self.scale = nn.Parameter(torch.ones(1))
 
     def forward(self, x):
         return super().forward(x * self.scale)
@@ -361,27 +361,36 @@ class Scaled(nn.Sequential):
 @pytest.mark.parametrize(
     "block, forward, backward",
     [
-        (basic, 1, 1),
-        (partial(bottleneck, groups=6), 1, 1),
-        (inverted, 2, 2),
-        (ConvNeXt, 1, 1),
-        (lambda: nn.Sequential(basic(), basic()), 2, 2),
+        (partial(basic, 48, 96), 1, 1),
+        (partial(bottleneck, 48, 96, groups=6), 1, 1),
+        (partial(inverted, 48, 192), 2, 2),
+        (partial(ConvNeXt, 384), 1, 2),
+        (partial(nn.Sequential, basic(48, 48), basic(48, 96)), 2, 2),
     ],
     ids=["basic", "grouped", "inverted with squeeze-excite", "ConvNeXt", "two"],
 )
 def test_collectives(block, forward, backward):
-    """A column and row pair sums once forward, its input's gradient once backward; squeeze-excite sums its few channels once each way."""
+    """A column and row pair sums once forward, its input's gradient once backward; squeeze-excite sums its few channels
+    once each way; a layer's scale, applied before the sum, has its gradient summed."""
 
     def ranks(rank):
         torch.manual_seed(0)
         model = Scaled(block()).double().eval()
-        x = torch.randn(2, 12, 6, 6, dtype=torch.float64)
+        x = torch.randn(2, 384 if block.func is ConvNeXt else 48, 6, 6, dtype=torch.float64)
         apply_tensor_parallel(model, 2, example_inputs=(x,))
         with counted() as counts:
             y = model(x)
             assert counts == {"all_reduce": forward}, (counts, model.tensor_parallel_plan)
             y.sum().backward()
         assert counts == {"all_reduce": forward + backward}, (counts, model.tensor_parallel_plan)
+        with counted() as counts:  # the running statistics of a norm on shards are whole again: both in one collective
+            model.train()(x)
+        norms = [
+            p
+            for p, e in model.tensor_parallel_plan.entries.items()
+            if e.how == "local" and p.endswith("1.weight") and len(e.shape) == 1
+        ]
+        assert counts == Counter(all_reduce=forward, gather_flat=len(norms)), (counts, norms)
 
     run_ranks(ranks, 2)
 
@@ -401,7 +410,10 @@ def test_no_channels_for_the_last_rank(n):
             )
 
         sharded, whole = pair(
-            build, n, plan={"0.weight": Shard(0), "2.weight": Shard(1), "4.weight": Shard(1)}, example_inputs=image()()
+            build,
+            n,
+            plan={"0.weight": Shard(0), "2.weight": Shard(1), "4.weight": Shard(1)},
+            example_inputs=double(image()()),
         )
         compare(sharded, whole, image()())
 

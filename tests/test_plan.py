@@ -8,7 +8,7 @@ from test_axes import IDS, Attention, Block, Decoder
 from torch import nn
 from torch.distributed.tensor import Partial, Replicate, Shard
 
-from quintnet_dt import TensorParallelPlan, plan_tensor_parallel
+from quintnet_dt import TensorParallelPlan, plan_tensor_parallel, planner
 
 
 def decoder(layers=3, **kw):
@@ -227,3 +227,47 @@ def test_thirty_gigabytes_on_the_meta_device():
     for i in (0, 11):
         assert [plan[f"b.{i}.{n}.weight"].dim for n in ("a.m0", "a.m1", "a.m3", "f0", "f2")] == [0, 0, 1, 0, 1]
         assert {plan[f"b.{i}.{n}.weight"].how for n in ("a.m0", "a.m1", "a.m3", "f0", "f2")} == {"local"}
+
+
+def test_axes_that_cannot_be_shown_are_given_up_together(monkeypatch):
+    """Each block's hidden axis fails in the proof, by a scalar or by a shape: one run finds them all, another shows the rest."""
+
+    class Scaled(nn.Module):
+        def __init__(self, fails):
+            super().__init__()
+            self.up, self.down, self.fails = nn.Linear(8, 32), nn.Linear(32, 8), fails
+
+        def forward(self, x):
+            h = self.up(x)
+            if self.fails == "scalar":
+                h = h / h.shape[-1]
+            if self.fails == "shape":
+                h = torch.broadcast_to(h, (2, 3, 32))
+            return x + self.down(h)
+
+    runs = []
+    monkeypatch.setattr(planner, "prove", lambda *args, prove=planner.prove: runs.append(1) or prove(*args))
+    model = nn.Sequential(*[Scaled(f) for f in ("scalar", "", "scalar", "shape", "", "scalar")])
+    plan = plan_tensor_parallel(model, 2, example_inputs=(torch.ones(2, 3, 8),))
+    assert [plan[f"{i}.up.weight"].how == "local" for i in range(6)] == [False, True, False, False, True, False], plan
+    assert "its argument 32 becomes 16 on shards: div in 2" in plan["2.up.bias"].why, plan
+    assert "expected shapes" in plan["3.up.bias"].why and "broadcast_to in 3" in plan["3.up.bias"].why, plan
+    assert len(runs) == 2
+
+
+def test_experts_whose_shards_are_aligned_in_their_own_dtype():
+    """A product in groups wants strides of 16 bytes: 4 floats a rank have them, though 4 of bfloat16, which alone fakes know, have not."""
+
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Parameter(torch.randn(4, 16, 8)), nn.Parameter(torch.randn(4, 8, 16))
+
+        def forward(self, x):
+            ends = torch.arange(2, 10, 2, dtype=torch.int32, device=x.device)
+            return torch._grouped_mm(torch._grouped_mm(x, self.up, offs=ends).relu(), self.down, offs=ends)
+
+    plan = plan_tensor_parallel(Experts(), 2, example_inputs=(torch.randn(8, 16),))
+    assert {n: (e.how, e.dim) for n, e in plan.entries.items()} == {"up": ("local", 2), "down": ("local", 1)}, plan
+    plan = plan_tensor_parallel(Experts().bfloat16(), 2, example_inputs=(torch.randn(8, 16).bfloat16(),))
+    assert plan["up"].how == "weight gathered", plan
