@@ -112,7 +112,8 @@ class Analysis:
                     if len(roots) != 1 or len(carrying) != 1:
                         return self.fail(f"{op_name(node)} makes the axis anew")
                     root = roots[0]
-                    if root.producer is None and not root.trainable and any(root.id in n.mutated for n in self.call.nodes):
+                    written = any(root.id in n.mutated for n in self.call.nodes)
+                    if written and root.producer is None and not root.trainable:
                         self.kept.add(root.id)  # a buffer
                     self.slices.add(root.id)
                     return False

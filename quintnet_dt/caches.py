@@ -30,7 +30,9 @@ def forgotten(model):
 
 
 def _caches(model):
-    classes = {c for kind in {type(m) for m in model.modules()} for c in kind.__mro__ if not c.__module__.startswith("torch.")}
+    classes = {
+        c for kind in {type(m) for m in model.modules()} for c in kind.__mro__ if not c.__module__.startswith("torch.")
+    }
     files = {id(f): f for c in classes if (f := sys.modules.get(c.__module__)) is not None and c is not object}
     for x in (x for owner in (*classes, *files.values()) for x in list(vars(owner).values())):
         x = getattr(x, "__func__", x) if isinstance(x, (staticmethod, classmethod)) else x
@@ -39,4 +41,3 @@ def _caches(model):
         elif inspect.isfunction(x):
             cells = (cell.cell_contents for cell in x.__closure__ or () if cell != CellType())
             yield from (c for c in cells if isinstance(c, _Cache))
-

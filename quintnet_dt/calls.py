@@ -29,29 +29,38 @@ class _Calls(TorchFunctionMode):
         frame = self.frames[-1]
         try:
             if not failed and frame[1].names and frame[3] != len(frame[1].names):
-                self.__exit__(None, None, None)  # as torch does while it handles a call
-                try:
-                    self.change(frame, None)
-                finally:
-                    self.__enter__()
+                self.change(frame, None)
         finally:
             self.frames.pop()
             if not self.frames:
                 self.__exit__(None, None, None)
 
-    def change(self, frame, name):
-        """The forward takes another path than the one that was shown: its next call is `name` (None: it ends). Go on with programs
-        shown for this path, if what has run so far is the same in them."""
+    def start(self, context, module):
+        """A module starts. If the forward that was shown did not reach it, and calls are counted, this is another path."""
+        frame = watching(self.frames)
+        if frame is not None and frame[0] is context and not context.paths.reached(module, context.programs):
+            self.change(frame, None, module)
+
+    def change(self, frame, name, module=None):
+        """The forward takes another path than the one that was shown: its next call is `name`, or this module starts, or else it ends. Go on
+        with programs shown for this path, if what has run so far is the same in them."""
         context, program, path, number = frame
+        outside = name is None  # not while torch handles a call, for which it takes the mode off
+        if outside:
+            self.__exit__(None, None, None)
         frames, self.frames, depth, quiet.depth = self.frames, [], quiet.depth, 0
         try:
             for programs in context.paths.variants(*context.call) if context.call else ():
-                stack = again(context, programs, name)
+                stack = again(context, programs, name, module)
                 if stack is not None:
                     frames = [f for f in frames if f[0] is not context] + context.go_on(programs, stack)
                     return
         finally:
             self.frames, quiet.depth = frames, depth
+            if outside:
+                self.__enter__()
+        if module is not None:
+            return  # its calls will tell
         was = program.names[number] if number < len(program.names) else "none"
         raise RuntimeError(
             f"{path or 'the model'}: call {number} of its forward was {was} when the forward was traced and is {name or 'none'} now: it took "
@@ -99,12 +108,15 @@ calls = _Calls()
 
 def watching(frames):
     """The innermost frame whose program counts calls."""
-    return next((f for f in reversed(frames) if f[1].names), None)
+    for frame in reversed(frames):
+        if frame[1].names:
+            return frame
+    return None
 
 
-def again(context, programs, name):
-    """The frames of the modules that are running, had the call so far gone by other programs, and were `name` the next call (None: the
-    innermost module ends); None where they would have done something else."""
+def again(context, programs, name, module):
+    """The frames of the modules that are running, had the call so far gone by other programs, and were `name` the next call, or this module to
+    start, or else the innermost one to end; None where they would have done something else."""
     stack, alike = [], ("params", "inputs", "outputs")
     for event in context.log:
         if isinstance(event, str):
@@ -125,6 +137,8 @@ def again(context, programs, name):
                 if new.names[number : number + 1] != [next_name] or new.calls.get(number) != call:
                     return None
                 frame[3] += 1
+    if module is not None:
+        return stack if context.paths.reached(module, programs) else None
     frame = stack[-1] if name is None else watching(stack)
     ends = frame is None or not frame[1].names or frame[1].names[frame[3] : frame[3] + 1] == [name][: name is not None]
     return stack if ends else None

@@ -31,9 +31,13 @@ class Context:
         self.mesh, self._group = mesh, group
         self.programs = {}
         self.paths, self.call = None, None  # Paths; the call that the user made, while it runs
-        self.log = []  # what it has done so far: a path where a module starts, (name, CallProgram) of a call that was counted, True where one ends (False: failed)
+        self.log = (
+            []
+        )  # what it has done so far: a path where a module starts, (name, CallProgram) of a call that was counted, True where one ends (False: failed)
         self.first_hook = 0  # hooks with this id or a later one were added since it began
-        self.running = []  # (ModuleHooks, program, parameters shown, whether its calls are counted) of each forward that runs, one inside the other
+        self.running = (
+            []
+        )  # (ModuleHooks, program, parameters shown, whether its calls are counted) of each forward that runs, one inside the other
 
     @property
     def group(self):

@@ -53,7 +53,8 @@ def hoist(graph, layout):
             return []
         if any(i in done for i in outs for done in (kept, {v.id for v in ins}, layout.values, layout.states)):
             return []
-        return list(outs.values()) if all(0 < len(readers.get(i, ())) == len(entered(v)) for i, v in outs.items()) else []
+        all_enter = all(0 < len(readers.get(i, ())) == len(entered(v)) for i, v in outs.items())
+        return list(outs.values()) if all_enter else []
 
     def reduction(vs):
         return sum({v.id: v.nbytes for v in vs}.values())

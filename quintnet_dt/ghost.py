@@ -112,7 +112,8 @@ def strip(model):
 
 def fake_inputs(fake_mode, args, kwargs, known=None):
     """The inputs with a fake tensor for each tensor, and copies of objects that hold tensors (a cache, which the forward may fill). With
-    `known`, which is told the real tensor behind each fake one, a shard that an object keeps gets its whole shape; else it stays one."""
+    `known`, which is told the real tensor behind each fake one, a shard that an object keeps gets its whole shape; else it stays one.
+    """
     memo = {}
     for _, holder, place, t in held((args, kwargs)) if known is not None else ():
         if (action := shard_kept(holder, place)) is not None:

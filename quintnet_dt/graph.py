@@ -15,7 +15,9 @@ class Value:
         self.id, self.tensor = id, tensor
         self.producer, self.param = producer, param
         self.shape, self.dtype = tuple(tensor.shape), tensor.dtype
-        self.trainable = tensor.requires_grad  # whether it could ever need a gradient: made from a parameter or an input that could
+        self.trainable = (
+            tensor.requires_grad
+        )  # whether it could ever need a gradient: made from a parameter or an input that could
         self.memory = self  # the value whose memory it shares, if it is a view
 
     @property
@@ -53,7 +55,9 @@ class Call:
     nodes: list = field(default_factory=list)
     source: str = "?"
     opaque: str = ""  # why it must get whole tensors, with whole gradients
-    checkpoints: int = 0  # as `utils.callers` counts them; more than its module's: it is run again when that is not running
+    checkpoints: int = (
+        0  # as `utils.callers` counts them; more than its module's: it is run again when that is not running
+    )
 
     def __str__(self):
         return f"{self.name} in {self.module.path or 'the root'} ({self.source})"

@@ -22,7 +22,10 @@ class ModuleHooks:
 
     def __init__(self, context, path, owners):
         self.context, self.path, self.owners = context, path, owners
-        self.count, self.known = 0, set()  # how many hooks the module had when it was split; which of them were the user's
+        self.count, self.known = (
+            0,
+            set(),
+        )  # how many hooks the module had when it was split; which of them were the user's
 
     def before(self, module, args, kwargs):
         """Choose the programs for a call that the user makes; show the module the local tensors of its parameters, and apply the actions on
@@ -32,6 +35,8 @@ class ModuleHooks:
             context.call, context.log = (self.path, self.owners, module, args, kwargs), []
             context.first_hook = RemovableHandle.next_id
             context.programs = context.paths.programs(*context.call)
+        elif calls.frames and context.paths is not None:
+            calls.start(context, self.path)
         program, shown = context.programs.get(self.path), []
         if program is not None and sum(map(len, hooks_of(module))) != self.count:
             self.check(module, program)
@@ -51,7 +56,10 @@ class ModuleHooks:
         """Refuse hooks that the user added since, where they would see shards. Those that the model adds while it runs are its own affair."""
         self.known |= {k for k in user_hooks(module) if k >= self.context.first_hook}
         new = user_hooks(module).keys() - self.known
-        backward = new & {*module._backward_hooks, *module._backward_pre_hooks}  # torch makes views for these, which are calls too
+        backward = new & {
+            *module._backward_hooks,
+            *module._backward_pre_hooks,
+        }  # torch makes views for these, which are calls too
         shards = program.inside or backward and (program.inputs or program.names or calls.frames)
         if self.context.mesh is not None and new and shards:
             raise RuntimeError(

@@ -93,7 +93,11 @@ class _Pass:
 
     def action(self, kind, value, axis):
         dim, outer, inner = axis.find(self.axes, value)
-        if type(outer) is int and outer != 1 and not (axis.axes or self.axes).steady_within(value, dim, axis.factors[-1]):
+        if (
+            type(outer) is int
+            and outer != 1
+            and not (axis.axes or self.axes).steady_within(value, dim, axis.factors[-1])
+        ):
             raise LayoutError("where the axis lies depends on sizes that may vary", axis=axis)
         return Action(kind, dim, axis.size, inner, outer)
 

@@ -49,7 +49,19 @@ def _look_up(context, action, func, input, weight, padding_idx=None, *args, **kw
     return func(ids, weight, padding_idx, *args, **kwargs).masked_fill(absent.unsqueeze(-1), 0)
 
 
-def _cross_entropy(context, action, func, input, target, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction="mean", label_smoothing=0.0):
+def _cross_entropy(
+    context,
+    action,
+    func,
+    input,
+    target,
+    weight=None,
+    size_average=None,
+    ignore_index=-100,
+    reduce=None,
+    reduction="mean",
+    label_smoothing=0.0,
+):
     """The cross entropy of logits of which this rank has some classes (Megatron-LM, arXiv 1909.08053, section 3): the ranks exchange a maximum, a sum
     of exponentials and the target's logit for each row, and not the logits.
 

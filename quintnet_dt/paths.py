@@ -30,6 +30,10 @@ class Paths:
             self.known[key] = [self.learn(path, owners, module, args, kwargs)]
         return self.known[key][0]
 
+    def reached(self, path, programs):
+        """Whether the forward that programs were shown for ran a module."""
+        return programs.get(path) is not self.defaults.get(path)
+
     def variants(self, path, owners, module, args, kwargs):
         """Other programs for this call, whose forward has turned out to take another path than the one that was shown: those
         that are known, then one learned from this call itself."""
@@ -120,7 +124,10 @@ def sharding_of(plan, graph, axes):
             shared = (  # as a bias is with its weight
                 a
                 for p, (_, a) in sharding.params.items()
-                if len(e.shape) == 1 and a not in sharding.through and calls <= indices(graph.users.get(p, ())) and a.find(axes, v)
+                if len(e.shape) == 1
+                and a not in sharding.through
+                and calls <= indices(graph.users.get(p, ()))
+                and a.find(axes, v)
             )
             axis, sharding.outer[name] = next(shared, None) or own_axis(graph, name, e.dim), e.pieces
             if e.how in (WEIGHT_GATHERED, EXCHANGED) or e.pieces > 1:

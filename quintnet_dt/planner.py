@@ -281,7 +281,7 @@ def divides(factors, n):
 def settle(planner, model, args, kwargs, device=None, sharding=None):
     """A Sharding that is proven for the traced forward, and what runs it: (Sharding, Layout, programs).
 
-    Axes that cannot be shown right are given up one by one; at the end every split weight is gathered before its use, which is right on
+    Axes that cannot be shown right are given up; at the end every split weight is gathered before its use, which is right on
     any path. With a given `sharding` (of an applied plan) the parameters keep their placements.
     """
     graph, axes, n = planner.graph, planner.axes, planner.n

@@ -14,7 +14,6 @@ from torch.distributed.tensor.placement_types import _StridedShard  # noqa: F401
 # Every operator of a forward as it is dispatched: documented, and used by many, under this name.
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: F401
 
-
 # The softmax within F.scaled_dot_product_attention: a row of which every element is masked gives zeros.
 safe_softmax = torch._safe_softmax
 

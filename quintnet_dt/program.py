@@ -32,19 +32,12 @@ class Program:
     outputs: dict = field(default_factory=dict)
     calls: dict = field(default_factory=dict)
     names: list = field(default_factory=list)  # of all calls that its mode sees, where one watches it
-    inside: bool = field(default=False, compare=False)  # whether hooks would see shards or partial results as its inputs or outputs
-    shards: dict = field(default_factory=dict)  # path of an object in (args, kwargs, output) -> {place: Action} of the shards that it keeps
-
-    def does_as(self, other):
-        """Whether the actions are another program's."""
-        return all(getattr(self, a) == getattr(other, a) for a in ("params", "inputs", "outputs", "calls"))
-
-    def goes_on(self, other, number):
-        """Whether this program could take over from another one before the call of that number."""
-        same = all(getattr(self, a) == getattr(other, a) for a in ("params", "inputs", "outputs"))
-        mine, its = ({k: c for k, c in p.calls.items() if k < number} for p in (self, other))
-        names = not self.names or self.names[:number] == other.names[:number]  # with none, no call of its own is on a shard
-        return same and names and mine == its
+    inside: bool = field(
+        default=False, compare=False
+    )  # whether hooks would see shards or partial results as its inputs or outputs
+    shards: dict = field(
+        default_factory=dict
+    )  # path of an object in (args, kwargs, output) -> {place: Action} of the shards that it keeps
 
 
 def compile_programs(graph, layout, sizes=None):
@@ -76,7 +69,9 @@ class _Compiler:
     def __init__(self, graph, layout, sizes, aside):
         self.graph, self.layout, self.sizes = graph, layout, sizes
         self.aside = aside  # modules whose calls are numbered by their callers
-        self.closed = aside | {m.path for m in graph.modules if m.watched}  # and others at whose borders nothing is done
+        self.closed = aside | {
+            m.path for m in graph.modules if m.watched
+        }  # and others at whose borders nothing is done
         self.readers = {}  # value id -> calls that read it
         self.direct = {}  # (value id, module run) -> calls of that run that read it
         self.within = Counter()  # (value id, module run) -> how many calls read it in that run and what it calls

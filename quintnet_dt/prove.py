@@ -139,10 +139,10 @@ class _Checker(Recorder):
                     self.sizes[call.index] = paths
                     out, found = self.attempt(func, args, kwargs, expected)
             if found != expected:
-                found = list(found.values()) if found else out
-                self.note(f"expected shapes {list(expected.values())} on shards, found {found}", go_on=expected.keys() == {()})
-                v = call.outputs[()]
-                out = torch.empty(expected[()], dtype=v.dtype, device=v.tensor.device, requires_grad=v.differentiable).clone()
+                reason = f"expected shapes {list(expected.values())} on shards, found"
+                self.note(f"{reason} {list(found.values()) if found else out}", go_on=expected.keys() == {()})
+                kind = {"dtype": call.outputs[()].dtype, "device": call.outputs[()].tensor.device}
+                out = torch.empty(expected[()], **kind, requires_grad=call.outputs[()].differentiable).clone()
             else:
                 self.compare(call, args, kwargs)
         finally:

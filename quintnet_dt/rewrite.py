@@ -42,7 +42,9 @@ def plan_tensor_parallel(model, tp_size, *, example_inputs=None, plan=None, loss
     return _make_plan(model, tp_size, example_inputs, plan, loss_parallel)[0]
 
 
-def apply_tensor_parallel(model, tp_size=None, *, mesh=None, example_inputs=None, plan=None, loss_parallel=False, src_data_rank=0):
+def apply_tensor_parallel(
+    model, tp_size=None, *, mesh=None, example_inputs=None, plan=None, loss_parallel=False, src_data_rank=0
+):
     """Split a model's weights over the ranks of a process group, in place.
 
     The model stays itself: same object, classes, parameter names and outputs. Every parameter becomes a DTensor on the 1-D tp mesh;
@@ -71,7 +73,7 @@ def apply_tensor_parallel(model, tp_size=None, *, mesh=None, example_inputs=None
         plan, known = _make_plan(model, mesh.size(), example_inputs, plan, loss_parallel)
     except Exception as e:
         error = e
-    _agree(model, plan, error, mesh)
+    _agree(model, plan, known, error, mesh)
     _apply(model, mesh, plan, known, src_data_rank)
     return model
 
@@ -156,11 +158,12 @@ def _describe(planner, sharding, layout, fixed):
 # ---- applying
 
 
-def _agree(model, plan, error, mesh):
-    """Every rank must have planned the same for the same model; else all raise."""
+def _agree(model, plan, known, error, mesh):
+    """Every rank must have planned the same for the same model, and be about to run it alike; else all raise."""
     params = model.named_parameters() if error is None else ()
     mine = {n: f"{tuple(p.shape)} {p.dtype} requires_grad={p.requires_grad}" for n, p in params}
-    digest = hashlib.sha256(repr((sorted(mine.items()), error or plan.to_json())).encode()).hexdigest()
+    made = error or (plan.to_json(), list(known.values()))
+    digest = hashlib.sha256(repr((sorted(mine.items()), made)).encode()).hexdigest()
     told = [(error and f"{type(error).__name__}: {error}", digest)] * mesh.size()
     if mesh.size() > 1:
         dist.all_gather_object(told, told[0], group=mesh.get_group())
@@ -180,7 +183,7 @@ def _agree(model, plan, error, mesh):
                 found = f"{name} is {a} on rank 0 and {b} on rank {rank}"
                 raise RuntimeError(f"the model differs between ranks: {found}; build the same model on every rank")
     found = "the ranks made different plans for one model"
-    raise RuntimeError(f"{found}; pass the same example_inputs and plan on every rank")
+    raise RuntimeError(f"{found}; pass the same example_inputs and plan, and register the same hooks, on every rank")
 
 
 def _apply(model, mesh, plan, known, src_data_rank):

@@ -34,7 +34,9 @@ class Axis:
     def find(self, axes, value):
         """(dim, outer, inner) of the axis in a value; None where it has none of it; False where it has a part of it or has it twice. In a dim of
         unequal pieces, each of which has it, outer is a tuple of each piece's (outer, inner), and inner is 0."""
-        found = [(i, at) for i, dim in enumerate((self.axes or axes).final(value)) if (at := self._within(dim)) is not None]
+        found = [
+            (i, at) for i, dim in enumerate((self.axes or axes).final(value)) if (at := self._within(dim)) is not None
+        ]
         if not found:
             return None
         return False if len(found) > 1 or not found[0][1] else (found[0][0], *found[0][1])

@@ -174,7 +174,9 @@ class Recorder:
             self._call = None
         written = [call.inputs[0, 0]] if sets else [v for n in call.nodes for v in n.inputs if v.id in n.mutated]
         if param := next((v.param for v in written if v.param), None):
-            raise RuntimeError(f"{call}: expected a forward that leaves {param} as it is; write to it in place and through its `.data`")
+            raise RuntimeError(
+                f"{call}: expected a forward that leaves {param} as it is; write to it in place and through its `.data`"
+            )
         self.graph.calls.append(call)
         known = {v.id for v in (*call.inputs.values(), *(v for n in call.nodes for v in n.outputs))}
         reads = (v for n in call.nodes for v in n.inputs if v.param or v.producer is not None)
@@ -198,10 +200,11 @@ class Recorder:
         """Run one operator."""
         name = func._schema.name
         if name == "aten::_grouped_mm" and isinstance(args[0], FakeTensor):
-            (x, w), dtype = args[:2], args[0].dtype  # its shape function knows bfloat16 alone, and what that aligns to 16 bytes
-            if x.dim() == 2 and w.dim() == 3 and all(s == 1 or s * dtype.itemsize % 16 == 0 for s in x.stride() + w.stride()):
+            x, w, *rest = args  # its shape function knows bfloat16 alone, and what that aligns to 16 bytes
+            aligned = all(s == 1 or s * x.dtype.itemsize % 16 == 0 for s in x.stride() + w.stride())
+            if aligned and (x.dim(), w.dim()) == (2, 3):
                 return x.new_empty(x.shape[0], w.shape[-1])
-            return func(x.bfloat16(), w.bfloat16(), *args[2:], **kwargs).to(dtype)
+            return func(x.bfloat16(), w.bfloat16(), *rest, **kwargs).to(x.dtype)
         return func(*args, **kwargs)
 
     def know(self, func, args, kwargs, given):

@@ -246,6 +246,43 @@ def test_after_errors_the_next_call_works():
     both(ranks)
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_switch_that_changes_the_path(first):
+    """An attribute, which the signature of a call does not show: the forward goes on with other programs in the middle."""
+
+    class Layer(nn.Module):
+        on = True
+
+        def __init__(self, i=16, o=16):
+            super().__init__()
+            self.base, self.a, self.b = nn.Linear(i, o), nn.Linear(i, 4), nn.Linear(4, o)
+
+        def forward(self, x):
+            y = self.base(x)
+            return y + self.b(self.a(x)) if Layer.on else y
+
+    class Adapted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.v, self.o, self.f, self.g = *(Layer() for _ in "qkvo"), Layer(16, 32), Layer(32, 16)
+
+        def forward(self, x):
+            q, k, v = (m(x).view(*x.shape[:2], 4, 4).transpose(1, 2) for m in (self.q, self.k, self.v))
+            x = x + self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+            return x + self.g(F.gelu(self.f(x)))
+
+    def ranks(sharded, whole):
+        for Layer.on in (first, not first, first, not first):
+            compare(sharded, whole, given()), compare(sharded, whole, given(), grad=False)
+        assert {e.how for e in sharded.tensor_parallel_plan.entries.values()} >= {"local"}
+
+    def build():
+        Layer.on = first
+        return Adapted()
+
+    both(ranks, build=build)
+
+
 def test_checkpoints_of_two_kinds_of_call_before_one_backward():
     """A checkpoint runs again with the programs of its own forward, whatever was called since."""
 

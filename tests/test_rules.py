@@ -682,11 +682,22 @@ for (
     POINTWISE[name] = (lambda x, y, n=name: getattr(torch, n)(x, y), r(4, 6).abs() + 1, r(6).abs() + 1)
 
 SPATIAL |= {
-    **{f"{m} {n}": (lambda x, m=m: F.interpolate(x, scale_factor=2, mode=m), r(2, 4, *[4] * n)) for m in ["nearest-exact"] for n in (1, 2, 3)},
-    **{f"{m} aa": (lambda x, m=m: F.interpolate(x, scale_factor=0.5, mode=m, antialias=True), X4) for m in ("bilinear", "bicubic")},
+    **{
+        f"{m} {n}": (lambda x, m=m: F.interpolate(x, scale_factor=2, mode=m), r(2, 4, *[4] * n))
+        for m in ["nearest-exact"]
+        for n in (1, 2, 3)
+    },
+    **{
+        f"{m} aa": (lambda x, m=m: F.interpolate(x, scale_factor=0.5, mode=m, antialias=True), X4)
+        for m in ("bilinear", "bicubic")
+    },
     "reflection_pad3d": (lambda x: F.pad(x, (1, 1, 1, 1, 1, 1), mode="reflect"), r(2, 4, 4, 4, 4)),
     "adaptive_max_pool3d": (lambda x: F.adaptive_max_pool3d(x, 2), r(2, 4, 4, 4, 4)),
-    "grid_sample 3d": (lambda x, g: F.grid_sample(x, g.tanh(), align_corners=False), r(2, 4, 4, 4, 4), r(2, 2, 4, 2, 3)),
+    "grid_sample 3d": (
+        lambda x, g: F.grid_sample(x, g.tanh(), align_corners=False),
+        r(2, 4, 4, 4, 4),
+        r(2, 2, 4, 2, 3),
+    ),
     "pixel_shuffle 3": (lambda x: F.pixel_shuffle(x, 3), r(2, 36, 4, 2)),
     "pixel_shuffle one": (lambda x: F.pixel_shuffle(x, 2), r(4, 1, 1)),
     "pixel_unshuffle 3d": (lambda x: F.pixel_unshuffle(x, 2), r(4, 4, 6)),
@@ -696,7 +707,12 @@ SPATIAL |= {
     "rfft2": (lambda x: torch.fft.rfft2(x, dim=(1, 2)), r(2, 4, 6, 4)),
     "embedding_bag": (F.embedding_bag, ids(8, 2, 4), r(8, 6)),
     "embedding_bag max": (lambda i, w: F.embedding_bag(i, w, torch.tensor([0, 2]), mode="max"), ids(8, 6), r(8, 6)),
-    "embedding_bag weighted": (lambda i, w, p: F.embedding_bag(i, w, per_sample_weights=p, mode="sum"), ids(8, 2, 4), r(8, 6), r(2, 4)),
+    "embedding_bag weighted": (
+        lambda i, w, p: F.embedding_bag(i, w, per_sample_weights=p, mode="sum"),
+        ids(8, 2, 4),
+        r(8, 6),
+        r(2, 4),
+    ),
     "bilinear": (F.bilinear, r(2, 4, 6), r(2, 4, 8), r(4, 6, 8), r(4)),
     "weight_norm": (lambda v, g: torch._weight_norm(v, g, 0), r(4, 6, 2), r(4, 1, 1)),
     "weight_norm last": (lambda v, g: torch._weight_norm(v, g, 2), r(4, 6, 8), r(1, 1, 8)),

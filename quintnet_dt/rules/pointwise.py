@@ -126,15 +126,14 @@ def channels(node, axes):
 def pixel_shuffle(node, axes):
     """.. (c p q) h w <-> .. c (h p) (w q)"""
     value, out = node.inputs[0], node.outputs[0]
-    c, h, w = (min(sizes) for sizes in zip(value.shape[-3:], out.shape[-3:]))
-    c, h, w, p, q = map(fresh, (c, h, w, *(max(a, b) // n for a, b, n in zip(value.shape[-2:], out.shape[-2:], (h, w)))))
-    deep, wide = [c + p + q, h, w], [c, h + p, w + q]
+    c, h, w, p, q = map(fresh, (*map(min, value.shape[-3:], out.shape[-3:]), node.args[1], node.args[1]))
+    before, after = [c + p + q, h, w], [c, h + p, w + q]
     if value.shape[-3] < out.shape[-3]:
-        deep, wide = wide, deep
-    for dim, factors in zip(axes.dims(value)[-3:], deep):
+        before, after = after, before
+    for dim, factors in zip(axes.dims(value)[-3:], before):
         unify(dim, factors)
     axes.whole(node, value, p + q)
-    axes.set(out, [*axes.dims(value)[:-3], *wide])
+    axes.set(out, [*axes.dims(value)[:-3], *after])
 
 
 @rule("im2col")
