@@ -22,10 +22,7 @@ class ModuleHooks:
 
     def __init__(self, context, path, owners):
         self.context, self.path, self.owners = context, path, owners
-        self.count, self.known = (
-            0,
-            set(),
-        )  # how many hooks the module had when it was split; which of them were the user's
+        self.count, self.known = 0, set()  # hooks that the module had when it was split: how many; the user's
 
     def before(self, module, args, kwargs):
         """Choose the programs for a call that the user makes; show the module the local tensors of its parameters, and apply the actions on
@@ -56,10 +53,7 @@ class ModuleHooks:
         """Refuse hooks that the user added since, where they would see shards. Those that the model adds while it runs are its own affair."""
         self.known |= {k for k in user_hooks(module) if k >= self.context.first_hook}
         new = user_hooks(module).keys() - self.known
-        backward = new & {
-            *module._backward_hooks,
-            *module._backward_pre_hooks,
-        }  # torch makes views for these, which are calls too
+        backward = new & {*module._backward_hooks, *module._backward_pre_hooks}  # torch calls view_as for these
         shards = program.inside or backward and (program.inputs or program.names or calls.frames)
         if self.context.mesh is not None and new and shards:
             raise RuntimeError(

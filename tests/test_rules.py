@@ -12,7 +12,6 @@ from torch import nn
 from quintnet_dt import rules
 from quintnet_dt.axes import Axes
 from quintnet_dt.comm_ops import chunk_sizes
-from quintnet_dt.factors import leaves
 from quintnet_dt.sharding import Axis
 from quintnet_dt.trace import record
 from quintnet_dt.utils import replace, tensors

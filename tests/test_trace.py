@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from quintnet_dt import plan_tensor_parallel
 from quintnet_dt.trace import trace
 
 CPU = torch.device("cpu")
@@ -237,10 +238,18 @@ def test_frozen_parameters_are_not_differentiable():
     assert not graph.params["a.weight"].differentiable and graph.params["b.weight"].differentiable
 
 
-def test_it_records_gradients_under_no_grad_too():
+def test_it_records_in_the_mode_of_the_call():
+    """A forward may ask for it; and what needs no gradient sends none."""
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            graph = trace(Net().eval(), (torch.randn(3, 4),))
+        assert all(v.differentiable is grad for v in graph.outputs.values())
+
+
+def test_a_plan_counts_the_backward_under_no_grad_too():
     with torch.no_grad():
-        graph = trace(Net().eval(), (torch.randn(3, 4),))
-    assert all(v.differentiable for v in graph.outputs.values())
+        without = plan_tensor_parallel(Net().eval(), 2, example_inputs=(torch.randn(3, 4),))
+    assert without == plan_tensor_parallel(Net().eval(), 2, example_inputs=(torch.randn(3, 4),))
 
 
 def test_a_large_model_is_traced_without_memory():
