@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from .caches import unshare
 from .composites import plain
+from .fsdp import copyable, is_fsdp
 from .private import FakeCopyMode
 from .utils import held, leaves, opaque, replace, shard_kept, tensors
 
@@ -42,21 +43,32 @@ def ghost(model, fake_mode=None, local_shape=None, device=None):
     parameters (which a forward does not write to) and copies the buffers, for a forward that must see values.
     """
     memo = _Memo()
+    with copyable(model, memo) as dtypes:
+        return _ghost(model, fake_mode, local_shape, device, memo, dtypes)
 
+
+def _ghost(model, fake_mode, local_shape, device, memo, dtypes):
     def fake(t, shape=None):
-        shape = tuple(t.shape) if shape is None else tuple(shape)
+        shape, dtype = tuple(t.shape) if shape is None else tuple(shape), dtypes.get(id(t), t.dtype)
         on = device if device is not None and t.device.type == "meta" else t.device
         with fake_mode:
             if shape == tuple(t.shape) and t.layout == torch.strided:
-                return torch.empty_strided(shape, t.stride(), dtype=t.dtype, device=on)
-            return torch.empty(shape, dtype=t.dtype, device=on)
+                return torch.empty_strided(shape, t.stride(), dtype=dtype, device=on)
+            return torch.empty(shape, dtype=dtype, device=on)
 
     for name, p in model.named_parameters():
         shape = local_shape(name, p) if local_shape else None
         if fake_mode is not None:
             memo[id(p)] = nn.Parameter(fake(p, shape), p.requires_grad)
         elif isinstance(p, DTensor):
-            memo[id(p)] = nn.Parameter(p.full_tensor(), p.requires_grad)
+            if (
+                p.device_mesh.ndim > 1
+            ):  # the ranks of a dp group may be called in different ways, and would wait for each other
+                raise RuntimeError(
+                    "this call takes a path that was not traced before, through a forward that reads values; under FSDP it cannot be traced: call the "
+                    "model in this way once (same arguments, same mode) before fully_shard"
+                )
+            memo[id(p)] = nn.Parameter(p.full_tensor().to(dtypes.get(id(p), p.dtype)), p.requires_grad)
         else:
             memo[id(p)] = nn.Parameter(p.detach(), p.requires_grad)
     own, free = Counter(), {id(p) for p in model.parameters() if not isinstance(p, DTensor)}
@@ -69,7 +81,7 @@ def ghost(model, fake_mode=None, local_shape=None, device=None):
                 memo[id(t)] = fake(t) if fake_mode is not None else t.detach().clone()
         for hook in [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]:
             if is_ours(hook):  # to be stripped: not copied, with all that they hold
-                memo[id(hook.__self__)] = hook.__self__
+                memo[id(getattr(hook, "__self__", hook))] = getattr(hook, "__self__", hook)
     try:
         copied = strip(copy.deepcopy(model, memo))
     except Exception as e:
@@ -83,8 +95,10 @@ def ghost(model, fake_mode=None, local_shape=None, device=None):
 
 
 def is_ours(hook):
-    """Whether a module's hook is this library's."""
-    return getattr(hook, "__module__", None) in (f"{__package__}.hooks", f"{__package__}.composites")
+    """Whether a module's hook is this library's, or FSDP2's."""
+    return getattr(hook, "__module__", None) in [
+        f"{__package__}.{m}" for m in ("hooks", "composites", "fsdp")
+    ] or is_fsdp(hook)
 
 
 def user_hooks(module):
@@ -99,7 +113,7 @@ def hooks_of(module):
 
 
 def strip(model):
-    """Take this library's hooks off a copy of a model that they were applied to."""
+    """Take this library's hooks, and FSDP2's, off a copy of a model that they were applied to."""
     for module in model.modules():
         plain(module)
         for name in module._parameters:  # copied while it ran: its local tensor hides the parameter

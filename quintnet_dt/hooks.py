@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .calls import calls
 from .context import quiet
+from .fsdp import quieten
 from .ghost import hooks_of, user_hooks
 from .private import in_backward
 from .utils import SHARDS, lookup, tensors
@@ -23,12 +24,16 @@ class ModuleHooks:
     def __init__(self, context, path, owners):
         self.context, self.path, self.owners = context, path, owners
         self.count, self.known = 0, set()  # hooks that the module had when it was split: how many; the user's
+        self.settled = False
 
     def before(self, module, args, kwargs):
         """Choose the programs for a call that the user makes; show the module the local tensors of its parameters, and apply the actions on
         its inputs. A forward that is recomputed in a backward keeps the programs that it had."""
         context = self.context
         if not context.running and context.paths is not None and not in_backward():
+            if not self.settled:
+                quieten(module)
+                self.settled = True
             context.call, context.log = (self.path, self.owners, module, args, kwargs), []
             context.first_hook = RemovableHandle.next_id
             context.programs = context.paths.programs(*context.call)
@@ -51,6 +56,7 @@ class ModuleHooks:
 
     def check(self, module, program):
         """Refuse hooks that the user added since, where they would see shards. Those that the model adds while it runs are its own affair."""
+        quieten(module)
         self.known |= {k for k in user_hooks(module) if k >= self.context.first_hook}
         new = user_hooks(module).keys() - self.known
         backward = new & {*module._backward_hooks, *module._backward_pre_hooks}  # torch calls view_as for these

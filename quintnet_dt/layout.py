@@ -118,7 +118,9 @@ class _Pass:
             if v.id in self.gathered and state[v.id] is not None:
                 self.use(call, path, self.weight_gather(v))
             elif v.param and isinstance(self.sharding.outer.get(v.param), tuple):
-                self.use(call, path, self.action("exchange", v, state[v.id]))
+                found = self.action("exchange", v, state[v.id])
+                parts = found.outer if isinstance(found.outer, tuple) else ((found.outer, found.inner),)
+                self.use(call, path, replace(found, outer=parts, inner=0))
         state = {i: None if i in self.gathered else s for i, s in state.items()}
         active = [s for s in dict.fromkeys(state.values()) if s is not None and s is not PARTIAL]
         partial = [inputs[i] for i, s in state.items() if s is PARTIAL]

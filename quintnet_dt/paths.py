@@ -115,8 +115,8 @@ def sharding_of(plan, graph, axes):
                 for i, j in combinations(range(len(factors) + 1), 2):
                     found = Axis(tuple(factors[i:j])) if divides(factors[i:j], plan.tp_size) else None
                     at = found and found.find(axes, graph.params[name])
-                    if at and axis is None and (at[1] == e.pieces or e.how == EXCHANGED and isinstance(at[1], tuple)):
-                        axis, sharding.outer[name] = found, at[1]
+                    if at and axis is None and (at[1] != 1 if e.how == EXCHANGED else at[1] == e.pieces):
+                        axis, sharding.outer[name] = found, (at[1:],) if e.how == EXCHANGED and at[2] else at[1]
         if axis is not None:
             sharding.through.add(axis)
         else:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import count, groupby
 from math import prod
 
@@ -15,7 +15,7 @@ LOCAL, EXCHANGED, GATHERED = "local", "exchanged", "gathered"
 WEIGHT_GATHERED, REPLICATED = "weight gathered", "replicated"
 HOW = {
     LOCAL: "computes on this rank's shard, the axis stays sharded through the region",
-    EXCHANGED: "as local; stored in its own order, of unequal fused pieces: the ranks exchange rows before its use",
+    EXCHANGED: "as local; of fused pieces, stored in their own order: the ranks exchange rows before its use",
     GATHERED: "computes on this rank's shard, the result is completed at once",
     WEIGHT_GATHERED: "the weight is gathered before its use",
     REPLICATED: "whole on every rank",
@@ -84,6 +84,14 @@ class TensorParallelPlan:
     def placements(self):
         """Parameter name -> placement on the tp mesh."""
         return {name: e.placement for name, e in self.entries.items()}
+
+    def contiguous(self):
+        """This plan with one block of each weight a rank."""
+        how = {LOCAL: EXCHANGED}
+        entries = {
+            n: replace(e, pieces=1, how=how.get(e.how, e.how)) if e.pieces > 1 else e for n, e in self.entries.items()
+        }
+        return replace(self, entries=entries)
 
     @property
     def share(self):

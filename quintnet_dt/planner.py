@@ -66,12 +66,14 @@ class Way:
 
 
 class Planner:
-    """Chooses a Sharding over `n` ranks for one traced forward. `fixed[name]` is a user's dim (None: replicate)."""
+    """Chooses a Sharding over `n` ranks for one traced forward. `fixed[name]` is a user's dim (None: replicate). `contiguous`: a rank holds one block of
+    a weight, also where equal pieces of it are split."""
 
-    def __init__(self, graph, axes, n, fixed=None, loss_parallel=False):
+    def __init__(self, graph, axes, n, fixed=None, loss_parallel=False, contiguous=False):
         written = {v.memory.param for c in graph.calls for x in c.nodes for v in x.inputs if v.id in x.mutated} - {None}
         self.fixed = {**dict.fromkeys(written), **(fixed or {})}  # what the forward writes to stays whole
-        self.graph, self.axes, self.n, self.loss_parallel = graph, axes, n, loss_parallel
+        self.graph, self.axes, self.n = graph, axes, n
+        self.loss_parallel, self.contiguous = loss_parallel, contiguous
         self.params = graph.params
         self.why = {}  # parameter -> what stood in the way
         self._alone = {}
@@ -110,7 +112,7 @@ class Planner:
             for name in dict.fromkeys(names):
                 at = axis.find(self.axes, self.params[name])
                 if at and (name not in self.fixed or self.fixed[name] == at[0]):
-                    params[name] = at[:2]
+                    params[name] = at[0], ((at[1], at[2]),) if self.contiguous and at[1] != 1 and at[2] else at[1]
             if sum(map(self.numel, params)):
                 touched = {i: c for f in factors for i, c in self.touch.get(f, {}).items()}
                 calls = [c for _, c in sorted(touched.items())]
@@ -127,7 +129,8 @@ class Planner:
             for p in whole:
                 params.pop(p, None)
             split = {p: (d, candidate.axis) for p, (d, _) in params.items()}
-            sharding = Sharding(split, {candidate.axis}, loss_parallel=self.loss_parallel)
+            outer = {p: o for p, (_, o) in params.items() if o != 1}
+            sharding = Sharding(split, {candidate.axis}, outer=outer, loss_parallel=self.loss_parallel)
             try:
                 layout = lay_out(self.graph, self.axes, sharding, candidate.calls)
             except LayoutError as e:

@@ -44,6 +44,11 @@ def silent_fakes():
         log.disabled = was
 
 
+def compute_dtype(state):
+    """The dtype that FSDP2 computes in, of a module's FSDP state; None for that of the parameters. It shows its policy nowhere else."""
+    return state._mp_policy.param_dtype
+
+
 def in_backward():
     """Whether autograd is running a backward in this thread; torch has no public way to ask."""
     return torch._C._current_graph_task_id() != -1

@@ -27,23 +27,31 @@ from .sharding import Action, pieces
 from .trace import trace
 
 
-def plan_tensor_parallel(model, tp_size, *, example_inputs=None, plan=None, loss_parallel=False):
+def plan_tensor_parallel(model, tp_size, *, example_inputs=None, plan=None, loss_parallel=False, contiguous=False):
     """The plan that `apply_tensor_parallel` would apply, in one process, without a process group, a GPU, or a change to the model.
 
     Args:
         tp_size: number of ranks to split over, at least 1.
-        model, example_inputs, plan, loss_parallel: as for `apply_tensor_parallel`.
+        model, example_inputs, plan, loss_parallel, contiguous: as for `apply_tensor_parallel`, which sets `contiguous` by itself.
 
     Returns: TensorParallelPlan.
     Raises: TypeError, ValueError for inputs or plans that do not fit; every wrong plan entry is listed at once.
     """
     if isinstance(tp_size, bool) or not isinstance(tp_size, int) or tp_size < 1:
         raise ValueError(f"tp_size: expected an int of at least 1, found {tp_size!r}")
-    return _make_plan(model, tp_size, example_inputs, plan, loss_parallel)[0]
+    return _make_plan(model, tp_size, example_inputs, plan, loss_parallel, contiguous)[0]
 
 
 def apply_tensor_parallel(
-    model, tp_size=None, *, mesh=None, example_inputs=None, plan=None, loss_parallel=False, src_data_rank=0
+    model,
+    tp_size=None,
+    *,
+    mesh=None,
+    example_inputs=None,
+    plan=None,
+    loss_parallel=False,
+    contiguous=None,
+    src_data_rank=0,
 ):
     """Split a model's weights over the ranks of a process group, in place.
 
@@ -58,6 +66,9 @@ def apply_tensor_parallel(
         plan: placements that win over the planner's: {parameter name: Shard(dim) or Replicate()}, or a TensorParallelPlan.
         loss_parallel: outputs that are sharded on their last dim (the vocabulary of logits) are returned as DTensors with Shard(-1), and not gathered:
             use them within torch.distributed.tensor.parallel.loss_parallel(). A cross entropy inside the model runs on shards in any case.
+        contiguous: whether each rank's part of a fused weight ([q | k | v]) is one block of it, a plain Shard, of which the ranks exchange rows before
+            its use; else it is a part of each piece, a _StridedShard, which sends nothing, but which FSDP2 and torch's own checkpoint functions do not
+            handle. By default it is where the world is larger than the tp group, as it then will be split again.
         src_data_rank: the rank of each tp group whose weights are used; None if every rank holds the same: then each takes its
             slices with no communication.
 
@@ -68,9 +79,10 @@ def apply_tensor_parallel(
     if mesh is not None and not isinstance(mesh, DeviceMesh):
         raise TypeError(f"mesh: expected a 1-D DeviceMesh or a ProcessGroupManager, found {type(mesh).__name__}")
     mesh = ProcessGroupManager(tp_size, mesh=mesh).mesh
+    contiguous = mesh.size() < dist.get_world_size() if contiguous is None else contiguous
     error = known = None
     try:
-        plan, known = _make_plan(model, mesh.size(), example_inputs, plan, loss_parallel)
+        plan, known = _make_plan(model, mesh.size(), example_inputs, plan, loss_parallel, contiguous)
     except Exception as e:
         error = e
     _agree(model, plan, known, error, mesh)
@@ -82,7 +94,7 @@ def apply_tensor_parallel(
 
 
 @torch.enable_grad()
-def _make_plan(model, n, example_inputs, user, loss_parallel):
+def _make_plan(model, n, example_inputs, user, loss_parallel, contiguous):
     """(plan, {signature: programs}) for a model."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, found {type(model).__name__}")
@@ -93,6 +105,7 @@ def _make_plan(model, n, example_inputs, user, loss_parallel):
     whole_plan = isinstance(user, TensorParallelPlan)
     if whole_plan and user.tp_size != n:
         raise ValueError(f"plan: expected one for tp_size {n}, found one for {user.tp_size}")
+    user = user.contiguous() if whole_plan and contiguous else user
     placements = user.placements if whole_plan else {} if user is None else user
     if not isinstance(placements, dict):
         raise TypeError(f"plan: expected a TensorParallelPlan or a dict of placements, found {type(user).__name__}")
@@ -116,7 +129,7 @@ def _make_plan(model, n, example_inputs, user, loss_parallel):
         warnings.warn(f"{type(model).__name__}: {note}", stacklevel=3)
         return _blind_plan(model, n, fixed, note), {}
     axes = Axes(graph)
-    planner = Planner(graph, axes, n, fixed, loss_parallel)
+    planner = Planner(graph, axes, n, fixed, loss_parallel, contiguous)
     sharding = sharding_of(user, graph, axes) if whole_plan and n > 1 else None
     sharding, layout, programs = settle(planner, model, args, kwargs, device, sharding)
     plan = _describe(planner, sharding, layout, fixed)
