@@ -8,6 +8,8 @@ _PUBLIC = {
     "ProcessGroupManager": "processgroup",
     "RowParallelLinear": "layers",
     "TensorParallelPlan": "plan",
+    "load_checkpoint": "checkpoint",
+    "save_checkpoint": "checkpoint",
     "VocabParallelEmbedding": "layers",
     "apply_tensor_parallel": "rewrite",
     "plan_tensor_parallel": "rewrite",

@@ -1,0 +1,381 @@
+"""Sharded checkpoints of a training run: each rank writes and reads its own part, any layout loads what any other saved.
+
+A checkpoint is a folder: what torch.distributed.checkpoint writes (`*.distcp`, `.metadata`; it can load them too), `state.pt` for all that is no
+tensor of the model or the optimizer, and `manifest.json`, the sizes and checksums of the others. It is written beside its place, as `<name>.saving`, and
+renamed when it is complete; one that was there before is `<name>.old` for that moment.
+"""
+
+import io
+import json
+import os
+import shutil
+import warnings
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
+
+from .chunks import Chunk
+from .dcp import Item, LoadPlanner, Reader, SavePlanner
+from .together import together
+from .utils import tensors
+
+MANIFEST, STATE = "manifest.json", "state.pt"
+BLOCK = 1 << 24  # bytes read at once for a checksum
+
+
+def save_checkpoint(path, model, optimizer=None, *, extra=None, async_=False):
+    """Save a model, its optimizer and the ranks' random state; called on every rank.
+
+    Atomic: killed at any moment, `load_checkpoint(path)` finds this checkpoint or the one before it. All ranks must see the same file system.
+
+    Args:
+        path: the checkpoint's folder. A checkpoint that is there is replaced; anything else is left alone, with an error.
+        model: sharded by `apply_tensor_parallel`, by FSDP2 on top of it, or plain. What its `state_dict` holds is saved.
+        optimizer: a torch.optim.Optimizer of the model's parameters.
+        extra: what else the run needs, the same on every rank (rank 0's is saved): numbers, strings, tensors, in lists and dicts, such as the step and
+            the `state_dict` of a scheduler.
+        async_: copy everything now, and write while training goes on; call the result's `result()` before the next save.
+
+    Returns: None, or with `async_` a concurrent.futures.Future, whose `result()` raises what went wrong.
+    Raises: ValueError, TypeError, OSError, RuntimeError, on every rank, also when only one failed; what was there before is then as it was.
+    """
+    path, group = Path(os.path.abspath(path)), None
+    with together(group):
+        items, state = _collect(model, optimizer)
+        state["extra"] = extra
+    state["random"] = {leader: states for leader, *states in _gather([_dp_leader(model), *_random_state()])[::-1]}
+    if not async_:
+        return _write(path, items, state, group)
+    with together(group):
+        items = {name: Item(i.path, i.shape, i.dtype, [_copied(c) for c in i.chunks]) for name, i in items.items()}
+        state = torch.load(io.BytesIO(_packed(state)), weights_only=True)  # a copy
+    if dist.is_initialized():
+        group = dist.new_group(backend="gloo")  # the thread's collectives must not meet those of the training
+    pool = ThreadPoolExecutor(1, "save_checkpoint")
+    future = pool.submit(_write, path, items, state, group)
+    pool.shutdown(wait=False)
+    return future
+
+
+def load_checkpoint(path, model, optimizer=None):
+    """Load what `save_checkpoint` saved, in this or any other layout, bit for bit; called on every rank.
+
+    Everything is checked before anything is changed: the files against their checksums, names, shapes and dtypes against the model's. No code that a
+    checkpoint may hold is run. The random state is restored too: each rank gets that of the ranks with its data-parallel index.
+
+    Args: as for `save_checkpoint`. The optimizer may be new, its groups hold the same parameters.
+    Returns: `extra`.
+    Raises: FileNotFoundError, ValueError, RuntimeError, on every rank, also when only one failed.
+    """
+    path = Path(os.path.abspath(path))
+    with together():
+        path = _complete(path)
+        manifest = _manifest(path)
+    with together():
+        _verify(path, manifest)
+        reader = Reader(path)
+        saved = reader.read_metadata().state_dict_metadata
+        state = torch.load(path / STATE, weights_only=True, map_location="cpu")
+        items = {_name(("model", k)): Item.of(("model", k), t) for k, t in _model_state(model)[0].items()}
+        names = {n for n in saved if n.startswith("model.")}
+        _check(path, items, saved, names)
+        new_state, groups = {}, None
+        if optimizer is not None:
+            optimizer_items, new_state, groups = _optimizer_to_fill(path, model, optimizer, saved, state["optimizer"])
+            items |= optimizer_items
+    _dcp(dcp.load, items, storage_reader=reader, planner=LoadPlanner())
+    if optimizer is not None:
+        optimizer.state.clear()
+        optimizer.state.update(new_state)
+        for group, options in zip(optimizer.param_groups, groups):
+            group.update(options)
+    if state["objects"]:
+        model.load_state_dict(state["objects"], strict=False)
+    _restore_random(model, state["random"])
+    return state["extra"]
+
+
+# ---- what is saved
+
+
+def _name(path):
+    return ".".join(path)
+
+
+def _plain(model):
+    """The module behind torch.compile's wrapper."""
+    return getattr(model, "_orig_mod", model)
+
+
+def _model_state(model):
+    """(tensors, other objects) by name. FSDP2 reshards here, so that the model's parameters are then its shards."""
+    state = _plain(model).state_dict()
+    found = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    if meta := [k for k, v in found.items() if v.device.type == "meta"]:
+        raise ValueError(f"{', '.join(meta[:5])}: expected storage, found the meta device: materialize the model first")
+    return found, {k: v for k, v in state.items() if k not in found}
+
+
+def _collect(model, optimizer):
+    """(Items by name, the rest) of a model and its optimizer."""
+    found, objects = _model_state(model)
+    found = {("model", k): t for k, t in found.items()}
+    rest = {"objects": objects, "optimizer": None}
+    if optimizer is not None:
+        names, state = _names(model, optimizer), {}
+        for p, values in optimizer.state.items():
+            kept = state[names[id(p)]] = {}
+            for k, v in values.items():
+                kept[k] = None if isinstance(v, torch.Tensor) else v
+                if isinstance(v, torch.Tensor):
+                    found["optimizer", "state", names[id(p)], k] = v
+                if isinstance(v, DTensor) and v.shape != p.shape:
+                    what = f"{k} of shape {tuple(v.shape)} for {names[id(p)]} of shape {tuple(p.shape)}"
+                    raise ValueError(
+                        f"{type(optimizer).__name__}: expected a state of the parameter's shape, found {what}"
+                    )
+        groups = [{**g, "params": [names[id(p)] for p in g["params"]]} for g in optimizer.param_groups]
+        rest["optimizer"] = {"state": state, "groups": groups}
+    return {_name(path): Item.of(path, t) for path, t in found.items()}, rest
+
+
+def _names(model, optimizer):
+    """id of each parameter of an optimizer -> its name in the model."""
+    names = {id(p): name for name, p in _plain(model).named_parameters()}
+    if any(id(p) not in names for g in optimizer.param_groups for p in g["params"]):
+        expected = "expected an optimizer of the model's parameters, found one with others"
+        raise ValueError(f"{type(optimizer).__name__}: {expected}: make it after apply_tensor_parallel and fully_shard")
+    return names
+
+
+def _copied(chunk):
+    return Chunk(chunk.offsets, chunk.tensor.to("cpu", copy=True))
+
+
+def _packed(state):
+    """`state` as bytes that torch.load reads without running code."""
+    if any(isinstance(t, DTensor) for _, t in tensors(state["extra"])):
+        raise TypeError(
+            "extra: expected whole tensors, found a DTensor: save what is sharded in a checkpoint of its own"
+        )
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    try:
+        torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+    except UnpicklingError as e:
+        raise TypeError(
+            f"extra, or the state of a module or optimizer: expected numbers, strings, tensors, lists and dicts, found something else: {e}"
+        ) from e
+    return buffer.getvalue()
+
+
+# ---- random state
+
+
+def _dp_leader(model):
+    """The first rank of this rank's tp group: what is random is the same in all of it."""
+    mesh = getattr(_plain(model), "tensor_parallel_mesh", None)
+    return int(mesh.mesh.min()) if mesh is not None else dist.get_rank() if dist.is_initialized() else 0
+
+
+def _random_state():
+    return torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+
+
+def _restore_random(model, saved):
+    """Ranks take the state of those that had their place among the tp groups."""
+    leaders = sorted(set(_gather(_dp_leader(model))))
+    cpu, cuda = saved[sorted(saved)[leaders.index(_dp_leader(model)) % len(saved)]]
+    torch.set_rng_state(cpu)
+    if cuda is not None and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(cuda)
+
+
+def _gather(x):
+    """Every rank's x."""
+    if not dist.is_initialized():
+        return [x]
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, x)
+    return everyone
+
+
+# ---- writing
+
+
+def _write(path, items, state, group):
+    temporary, old = (path.with_name(path.name + end) for end in (".saving", ".old"))
+    rank = dist.get_rank(group) if dist.is_initialized() else 0
+    first = rank == 0
+    try:
+        with together(group):
+            if first:
+                if path.exists() and not (path / MANIFEST).exists() and (path.is_file() or any(path.iterdir())):
+                    raise FileExistsError(
+                        f"{path}: expected a checkpoint or nothing, found something else: choose another place"
+                    )
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+                _write_file(temporary / STATE, _packed(state))
+        _dcp(
+            dcp.save, items, storage_writer=dcp.FileSystemWriter(temporary), planner=SavePlanner(), process_group=group
+        )
+        sums = {}
+        with together(group):
+            own = [*temporary.glob(f"__{rank}_*")] + ([temporary / STATE, temporary / ".metadata"] if first else [])
+            sums = {file.name: _sum(file) for file in own}
+        everyone = [sums]
+        if dist.is_initialized():
+            everyone = [None] * dist.get_world_size(group)
+            dist.all_gather_object(everyone, sums, group=group)
+        with together(group):
+            if first:
+                files = {name: found for sums in everyone for name, found in sums.items()}
+                _write_file(temporary / MANIFEST, json.dumps({"version": 1, "files": files}, indent=1).encode())
+                _sync(temporary)
+                if path.exists():
+                    shutil.rmtree(old, ignore_errors=True)
+                    path.rename(old)
+                temporary.rename(path)
+                _sync(path.parent)
+                shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        if first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    finally:
+        if group is not None:
+            dist.destroy_process_group(group)
+
+
+def _dcp(function, *args, **kwargs):
+    """Call torch.distributed.checkpoint. Its own exception is no Exception, and is raised on every rank with the ranks' own."""
+    alone = not dist.is_initialized()
+    try:
+        with warnings.catch_warnings():
+            if alone:  # it warns that it does what it was told to
+                warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            function(*args, no_dist=alone, **kwargs)
+    except CheckpointException as e:
+        failed = "; ".join(f"rank {rank}: {type(x).__name__}: {x}" for rank, (x, _) in e.failures.items())
+        raise RuntimeError(f"the checkpoint failed: {failed}") from next(iter(e.failures.values()))[0]
+
+
+def _write_file(path, data):
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder):
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _sum(path):
+    """[size, CRC-32] of a file."""
+    crc, size = 0, 0
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            crc, size = zlib.crc32(block, crc), size + len(block)
+    return [size, crc]
+
+
+# ---- reading
+
+
+def _complete(path):
+    """The complete checkpoint at a path: there, or set aside by a save that was killed while it put the next one there."""
+    old, half = path.with_name(path.name + ".old"), path.with_name(path.name + ".saving")
+    if path.exists():
+        return path
+    if (old / MANIFEST).exists():
+        return old
+    also = f"; {half.name} is a half-written one" if half.exists() else ""
+    raise FileNotFoundError(f"{path}: expected a checkpoint that save_checkpoint made, found nothing{also}")
+
+
+def _manifest(path):
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        files = manifest["files"]
+        if manifest["version"] != 1 or {STATE, ".metadata"} - files.keys() or any("/" in name for name in files):
+            raise ValueError("its entries are others")
+        return files
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        found = "none" if isinstance(e, OSError) else f"one that cannot be read ({e})"
+        raise ValueError(
+            f"{path}: expected a checkpoint with a {MANIFEST}, as save_checkpoint makes, found {found}"
+        ) from e
+
+
+def _verify(path, files):
+    """Every file is as it was written. The ranks share the work."""
+    rank, n = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    for name in sorted(files)[rank::n]:
+        if not (path / name).is_file():
+            raise FileNotFoundError(f"{path / name}: expected a file of the checkpoint, found none")
+        if (found := _sum(path / name)) != files[name]:
+            expected = "expected {} bytes with checksum {:08x}".format(*files[name])
+            raise ValueError(f"{path / name}: {expected}, found {found[0]} with {found[1]:08x}: the file is damaged")
+
+
+def _check(path, items, saved, names):
+    """Names, shapes and dtypes of a model and a checkpoint agree."""
+    wrong = [f"{n}: not in the checkpoint" for n in items if n not in names]
+    wrong += [f"{n}: not in the model" for n in sorted(names) if n not in items]
+    for n, item in items.items():
+        if n in names:
+            mine, theirs = (item.shape, item.dtype), (saved[n].size, saved[n].properties.dtype)
+            if mine != theirs:
+                (a, b), (c, d) = mine, theirs
+                wrong.append(f"{n}: expected {tuple(a)} {b}, found {tuple(c)} {d}")
+    if wrong:
+        more = [f"and {len(wrong) - 20} more"] if len(wrong) > 20 else []
+        raise ValueError("\n  ".join([f"{path} does not fit the model:", *wrong[:20], *more]))
+
+
+def _optimizer_to_fill(path, model, optimizer, saved, kept):
+    """(Items, the state to fill, the options of each group) for an optimizer."""
+    if kept is None:
+        raise ValueError(f"{path}: expected a checkpoint with an optimizer, found one without")
+    names, options = _names(model, optimizer), {n: g for g in kept["groups"] for n in g["params"]}
+    mine = {names[id(p)] for g in optimizer.param_groups for p in g["params"]}
+    if mine != options.keys():
+        differ = ", ".join(sorted(mine ^ options.keys())[:5])
+        raise ValueError(f"{path}: expected an optimizer of the same parameters, found one that differs in {differ}")
+    items, state, groups = {}, {}, []
+    for group in optimizer.param_groups:
+        found = [{k: v for k, v in options[names[id(p)]].items() if k != "params"} for p in group["params"]]
+        if any(f != found[0] for f in found):
+            raise ValueError(f"{path}: expected the parameters of one group to have been in groups alike: {found[0]}")
+        groups.append(found[0] if found else {})
+        for p in group["params"]:
+            name = names[id(p)]
+            for k, value in kept["state"].get(name, {}).items():
+                at = ("optimizer", "state", name, k)
+                if value is None and _name(at) in saved:
+                    value = _empty(p, k, saved[_name(at)], groups[-1])
+                    items[_name(at)] = Item.of(at, value)
+                state.setdefault(p, {})[k] = value
+    return items, state, groups
+
+
+def _empty(p, key, like, options):
+    """A tensor of a parameter's state, to be filled: laid out as the parameter is, or a scalar on the device that torch.optim keeps it on."""
+    dtype = like.properties.dtype
+    if like.size == p.shape and key != "step":
+        return torch.zeros_like(p, dtype=dtype, requires_grad=False)
+    device = p.device if options.get("capturable") or options.get("fused") else "cpu"
+    return torch.zeros(like.size, dtype=dtype, device=device)
