@@ -318,6 +318,7 @@ def test_killed_at_any_moment(tmp_path):
     steps, rng = 6, random.Random(0)
 
     def run(rank, folder, kill=None, async_=False):
+        folder.mkdir(exist_ok=True)
         model, optimizer = make("tp2")
         start = 0
         if any((folder / name).exists() for name in ("c", "c.old")):
@@ -333,9 +334,11 @@ def test_killed_at_any_moment(tmp_path):
         sys.setprofile(count)
         for step in range(start, steps):
             train(model, optimizer, step)
+            (folder / f"saves {rank}").touch()
             done = save_checkpoint(folder / "c", model, optimizer, extra={"step": step + 1}, async_=async_)
             if async_:
                 done.result()
+            (folder / f"saves {rank}").unlink()
         sys.setprofile(None)
         return calls, whole(model, optimizer)
 
@@ -348,7 +351,7 @@ def test_killed_at_any_moment(tmp_path):
         except AssertionError as e:
             assert "was stopped, or died" in str(e), e
             killed += 1
-            within_saves += (folder / "c.saving").exists()
+            within_saves += (folder / f"saves {kill[0]}").exists()
         else:  # it came to its end before that
             for left in "c", "c.old", "c.saving":
                 if (folder / left).exists():
