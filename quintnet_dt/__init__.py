@@ -12,6 +12,7 @@ _PUBLIC = {
     "save_checkpoint": "checkpoint",
     "VocabParallelEmbedding": "layers",
     "apply_tensor_parallel": "rewrite",
+    "check_batch": "agreement",
     "plan_tensor_parallel": "rewrite",
     "register_axis_rule": "rules",
 }

@@ -119,9 +119,22 @@ def strip(model):
         for name in module._parameters:  # copied while it ran: its local tensor hides the parameter
             vars(module).pop(name, None)
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [key for key, hook in hooks.items() if is_ours(hook)]:
-                del hooks[key]
+            keys = list(hooks)
+            ours = [i for i, key in enumerate(keys) if is_ours(hooks[key])]
+            module._tp_later = keys[ours[-1] + 1 :] if ours else []
+            outside = keys[: ours[-1]] if hooks is module._forward_pre_hooks and ours else module._tp_later
+            for key in [keys[i] for i in ours] + (
+                outside if module is model else []
+            ):  # the user's, of whole inputs and outputs
+                hooks.pop(key, None)
     return model
+
+
+def put_last(module):
+    """A forward hook was registered on a copy, in the place of this library's: what the user added after that runs after it."""
+    for key in vars(module).get("_tp_later", ()):
+        if key in module._forward_hooks:
+            module._forward_hooks.move_to_end(key)
 
 
 def fake_inputs(fake_mode, args, kwargs, known=None):

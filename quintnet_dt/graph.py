@@ -102,6 +102,7 @@ class Graph:
     # were shards when they were given: {value id: Action}.
     held: list = field(default_factory=list)
     given: dict = field(default_factory=dict)
+    random: bool = False  # whether it draws random numbers
 
     @property
     def outputs(self):

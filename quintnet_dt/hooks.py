@@ -10,10 +10,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
+from .agreement import share_random_state
 from .calls import calls
 from .context import quiet
 from .fsdp import quieten
-from .ghost import hooks_of, user_hooks
+from .ghost import hooks_of, put_last, user_hooks
 from .private import in_backward
 from .utils import SHARDS, lookup, tensors
 
@@ -37,6 +38,8 @@ class ModuleHooks:
             context.call, context.log = (self.path, self.owners, module, args, kwargs), []
             context.first_hook = RemovableHandle.next_id
             context.programs = context.paths.programs(*context.call)
+            if context.mesh.size() > 1 and context.paths.random(self.path, module, context.programs):
+                share_random_state(context.mesh)
         elif calls.frames and context.paths is not None:
             calls.start(context, self.path)
         program, shown = context.programs.get(self.path), []
@@ -142,6 +145,7 @@ def hook(module, context, path, owners):
     hooks = ModuleHooks(context, path, owners)
     module.register_forward_pre_hook(hooks.before, with_kwargs=True, prepend=True)
     module.register_forward_hook(hooks.after, with_kwargs=True, always_call=True)
+    put_last(module)
     hooks.count, hooks.known = sum(map(len, hooks_of(module))), set(user_hooks(module))
 
 

@@ -1,16 +1,20 @@
 """The forwards that were shown right, by signature. A call with a new one is traced and shown before it runs, once."""
 
+from collections import Counter
 from dataclasses import replace
 from itertools import combinations
 
 import torch
 
+from .agreement import check_batch
 from .axes import Axes, own_axis
 from .plan import EXCHANGED, LOCAL, WEIGHT_GATHERED, TensorParallelPlan
 from .planner import Planner, divides, indices, settle, spans
 from .sharding import Axis, LayoutError, Sharding
 from .trace import trace
 from .utils import leaves, opaque
+
+CHECKED = 2  # the first calls of a kind, in which a wrong sampler shows
 
 
 class Paths:
@@ -19,16 +23,24 @@ class Paths:
     `defaults`: programs of modules that no traced forward reached.
     """
 
-    def __init__(self, plan, defaults, known):
-        self.plan, self.defaults = plan, defaults
+    def __init__(self, plan, defaults, known, mesh):
+        self.plan, self.defaults, self.mesh = plan, defaults, mesh
+        self.checked = Counter()  # calls of each kind whose batch was compared
         self.known = {key: [{**defaults, **programs}] for key, programs in known.items()}
 
     def programs(self, path, owners, module, args, kwargs):
-        """The programs for this call of `module`; raises RuntimeError where it cannot be shown right."""
+        """The programs for this call of `module`; raises RuntimeError where it cannot be shown right, ValueError where ranks are given different batches."""
         self.key = key = (path, signature(module, args, kwargs))
+        if self.checked[key] < CHECKED and self.mesh.size() > 1:
+            self.checked[key] += 1
+            check_batch((args, kwargs), self.mesh)
         if key not in self.known:
             self.known[key] = [self.learn(path, owners, module, args, kwargs)]
         return self.known[key][0]
+
+    def random(self, path, module, programs):
+        """Whether this call draws random numbers, as far as is known."""
+        return programs[path].random if self.reached(path, programs) and path in programs else module.training
 
     def reached(self, path, programs):
         """Whether the forward that programs were shown for ran a module."""

@@ -32,6 +32,9 @@ class Program:
     outputs: dict = field(default_factory=dict)
     calls: dict = field(default_factory=dict)
     names: list = field(default_factory=list)  # of all calls that its mode sees, where one watches it
+    random: bool = field(
+        default=False, compare=False
+    )  # of the module that the user calls: whether its forward draws random numbers
     inside: bool = field(
         default=False, compare=False
     )  # whether hooks would see shards or partial results as its inputs or outputs
@@ -98,7 +101,8 @@ class _Compiler:
         for what, found in {"instead": self.layout.instead, "kept": self.layout.kept, "sizes": self.sizes}.items():
             for index, x in found.items():
                 setattr(self.at(self.graph.calls[index]), what, x)
-        self.per_run[id(self.graph.modules[0])].shards = self.layout.shards
+        root = self.per_run[id(self.graph.modules[0])]
+        root.shards, root.random = self.layout.shards, self.graph.random
         states, whole = self.layout.states, self.layout.values
         for m in self.graph.modules[1:]:
             program, seen = self.per_run[id(m)], {v.id for v in (*m.inputs.values(), *m.outputs.values())}

@@ -202,7 +202,7 @@ def _agree(model, plan, known, error, mesh):
 def _apply(model, mesh, plan, known, src_data_rank):
     context = Context(mesh)
     defaults = _default_programs(model, plan)
-    context.paths = Paths(plan, defaults, {("", key): programs for key, programs in known.items()})
+    context.paths = Paths(plan, defaults, {("", key): programs for key, programs in known.items()}, mesh)
     context.programs = next(iter(context.paths.known.values()), [defaults])[0]
     owners, made = parameter_owners(model), {}
     for path, module in model.named_modules():

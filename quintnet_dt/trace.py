@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from .caches import forgotten
 from .composites import restated
-from .ghost import StrayParameter, fake_inputs, ghost, real_inputs, user_hooks
+from .ghost import StrayParameter, fake_inputs, ghost, put_last, real_inputs, user_hooks
 from .graph import Call, Graph, ModuleCall, Node, Value
 from .private import FakeTensor, FakeTensorMode, TorchDispatchMode, hidden_fakes, silent_fakes, unset_fake_temporarily
 from .utils import call_name, callers, held, is_float, replace, shard_kept, source_line, tensors
@@ -122,6 +122,7 @@ class Recorder:
             steady, watched = type(module).forward in STEADY, bool(user_hooks(module))
             module.register_forward_pre_hook(partial(self.enter, path, steady, watched), with_kwargs=True, prepend=True)
             module.register_forward_hook(self.leave, with_kwargs=True, always_call=True)
+            put_last(module)
 
     def give(self, inputs):
         """Note the shards that objects among the inputs keep."""
@@ -245,6 +246,7 @@ class Recorder:
         memory = None if shared is None else self.value(shared).memory
         margs, mkwargs = replace((args, kwargs), inputs)
         written = _written(func, args, kwargs)
+        self.graph.random |= draws(func, args, kwargs)
         out = self.know(func, args, kwargs, given)
         producer = self._call.index if self._call is not None else None
         old = {id(t): self.value(t).id for t in written}
@@ -273,6 +275,14 @@ def reads_values(func, args):
     if func._schema.name == "aten::index":
         return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
     return func._schema.name in READS_VALUES and "self_int" not in str(func)
+
+
+def draws(func, args, kwargs):
+    """Whether an ATen operator draws random numbers; attention does where it drops out."""
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return False
+    names = [a.name for a in func._schema.arguments]
+    return "dropout_p" not in names or bool(dict(zip(names, args), **kwargs).get("dropout_p"))
 
 
 @cache

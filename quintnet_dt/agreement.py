@@ -1,0 +1,59 @@
+"""What the ranks of a tp group must have in common as a model runs: the batch, and what is random."""
+
+import ctypes
+import zlib
+
+import torch
+import torch.distributed as dist
+
+from .processgroup import ProcessGroupManager
+from .utils import leaves
+
+
+def check_batch(batch, mesh):
+    """Raise ValueError, on every rank, unless all ranks of a tp mesh were given the same batch; called on every rank.
+
+    A sharded model does so by itself in its first calls of each kind; call this where a batch may come to differ later, say after each epoch. Costs one small
+    exchange, and a checksum of the batch.
+
+    Args:
+        batch: tensors, numbers and strings, in tuples, lists, dicts and dataclasses.
+        mesh: the 1-D DeviceMesh of the tp group (`model.tensor_parallel_mesh`), or a ProcessGroupManager.
+    """
+    mesh = mesh.mesh if isinstance(mesh, ProcessGroupManager) else mesh
+    everyone = [None] * mesh.size()
+    dist.all_gather_object(everyone, {path: _digest(x) for path, x in leaves(batch)}, group=mesh.get_group())
+    for rank, other in enumerate(everyone):
+        for path in {**everyone[0], **other}:
+            (a, x), (b, y) = (ranks.get(path, ("nothing", 0)) for ranks in (everyone[0], other))
+            if (a, x) != (b, y):
+                where, values = "".join(f"[{key!r}]" for key in path), "" if a != b else ", with other values"
+                raise ValueError(
+                    f"the ranks of a tp group were given different batches: (args, kwargs){where} is {a} on rank 0 and {b}{values} on rank {rank}: give all of them "
+                    "the same (a DistributedSampler's rank is that of the dp group, ProcessGroupManager.dp_rank)"
+                )
+
+
+def _digest(x):
+    """(What it is, a checksum of its values)."""
+    if not isinstance(x, torch.Tensor):
+        return (repr(x), 0) if isinstance(x, (bool, int, float, str, type(None))) else (type(x).__name__, 0)
+    what = f"a tensor of shape {tuple(x.shape)}, {x.dtype}"
+    if x.device.type == "meta" or x.layout != torch.strided or type(x) is not torch.Tensor:
+        return what, 0
+    x = x.detach().cpu().contiguous()
+    return what, zlib.crc32((ctypes.c_char * x.nbytes).from_address(x.data_ptr())) if x.numel() else 0
+
+
+def share_random_state(mesh):
+    """Every rank of a tp group goes on with the random state of its first, so that what is drawn outside a shard is the same on all of them, however they
+    were seeded, and what is drawn for a shard is a part of the whole's."""
+    cuda = mesh.device_type == "cuda"
+    states = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if cuda else [])]
+    packed = torch.cat(states).to(mesh.device_type)
+    group = mesh.get_group()
+    dist.broadcast(packed, dist.get_global_rank(group, 0), group=group)
+    states = packed.cpu().split([s.numel() for s in states])
+    torch.set_rng_state(states[0])
+    if cuda:
+        torch.cuda.set_rng_state(states[1])

@@ -1,0 +1,134 @@
+"""Training as it is done, on tp and on dp x tp meshes (FSDP2): twenty steps of AdamW with clipping end where the whole model does."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers as hf
+from ranks import run_ranks
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from quintnet_dt import apply_tensor_parallel
+
+MESHES = {
+    "tp2": ((2,), ("tp",)),
+    "tp4": ((4,), ("tp",)),
+    "dp2 x tp2": ((2, 2), ("dp", "tp")),
+    "hsdp 2 x 1 x 2": ((2, 1, 2), ("replicate", "dp", "tp")),
+}
+
+
+def llama():
+    config = hf.LlamaConfig(
+        vocab_size=67,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+    )
+    return hf.LlamaForCausalLM(config)
+
+
+def gpt2():
+    drop = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    return hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=67, n_embd=32, n_layer=2, n_head=8, n_positions=16, **drop))
+
+
+def t5():
+    config = hf.T5Config(
+        vocab_size=67,
+        d_model=32,
+        d_kv=4,
+        d_ff=64,
+        num_layers=2,
+        num_heads=8,
+        dropout_rate=0.0,
+        decoder_start_token_id=0,
+    )
+    return hf.T5ForConditionalGeneration(config)
+
+
+def resnet():
+    config = hf.ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[1, 2], layer_type="basic", num_labels=10)
+    return hf.ResNetForImageClassification(config)
+
+
+def text(name, gen):
+    ids = torch.randint(0, 67, (4, 10), generator=gen)
+    inputs = {"input_ids": ids, "decoder_input_ids": ids.flip(1)} if name == "t5" else {"input_ids": ids}
+    return {**inputs, "use_cache": False}, torch.randint(0, 67, (4, 10), generator=gen)
+
+
+def images(name, gen):
+    pixels = torch.randn(4, 3, 32, 32, generator=gen, dtype=torch.float64)
+    return {"pixel_values": pixels}, torch.randint(0, 10, (4,), generator=gen)
+
+
+MODELS = {
+    "llama": (llama, text, lambda m: m.model.layers),
+    "gpt2": (gpt2, text, lambda m: m.transformer.h),
+    "t5": (t5, text, lambda m: [*m.encoder.block, *m.decoder.block]),
+    "resnet": (resnet, images, lambda m: m.resnet.encoder.stages),
+}
+
+
+def part(x, i, n):
+    """The i-th of n parts of a batch."""
+    if isinstance(x, dict):
+        return {k: part(v, i, n) for k, v in x.items()}
+    return x.chunk(n)[i] if torch.is_tensor(x) else x
+
+
+def backward(model, inputs, labels, scale=1.0):
+    logits = model(**inputs).logits
+    (F.cross_entropy(logits.flatten(0, -2), labels.flatten()) * scale).backward()
+
+
+def sharded(name, mesh, reshard=True):
+    """The model on a mesh, by blocks under FSDP2 where there is a dp dim."""
+    build, data, blocks = MODELS[name]
+    torch.manual_seed(0)
+    model = build().double()
+    inputs, _ = data(name, torch.Generator().manual_seed(0))
+    apply_tensor_parallel(model, mesh=mesh["tp"] if mesh.ndim > 1 else mesh, example_inputs=inputs)
+    if mesh.ndim > 1:
+        dp = mesh[mesh.mesh_dim_names[:-1]] if mesh.ndim > 2 else mesh["dp"]
+        for block in blocks(model):
+            fully_shard(block, mesh=dp, reshard_after_forward=reshard)
+        fully_shard(model, mesh=dp)
+    return model
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_twenty_steps_end_where_the_whole_model_does(name):
+    build, data, _ = MODELS[name]
+
+    def ranks(rank, layout):
+        shape, names = MESHES[layout]
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+        model, dp = sharded(name, mesh), mesh.size() // shape[-1]
+        mine = rank // shape[-1]
+        torch.manual_seed(0)
+        whole = build().double()
+        optimizer, reference = (torch.optim.AdamW(m.parameters(), 1e-3, eps=1e-6) for m in (model, whole))
+        for step in range(20):
+            inputs, labels = data(name, torch.Generator().manual_seed(step))
+            backward(model, part(inputs, mine, dp), part(labels, mine, dp))
+            for i in range(dp):
+                backward(whole, part(inputs, i, dp), part(labels, i, dp), 1 / dp)
+            norms = [torch.nn.utils.clip_grad_norm_(m.parameters(), 0.5) for m in (model, whole)]
+            assert abs(norms[0].full_tensor() - norms[1]) < 1e-9 * norms[1], (step, norms)
+            for o in optimizer, reference:
+                o.step(), o.zero_grad()
+        found = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+        for key, p in whole.named_parameters():
+            assert (found[key] - p).abs().max() < 1e-9, (layout, key, (found[key] - p).abs().max())
+
+    run_ranks(ranks, 2, "tp2")
+    for layout in "tp4", "dp2 x tp2", *(["hsdp 2 x 1 x 2"] if name == "gpt2" else []):
+        run_ranks(ranks, 4, layout)
