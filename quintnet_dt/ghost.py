@@ -118,11 +118,13 @@ def strip(model):
         plain(module)
         for name in module._parameters:  # copied while it ran: its local tensor hides the parameter
             vars(module).pop(name, None)
+        module._tp_later = []  # hooks that the user added since, which see what this library's have done
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             keys = list(hooks)
             ours = [i for i, key in enumerate(keys) if is_ours(hooks[key])]
-            module._tp_later = keys[ours[-1] + 1 :] if ours else []
-            outside = keys[: ours[-1]] if hooks is module._forward_pre_hooks and ours else module._tp_later
+            later = keys[ours[-1] + 1 :] if ours else []
+            module._tp_later += later
+            outside = keys[: ours[-1]] if hooks is module._forward_pre_hooks and ours else later
             for key in [keys[i] for i in ours] + (
                 outside if module is model else []
             ):  # the user's, of whole inputs and outputs

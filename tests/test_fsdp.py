@@ -132,3 +132,82 @@ def test_twenty_steps_end_where_the_whole_model_does(name):
     run_ranks(ranks, 2, "tp2")
     for layout in "tp4", "dp2 x tp2", *(["hsdp 2 x 1 x 2"] if name == "gpt2" else []):
         run_ranks(ranks, 4, layout)
+
+
+def full(model):
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_what_a_training_loop_does(name):
+    """Accumulation without reductions, activation checkpointing, paths that were not traced, torch's own state dicts; fused weights among them."""
+
+    def ranks(rank):
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+        model, mine = sharded(name, mesh, reshard=name == "llama"), rank // 2
+        torch.manual_seed(0)
+        whole = MODELS[name][0]().double()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        optimizer, reference = (torch.optim.SGD(m.parameters(), 0.1, momentum=0.9) for m in (model, whole))
+        for step in range(2):
+            batches = [text(name, torch.Generator().manual_seed(10 * step + i)) for i in range(2)]
+            for i, (inputs, labels) in enumerate(batches):
+                model.set_requires_gradient_sync(i == 1)
+                backward(model, part(inputs, mine, 2), part(labels, mine, 2), 0.5)
+                for j in range(2):
+                    backward(whole, part(inputs, j, 2), part(labels, j, 2), 0.25)
+            for o in optimizer, reference:
+                o.step(), o.zero_grad()
+        found = full(model)
+        for key, p in whole.named_parameters():
+            assert (found[key] - p).abs().max() < 1e-9, key
+
+        inputs, labels = text(
+            name, torch.Generator().manual_seed(rank)
+        )  # by itself: no gradients, a mask, another mode
+        inputs, labels = text(name, torch.Generator().manual_seed(mine))
+        mask = torch.ones_like(labels)
+        mask[:, :3] = 0
+        model.eval(), whole.eval()
+        with torch.no_grad():
+            a, b = (m(**inputs, attention_mask=mask).logits for m in (model, whole))
+        assert (a - b).abs().max() < 1e-9
+        model.train(), whole.train()
+        model(**part(inputs, mine, 2), labels=part(labels, mine, 2)).loss.backward()
+        optimizer.zero_grad()
+
+        state = {k: v + 1 for k, v in found.items()} if rank == 0 else {}
+        set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+        after = full(model)
+        assert all(torch.equal(after[k], v + 1) for k, v in found.items())
+
+    run_ranks(ranks, 4)
+
+
+def test_mixed_precision():
+    """bf16 computation as the whole model's in bf16, float32 parameters."""
+
+    def ranks(rank):
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+        torch.manual_seed(0)
+        model, whole = llama(), None
+        whole = copy.deepcopy(model).bfloat16()
+        inputs, labels = text("llama", torch.Generator().manual_seed(0))
+        apply_tensor_parallel(model, mesh=mesh["tp"], example_inputs=inputs)
+        policy = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        for block in model.model.layers:
+            fully_shard(block, mesh=mesh["dp"], mp_policy=MixedPrecisionPolicy(**policy))
+        fully_shard(model, mesh=mesh["dp"], mp_policy=MixedPrecisionPolicy(**policy, output_dtype=torch.float32))
+        for with_labels in {}, {"labels": labels}:  # the second path is traced under FSDP
+            out, expected = model(**inputs, **with_labels), whole(**inputs, **with_labels)
+            assert out.logits.dtype == torch.float32
+            assert (out.logits - expected.logits).abs().max() < 0.02 * expected.logits.abs().max()
+            F.cross_entropy(out.logits.flatten(0, 1), labels.flatten()).backward()
+            F.cross_entropy(expected.logits.float().flatten(0, 1), labels.flatten()).backward()
+            for (key, p), q in zip(model.named_parameters(), whole.parameters()):
+                assert p.dtype == p.grad.dtype == torch.float32
+                grad, like = p.grad.full_tensor(), q.grad.float()
+                assert (grad - like).norm() < 0.1 * like.norm(), key
+            model.zero_grad(), whole.zero_grad()
+
+    run_ranks(ranks, 4)
