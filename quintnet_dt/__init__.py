@@ -10,6 +10,9 @@ _PUBLIC = {
     "TensorParallelPlan": "plan",
     "VocabParallelEmbedding": "layers",
     "apply_tensor_parallel": "rewrite",
+    "export_safetensors": "safetensors",
+    "load_safetensors": "safetensors",
+    "materialize": "materialize",
     "plan_tensor_parallel": "rewrite",
     "register_axis_rule": "rules",
 }
