@@ -22,6 +22,15 @@ def test_the_failing_rank_raises_its_own_and_the_others_tell_which():
         with pytest.raises(what[0], match=f"^(failed on )?{what[1]}$"), together():
             if rank == 1:
                 raise BaseException("mine")
+        with pytest.raises(KeyError if rank == 2 else RuntimeError, match="mine"), together():
+            if rank == 2:
+                raise KeyError("mine")
+            with together():
+                pass
+            raise AssertionError("went on")
+        with pytest.raises(KeyError if rank == 2 else RuntimeError, match="mine"), together(), together():
+            if rank == 2:
+                raise KeyError("mine")
         pair = [dist.new_group([0, 1]), dist.new_group([2, 3])][rank // 2]
         what = (ValueError, "no") if rank == 3 else (RuntimeError, "rank 3: ValueError: no")
         if rank > 1:
