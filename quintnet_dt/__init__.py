@@ -12,7 +12,7 @@ _PUBLIC = {
     "apply_tensor_parallel": "rewrite",
     "export_safetensors": "safetensors",
     "load_safetensors": "safetensors",
-    "materialize": "materialize",
+    "materialize": "meta",
     "plan_tensor_parallel": "rewrite",
     "register_axis_rule": "rules",
 }

@@ -30,8 +30,7 @@ def materialize(model, init=None, *, device=None):
         device: of the values; that of the mesh, or the CPU, by default.
 
     Returns: the model.
-    Raises: RuntimeError that lists the parameters and buffers that `init` did not write: they, and no others, are still on meta, for a second call. What
-    `init` raises on one rank, raises on all.
+    Raises: RuntimeError that lists the parameters and buffers that `init` did not write. What `init` raises on one rank, raises on all. The model is then as it was.
     """
     places = Places(model)
     device = torch.device(device or places.device())
@@ -39,23 +38,27 @@ def materialize(model, init=None, *, device=None):
     if not holders:
         return model
     _same_random_state(device)
-    with together(), torch.no_grad():
-        whole = _Whole(places, device)
-        start = init or _own_init(model, whole)
+    try:
+        with together(), torch.no_grad():
+            whole = _Whole(places, device)
+            start = init or _own_init(model, whole)
 
-        def step(module):
-            if module in holders:
-                with whole:
-                    start(module)
-                whole.keep(module)
+            def step(module):
+                if module in holders:
+                    with whole:
+                        start(module)
+                    whole.keep(module)
 
-        model.apply(step)
-        left = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
-        if left:
-            raise RuntimeError(
-                f"expected init to write every parameter and buffer, found {len(left)} that it did not (in every element): {', '.join(left)}; "
-                "call materialize again with an init(module) that does"
-            )
+            model.apply(step)
+            left = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
+            if left:
+                raise RuntimeError(
+                    f"expected init to write every element of every parameter and buffer, found {len(left)} that it did not: {', '.join(left)}; "
+                    "give an init(module) that does"
+                )
+    except BaseException:
+        places.undo()
+        raise
     return model
 
 
@@ -64,6 +67,7 @@ class Places:
 
     def __init__(self, model):
         self.tensors, self.at = {}, {}  # (module, attribute) -> tensor; its id -> [(module, attribute), ...]
+        self.replaced = []
         for module in model.modules():
             for name, t in own(module):
                 self.tensors[module, name] = t
@@ -73,16 +77,26 @@ class Places:
         """The device type of the mesh that the model is on, that of the CPU where it is on none."""
         return next((t.device_mesh.device_type for t in self.tensors.values() if isinstance(t, DTensor)), "cpu")
 
-    def put(self, old, new):
-        """Let `new` take the place of `old`, as a parameter if that is one. Returns what is now there."""
+    def fill(self, old, values):
+        """Let `values` take the place of `old`, as a parameter if that is one. Returns what is now there."""
+        new = values
         if isinstance(old, nn.Parameter):
-            new = nn.Parameter(new, requires_grad=old.requires_grad)
+            new = nn.Parameter(values, requires_grad=old.requires_grad)
             vars(new).update(vars(old))
+        self.replaced.append((old, new))
+        self._put(old, new)
+        return new
+
+    def undo(self):
+        """Put back all that was replaced."""
+        while self.replaced:
+            self._put(*reversed(self.replaced.pop()))
+
+    def _put(self, old, new):
         self.at[id(new)] = self.at.pop(id(old))
         for module, name in self.at[id(new)]:
             self.tensors[module, name] = new
             setattr(module, name, new)
-        return new
 
 
 def own(module):
@@ -99,7 +113,7 @@ class _Whole(TorchFunctionMode):
         self.seen = {}  # id of a tensor of the model -> (it, the whole, the whole's version then)
         for t in {id(t): t for t in places.tensors.values()}.values():
             if t.is_meta and not t.numel():
-                places.put(t, torch.empty_like(t.detach(), device=device))
+                places.fill(t, torch.empty_like(t.detach(), device=device))
         self.ours = {id(t) for t in places.tensors.values() if t.is_meta}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -110,8 +124,12 @@ class _Whole(TorchFunctionMode):
     def whole(self, t):
         """The whole of a tensor, all NaN where it has no values yet."""
         if id(t) not in self.seen:
-            if not t.is_meta:
-                whole = (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone()
+            if isinstance(t, DTensor) and not t.is_meta:
+                with together():  # no rank has failed, and does not come here
+                    pass
+                whole = t.full_tensor().detach().clone()
+            elif not t.is_meta:
+                whole = t.detach().clone()
             else:
                 whole = torch.empty(t.shape, dtype=t.dtype, device=self.device)
                 if _has_nan(t):
@@ -124,9 +142,8 @@ class _Whole(TorchFunctionMode):
         _, whole, version = self.seen.get(id(t), (None,) * 3)
         if whole is None or not _has_nan(whole):
             return whole is not None and whole._version != version
-        return (
-            not (torch.view_as_real(whole) if whole.is_complex() else whole).max().isnan()
-        )  # which no number is above
+        reals = torch.view_as_real(whole) if whole.is_complex() else whole
+        return not reals.max().isnan()  # no number is above a NaN
 
     def keep(self, module):
         """Store this rank's blocks of what `init(module)` wrote."""
@@ -134,17 +151,17 @@ class _Whole(TorchFunctionMode):
             for name, now in own(m):
                 t = self.places.tensors.get((m, name), now)
                 if now is not t:  # init put another tensor in its place
+                    setattr(m, name, t)
                     if now.shape != t.shape:
                         found = f"expected the shape {tuple(t.shape)}, found {tuple(now.shape)}"
                         raise ValueError(f"init put another tensor in the place of {type(m).__name__}.{name}: {found}")
-                    setattr(m, name, t)
                     self.seen[id(t)] = t, now.detach().to(self.device, t.dtype), -1
         for t, whole, _ in self.seen.values():
             if id(t) in self.ours and self.written(t):
                 new = t
                 if t.is_meta:
                     new = torch.empty_like(t.detach(), device=self.device) if isinstance(t, DTensor) else whole
-                    new = self.places.put(t, new)
+                    new = self.places.fill(t, new)
                     self.ours.add(id(new))
                 for c in chunks(new):
                     c.tensor.copy_(whole[tuple(slice(o, o + n) for o, n in zip(c.offsets, c.tensor.shape))])

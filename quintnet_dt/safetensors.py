@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from .chunks import chunks
-from .materialize import Places, materialize
+from .meta import Places, materialize
 from .together import together
 
 _BUFFER = 4 << 20  # bytes of a tensor that are in memory beside it
@@ -91,7 +91,7 @@ def load_safetensors(source, model, *, strict=True, device=None, init=None, prog
         device = device or places.device()
         for i, (t, entry) in enumerate(wanted):
             if t.is_meta:
-                wanted[i] = places.put(t, torch.empty_like(t.detach(), device=device)), entry
+                wanted[i] = places.fill(t, torch.empty_like(t.detach(), device=device)), entry
         _copy(wanted, False, progress)
     materialize(model, init, device=device)
     return missing, unexpected
@@ -203,7 +203,11 @@ def _header(path):
         header.pop("__metadata__", None)
         for name, e in header.items():
             (start, end), shape, dtype = e["data_offsets"], tuple(e["shape"]), _DTYPES.get(e["dtype"])
-            if dtype is None or not 0 <= start <= end <= size - 8 - length or end - start != prod(shape) * dtype.itemsize:
+            if (
+                dtype is None
+                or not 0 <= start <= end <= size - 8 - length
+                or end - start != prod(shape) * dtype.itemsize
+            ):
                 raise ValueError(f"{name} of {e} in a file of {size} bytes")
             entries[name] = _Entry(path, dtype, shape, 8 + length + start)
     except (ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError) as e:

@@ -32,7 +32,9 @@ def tied_llama():
 
 
 def gpt2():
-    config = transformers.GPT2Config(vocab_size=98, n_positions=32, n_embd=32, n_layer=1, n_head=4, bos_token_id=1, eos_token_id=2)
+    config = transformers.GPT2Config(
+        vocab_size=98, n_positions=32, n_embd=32, n_layer=1, n_head=4, bos_token_id=1, eos_token_id=2
+    )
     return transformers.GPT2LMHeadModel(config).eval()
 
 
@@ -165,7 +167,9 @@ def test_an_export_replaces_an_earlier_one(tmp_path):
 @pytest.mark.parametrize("n, layout", [(2, "tp"), (4, "tp"), (4, "fsdp"), (4, "replicas")])
 def test_layouts(n, layout, tmp_path):
     """A sharded model's files are those of the whole one, byte for byte, and fill sharded models, live and on meta."""
-    builds = {"2-tp": (gpt2, Odd), "4-tp": (tied_llama, Odd), "4-fsdp": (tied_llama, gpt2, Odd)}.get(f"{n}-{layout}", [Odd])
+    builds = {"2-tp": (gpt2, Odd), "4-tp": (tied_llama, Odd), "4-fsdp": (tied_llama, gpt2, Odd)}.get(
+        f"{n}-{layout}", [Odd]
+    )
     for build in builds:
         export_safetensors(tmp_path / f"{build.__name__}-whole", make(build), max_shard_size="9KB", progress=False)
 
@@ -330,10 +334,9 @@ def test_exports_that_fail(tmp_path):
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
             dist.barrier()
             assert written(big) == before
+            dist.barrier()
         export_safetensors(big, model, progress=False)
         load_safetensors(big, other := split(make(Odd), Odd, "tp"), progress=False)
         same(other, model)
 
     run_ranks(ranks, 2)
-
-
