@@ -21,7 +21,7 @@ from .chunks import chunks
 from .meta import Places, materialize
 from .together import together
 
-_BUFFER = 4 << 20  # bytes of a tensor that are in memory beside it
+_BUFFER = 1 << 20  # bytes of a tensor that are in memory beside it
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"  # the names that transformers looks for
 _DTYPES = {
     "BOOL": torch.bool,
@@ -47,7 +47,7 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 def load_safetensors(source, model, *, strict=True, device=None, init=None, progress=True):
     """Fill a model, whole or sharded, live or on the meta device, from safetensors files; each rank reads the bytes of its own shards.
 
-    Beside the shards a rank needs 4 MB. Values are cast to the model's dtype, as by `load_state_dict`. Of tied weights the file may hold any one (of several, the last
+    Beside the shards a rank needs 1 MB. Values are cast to the model's dtype, as by `load_state_dict`. Of tied weights the file may hold any one (of several, the last
     is read). Names are those of the model's state_dict; no prefix is guessed. Call it on every rank of the world.
 
     Args:
