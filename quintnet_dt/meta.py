@@ -50,7 +50,7 @@ def materialize(model, init=None, *, device=None):
                     whole.keep(module)
 
             model.apply(step)
-            left = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
+            left = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if id(t) in whole.unset]
             if left:
                 raise RuntimeError(
                     f"expected init to write every element of every parameter and buffer, found {len(left)} that it did not: {', '.join(left)}; "
@@ -111,10 +111,11 @@ class _Whole(TorchFunctionMode):
         super().__init__()
         self.places, self.device = places, device
         self.seen = {}  # id of a tensor of the model -> (it, the whole, the whole's version then)
-        for t in {id(t): t for t in places.tensors.values()}.values():
-            if t.is_meta and not t.numel():
-                places.fill(t, torch.empty_like(t.detach(), device=device))
-        self.ours = {id(t) for t in places.tensors.values() if t.is_meta}
+        # The shards come first, as what is whole for a moment would leave holes between them.
+        meta = {id(t): t for t in places.tensors.values() if t.is_meta}.values()
+        new = [places.fill(t, torch.empty_like(t.detach(), device=device)) for t in meta]
+        self.ours = {id(t) for t in new}
+        self.unset = {id(t) for t in new if t.numel()}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         given = args, kwargs or {}
@@ -124,16 +125,16 @@ class _Whole(TorchFunctionMode):
     def whole(self, t):
         """The whole of a tensor, all NaN where it has no values yet."""
         if id(t) not in self.seen:
-            if isinstance(t, DTensor) and not t.is_meta:
-                with together():  # no rank has failed, and does not come here
-                    pass
-                whole = t.full_tensor().detach().clone()
-            elif not t.is_meta:
-                whole = t.detach().clone()
-            else:
+            if id(t) in self.unset:
                 whole = torch.empty(t.shape, dtype=t.dtype, device=self.device)
                 if _has_nan(t):
                     whole.fill_(torch.nan)
+            elif isinstance(t, DTensor):
+                with together():  # no rank has failed, and does not come here
+                    pass
+                whole = t.full_tensor().detach().clone()
+            else:
+                whole = t.detach().clone()
             self.seen[id(t)] = t, whole, whole._version
         return self.seen[id(t)][1]
 
@@ -158,18 +159,14 @@ class _Whole(TorchFunctionMode):
                     self.seen[id(t)] = t, now.detach().to(self.device, t.dtype), -1
         for t, whole, _ in self.seen.values():
             if id(t) in self.ours and self.written(t):
-                new = t
-                if t.is_meta:
-                    new = torch.empty_like(t.detach(), device=self.device) if isinstance(t, DTensor) else whole
-                    new = self.places.fill(t, new)
-                    self.ours.add(id(new))
-                for c in chunks(new):
+                self.unset.discard(id(t))
+                for c in chunks(t):
                     c.tensor.copy_(whole[tuple(slice(o, o + n) for o, n in zip(c.offsets, c.tensor.shape))])
         self.seen.clear()
 
 
 def _has_nan(t):
-    return t.dtype.is_floating_point or t.dtype.is_complex
+    return (t.dtype.is_floating_point or t.dtype.is_complex) and t.dtype.itemsize > 1  # max knows no float8
 
 
 def _own_init(model, whole):

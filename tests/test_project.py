@@ -144,7 +144,7 @@ def test_files_are_short():
     texts = {f.name: f.read_text() for f in FILES}
     assert texts, "no package"
     assert not {name: n for name, t in texts.items() if (n := len(t.splitlines())) >= 400}
-    assert sum(map(code_lines, texts.values())) < 4000
+    assert sum(map(code_lines, texts.values())) < 4500
 
 
 def module_name(file: Path) -> str:

@@ -3,6 +3,7 @@
 import json
 import resource
 import struct
+import sys
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from quintnet_dt import apply_tensor_parallel, export_safetensors, load_safetensors
+from quintnet_dt.files import DTYPES
 
 SIZES = dict(vocab_size=97, num_hidden_layers=1, hidden_size=32, num_attention_heads=4)
 
@@ -161,6 +163,24 @@ def test_an_export_replaces_an_earlier_one(tmp_path):
         same(other, model)
 
 
+def test_every_dtype_and_no_tqdm(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    model, other = nn.Module(), nn.Module()
+    for i, dtype in enumerate(DTYPES.values()):
+        for m, values in (model, torch.randint(0, 255, (3, 5 * dtype.itemsize))), (
+            other,
+            torch.zeros(3, 5 * dtype.itemsize),
+        ):
+            raw = values.to(torch.uint8) % (2 if dtype == torch.bool else 255)
+            m.register_buffer(f"t{i}", raw.view(dtype))
+    export_safetensors(tmp_path, model)
+    theirs = load_file(tmp_path / "model.safetensors")
+    assert load_safetensors(tmp_path / "model.safetensors", other) == ([], [])
+    for name, t in model.named_buffers():
+        for found in theirs[name], getattr(other, name):
+            assert found.dtype == t.dtype and torch.equal(found.view(torch.uint8), t.view(torch.uint8)), t.dtype
+
+
 # ---- every layout
 
 
@@ -235,7 +255,7 @@ def broken_files(folder):
     for name in "ab":
         (folder / "two" / f"{name}.safetensors").write_bytes(data)
     at = json.dumps({"weight_map": {"nothere": "good/model.safetensors"}})
-    yield folder / "absent", "found no .*absent"
+    yield folder / "absent", "no .*absent"
     yield folder / "empty", "found none"
     yield folder / "two", r"\['a.safetensors', 'b.safetensors'\]"
     yield file("nothing", b""), "whole safetensors file"
