@@ -120,6 +120,11 @@ def written(folder):
     return {f.name: f.read_bytes() for f in folder.iterdir()}
 
 
+def save_alone(folder, model):
+    folder.mkdir()
+    save_file({n: t.contiguous().clone() for n, t in model.state_dict().items()}, folder / "any.safetensors")
+
+
 # ---- one process
 
 
@@ -213,6 +218,17 @@ def test_layouts(n, layout, tmp_path):
                 assert p.placements == q.placements and p.device_mesh == q.device_mesh and p.requires_grad, name
             if build is not Odd:
                 assert meta.lm_head.weight is meta.get_input_embeddings().weight
+            torch.testing.assert_close(call(meta, build), call(expected, build))
+            # A forward leaves FSDP2's outermost parameters gathered.
+            export_safetensors(folder, meta, max_shard_size="9KB", progress=False)
+            dist.barrier()
+            assert written(folder) == a
+            for p in expected.parameters():
+                p.data.mul_(2)
+            if rank == 0:
+                save_alone(tmp_path / f"{build.__name__}-twice", expected)
+            dist.barrier()
+            load_safetensors(tmp_path / f"{build.__name__}-twice", meta, progress=False)
             torch.testing.assert_close(call(meta, build), call(expected, build))
 
     run_ranks(ranks, n, timeout=120)
