@@ -29,7 +29,7 @@ def materialize(model, init=None, *, device=None):
             is none or it leaves the module's own tensors alone, the module's `reset_parameters()`.
         device: of the values; that of the mesh, or the CPU, by default.
 
-    Returns: the model.
+    Returns: the model. Its parameters are new objects: make optimizers afterwards.
     Raises: RuntimeError that lists the parameters and buffers that `init` did not write. What `init` raises on one rank, raises on all. The model is then as it was.
     """
     places = Places(model)

@@ -29,7 +29,7 @@ def load_safetensors(source, model, *, strict=True, device=None, init=None, prog
 
     Args:
         source: a .safetensors file, an index (.safetensors.index.json), or a folder with one of them.
-        model: an nn.Module. What is on the meta device is given memory: for its shards only.
+        model: an nn.Module. What is on the meta device is given memory, for its shards only; such parameters become new objects: make optimizers afterwards.
         strict: whether the file must have exactly the model's names.
         device: of tensors that were on meta; that of the mesh, or the CPU, by default.
         init: for what is on meta and not in the file (non-persistent buffers; with strict=False, missing weights): see `materialize`.
