@@ -8,13 +8,16 @@ _PUBLIC = {
     "ProcessGroupManager": "processgroup",
     "RowParallelLinear": "layers",
     "TensorParallelPlan": "plan",
-    "load_checkpoint": "checkpoint",
-    "save_checkpoint": "checkpoint",
     "VocabParallelEmbedding": "layers",
     "apply_tensor_parallel": "rewrite",
     "check_batch": "agreement",
+    "export_safetensors": "safetensors",
+    "load_checkpoint": "checkpoint",
+    "load_safetensors": "safetensors",
+    "materialize": "meta",
     "plan_tensor_parallel": "rewrite",
     "register_axis_rule": "rules",
+    "save_checkpoint": "checkpoint",
 }
 __all__ = list(_PUBLIC)
 

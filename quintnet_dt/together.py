@@ -10,10 +10,14 @@ def together(group=None):
     """Around a step that every rank of a group takes (the whole world by default; with no process group, this process alone).
 
     An exception within it is told to all ranks at its end: the ranks that failed raise their own, the others a RuntimeError that names the ranks
-    and their errors. The step may not communicate after the point where a rank may fail, as the others would wait for it there.
+    and their errors. Where the step communicates after a point at which a rank may fail, the others would wait for it: ask first, by one of these
+    within the other, whether all ranks came so far.
 
         with together():
-            read(file)
+            header = read(file)
+            with together():
+                pass
+            dist.broadcast(tensor, 0)
     """
     error = None
     try:
@@ -21,12 +25,18 @@ def together(group=None):
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as e:  # torch's CheckpointException is no Exception
+        if hasattr(e, _TOLD):
+            raise
         error = e
     if dist.is_initialized():
         told = [None] * dist.get_world_size(group)
         dist.all_gather_object(told, error and f"{type(error).__name__}: {error}", group=group)
         failed = [f"rank {dist.get_global_rank(group, r) if group else r}: {e}" for r, e in enumerate(told) if e]
         if failed and error is None:
-            raise RuntimeError("failed on another rank: " + "; ".join(failed))
+            error = RuntimeError("failed on another rank: " + "; ".join(failed))
     if error is not None:
+        setattr(error, _TOLD, True)
         raise error
+
+
+_TOLD = "_told_to_all_ranks"  # the attribute of such an exception
