@@ -7,9 +7,10 @@ from torch.overrides import TorchFunctionMode
 
 from . import comm_ops
 from .composites import restated
-from .context import quiet
+from .context import quiet, silence
 from .on_shard import on_shard
-from .program import Program
+from .private import compiling, within_compiled
+from .program import NOTHING
 from .utils import call_name, lookup, replace
 
 
@@ -23,7 +24,7 @@ class _Calls(TorchFunctionMode):
     def push(self, context, program, path):
         if not self.frames:
             self.__enter__()
-        self.frames.append([context, program, path, 0])
+        self.frames.append([context, program, path, 0, compiling(context) or within_compiled()])
 
     def pop(self, failed):
         frame = self.frames[-1]
@@ -38,17 +39,19 @@ class _Calls(TorchFunctionMode):
     def start(self, context, module):
         """A module starts. If the forward that was shown did not reach it, and calls are counted, this is another path."""
         frame = watching(self.frames)
-        if frame is not None and frame[0] is context and not context.paths.reached(module, context.programs):
+        if frame is not None and frame[0] is context:
             self.change(frame, None, module)
 
     def change(self, frame, name, module=None):
         """The forward takes another path than the one that was shown: its next call is `name`, or this module starts, or else it ends. Go on
         with programs shown for this path, if what has run so far is the same in them."""
-        context, program, path, number = frame
+        context = frame[0]
         outside = name is None  # not while torch handles a call, for which it takes the mode off
+        if context.compiled:
+            self.refuse(frame, name)
         if outside:
             self.__exit__(None, None, None)
-        frames, self.frames, depth, quiet.depth = self.frames, [], quiet.depth, 0
+        frames, self.frames, depth, silence.depth = self.frames, [], silence.depth, 0
         try:
             for programs in context.paths.variants(*context.call) if context.call else ():
                 stack = again(context, programs, name, module)
@@ -56,11 +59,15 @@ class _Calls(TorchFunctionMode):
                     frames = [f for f in frames if f[0] is not context] + context.go_on(programs, stack)
                     return
         finally:
-            self.frames, quiet.depth = frames, depth
+            self.frames, silence.depth = frames, depth
             if outside:
                 self.__enter__()
         if module is not None:
             return  # its calls will tell
+        self.refuse(frame, name)
+
+    def refuse(self, frame, name):
+        _, program, path, number, _ = frame
         was = program.names[number] if number < len(program.names) else "none"
         raise RuntimeError(
             f"{path or 'the model'}: call {number} of its forward was {was} when the forward was traced and is {name or 'none'} now: it took "
@@ -69,7 +76,8 @@ class _Calls(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        name = None if quiet.depth else call_name(func)
+        skip = silence.depth or self.frames[-1][4] and not torch.compiler.is_compiling() and not within_compiled()  # a graph
+        name = None if skip else call_name(func)
         if name is None:
             return func(*args, **kwargs)
         if (inner := restated(func, args, kwargs)) is not None:
@@ -81,22 +89,25 @@ class _Calls(TorchFunctionMode):
             frame = watching(self.frames)
         if frame is None:
             return func(*args, **kwargs)
-        context, program, path, number = frame
+        context, program, path, number, _ = frame
         frame[3] += 1
         call = program.calls.get(number)
-        context.log.append((name, call))
+        if compiling(context):
+            context.compiled = True
+        else:
+            context.log.append((name, call))
         if call is None:
             return func(*args, **kwargs)
         whole = (args, kwargs)
         if call.kept:
             args, kwargs = replace(whole, {p: context.act([a], lookup(whole, p)) for p, a in call.kept.items()})
-        args, kwargs = context.apply((args, kwargs), call.inputs)
+        args, kwargs = context.apply((args, kwargs), call.inputs, call.fixed)
         if call.sizes:
             args, kwargs = divide((args, kwargs), call.sizes, comm_ops.group_size(context.group), path)
         if call.instead is None or isinstance(context.group, comm_ops.SimulatedGroup):
             out = func(*args, **kwargs)  # in the proof a call of the model's, which it compares
         else:
-            with quiet:
+            with quiet():
                 out = on_shard(context, call.instead, func, args, kwargs)
         if call.kept:
             _gather_buffers(context, whole, (args, kwargs), call.kept)
@@ -107,10 +118,10 @@ calls = _Calls()
 
 
 def watching(frames):
-    """The innermost frame whose program counts calls."""
+    """The frame in which a call is counted: that of the innermost module whose calls are its own, if they are watched."""
     for frame in reversed(frames):
-        if frame[1].names:
-            return frame
+        if not frame[1].aside:
+            return frame if frame[1].names else None
     return None
 
 
@@ -120,12 +131,12 @@ def again(context, programs, name, module):
     stack, alike = [], ("params", "inputs", "outputs")
     for event in context.log:
         if isinstance(event, str):
-            old, new = (p.get(event, Program()) for p in (context.programs, programs))
+            old, new = (p.get(event, NOTHING) for p in (context.programs, programs))
             if any(getattr(old, a) != getattr(new, a) for a in alike):
                 return None
-            stack.append([context, new, event, 0])
+            stack.append([context, new, event, 0, within_compiled()])
         elif isinstance(event, bool):
-            *_, new, _, number = stack.pop()
+            _, new, _, number, _ = stack.pop()
             if event and new.names and number != len(new.names):
                 return None
         else:
@@ -133,7 +144,7 @@ def again(context, programs, name, module):
             if frame is None and call is not None:
                 return None
             if frame is not None:
-                _, new, _, number = frame
+                _, new, _, number, _ = frame
                 if new.names[number : number + 1] != [next_name] or new.calls.get(number) != call:
                     return None
                 frame[3] += 1
@@ -155,7 +166,7 @@ def divide(obj, paths, n, where):
 
 def _gather_buffers(context, whole, parts, at):
     """Write what a call made of the parts of buffers back into the whole ones: those that are alike in one collective."""
-    with quiet, torch.no_grad():
+    with quiet(), torch.no_grad():
         alike = {}
         for p, a in at.items():
             x = lookup(parts, p)

@@ -44,6 +44,39 @@ def silent_fakes():
         log.disabled = was
 
 
+def compiling(context):
+    """Whether torch.compile is tracing this; never where a model is planned."""
+    return torch.compiler.is_compiling() and context.mesh is not None
+
+
+def within_compiled():
+    """Whether this is Python code that runs as it is in a function given to torch.compile, and not a graph that it has compiled."""
+    return torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
+
+
+def at_end_of_backward(function):
+    """Call a function when the backward that runs has ended; torch's own DDP and FSDP2 do it so, there is no public way."""
+    torch.autograd.Variable._execution_engine.queue_callback(function)
+
+
 def in_backward():
     """Whether autograd is running a backward in this thread; torch has no public way to ask."""
     return torch._C._current_graph_task_id() != -1
+
+
+@contextlib.contextmanager
+def as_compiled(compiled):
+    """Model code that asks whether torch.compile is tracing it is told yes; torch has no public way to say so."""
+    was, ask = torch.compiler._is_compiling_flag, torch.compiler.is_dynamo_compiling
+    if compiled:
+        torch.compiler._is_compiling_flag, torch.compiler.is_dynamo_compiling = True, lambda: True
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag, torch.compiler.is_dynamo_compiling = was, ask
+
+
+def constant(function):
+    """torch.compiler.assume_constant_result, which would import torch._dynamo (0.6 s) for all."""
+    function._dynamo_marked_constant = True
+    return function

@@ -18,6 +18,7 @@ class CallProgram:
 
     inputs: dict = field(default_factory=dict)
     outputs: dict = field(default_factory=dict)
+    fixed: set = field(default_factory=set)  # paths of those inputs that no later call writes to
     sizes: list = field(default_factory=list)  # paths of sizes to divide by the number of ranks
     kept: dict = field(default_factory=dict)  # buffers that the call updates: split for it, gathered after it
     instead: Action | None = None  # what on_shard.py runs in its place
@@ -30,14 +31,19 @@ class Program:
     params: dict = field(default_factory=dict)  # parameter name -> actions on its local tensor
     inputs: dict = field(default_factory=dict)
     outputs: dict = field(default_factory=dict)
+    fixed: set = field(default_factory=set, compare=False)  # paths of those inputs that no later call writes to
     calls: dict = field(default_factory=dict)
-    names: list = field(default_factory=list)  # of all calls that its mode sees, where one watches it
+    names: list = field(default_factory=list)  # of all its calls, where they are watched
+    aside: bool = False  # its calls are numbered by its callers
     inside: bool = field(
         default=False, compare=False
     )  # whether hooks would see shards or partial results as its inputs or outputs
     shards: dict = field(
         default_factory=dict
     )  # path of an object in (args, kwargs, output) -> {place: Action} of the shards that it keeps
+
+
+NOTHING = Program(aside=True)  # that of a module that no traced forward reached: its calls are its callers'
 
 
 def compile_programs(graph, layout, sizes=None):
@@ -141,11 +147,17 @@ class _Compiler:
                 if agree and self.within[at] == len(self.direct[at]) and not holds(m.outputs, v):
                     given = [p for p, x in m.inputs.items() if x is v and m.path not in self.closed]
                     self.per_run[id(m)].inputs.update({p: actions for p in given})
+                    self.per_run[id(m)].fixed.update(given if self.fixed(v) else ())
                     if given:
                         continue
             if call.opaque:
                 raise LayoutError(call.opaque, call, self.axis(call))
             self.at(call).inputs[path] = actions
+            self.at(call).fixed.update([path] if self.fixed(v) else ())
+
+    def fixed(self, v):
+        """Whether no call writes to a value's memory once it is made."""
+        return self.graph.last_write.get(v.memory.id, -1) <= (-1 if v.producer is None else v.producer)
 
     def value(self, v, actions):
         """Attach actions to a value where it is made, or, for a sum, at the view it was made from if a hook reaches that."""
@@ -200,10 +212,8 @@ class _Compiler:
         watched = {self.caller(self.graph.calls[i]).path for i in self.at_calls}
         paths = watched | {self.caller(c).path for c in self.graph.calls if self.on_shards(c) and not c.module.steady}
         for call in self.graph.calls:
-            m = call.module
-            while m is not None and m.path not in paths:
-                m = m.parent
-            if m is None:
+            m = self.caller(call)
+            if m.path not in paths:
                 continue
             if id(m) in self.graph.unsteady and m.path not in watched:
                 continue
@@ -224,4 +234,6 @@ class _Compiler:
                 axis = next((self.axis(c) for c in self.graph.calls if c.module.within(m) and self.axis(c)), None)
                 raise _Differ(m.path, axis)
             old.inside |= new.inside
+            old.fixed &= new.fixed
+            old.aside = m.path in self.aside
         return programs
