@@ -9,7 +9,7 @@ from . import comm_ops
 from .composites import restated
 from .context import quiet, silence
 from .on_shard import on_shard
-from .private import compiling, within_compiled
+from .private import compiling, not_compiled, top_not_compiled, within_compiled
 from .program import NOTHING
 from .utils import call_name, lookup, replace
 
@@ -21,10 +21,10 @@ class _Calls(TorchFunctionMode):
         super().__init__()
         self.frames = []
 
-    def push(self, context, program, path):
+    def push(self, context, program, path, compiled):
         if not self.frames:
             self.__enter__()
-        self.frames.append([context, program, path, 0, compiling(context) or within_compiled()])
+        self.frames.append([context, program, path, 0, compiled])
 
     def pop(self, failed):
         frame = self.frames[-1]
@@ -74,10 +74,21 @@ class _Calls(TorchFunctionMode):
             "another path, which has not been shown right on shards. Give apply_tensor_parallel example_inputs that take this path"
         )
 
+    @top_not_compiled
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        skip = silence.depth or self.frames[-1][4] and not torch.compiler.is_compiling() and not within_compiled()  # a graph
-        name = None if skip else call_name(func)
+        frame = self.frames[-1]
+        if torch.compiler.is_compiling() or not frame[4]:
+            return self.run(func, args, kwargs or {})
+        if not within_compiled():  # a graph that was compiled, not the model's own code
+            return func(*args, **kwargs or {})
+        frame[4] = False
+        try:
+            return not_compiled(self.run, func, args, kwargs or {})
+        finally:
+            frame[4] = True
+
+    def run(self, func, args, kwargs):
+        name = None if silence.depth else call_name(func)
         if name is None:
             return func(*args, **kwargs)
         if (inner := restated(func, args, kwargs)) is not None:
@@ -134,7 +145,7 @@ def again(context, programs, name, module):
             old, new = (p.get(event, NOTHING) for p in (context.programs, programs))
             if any(getattr(old, a) != getattr(new, a) for a in alike):
                 return None
-            stack.append([context, new, event, 0, within_compiled()])
+            stack.append([context, new, event, 0, False])
         elif isinstance(event, bool):
             _, new, _, number, _ = stack.pop()
             if event and new.names and number != len(new.names):

@@ -44,7 +44,7 @@ class Context:
         self.first_hook = 0  # hooks with this id or a later one were added since it began
         self.running = (
             []
-        )  # (ModuleHooks, program, parameters shown, whether it has a frame in calls, what `apply` keeps) of each forward that runs, one in the other
+        )  # (ModuleHooks, program, parameters shown, whether it has a frame in calls, what `apply` keeps, whether it is compiled) of each forward that runs, one in the other
 
     @property
     def group(self):
@@ -84,9 +84,10 @@ class Context:
         for i, frame in enumerate(stack):
             counted = i == len(self.running) or bool(frames or frame[1].names)  # one that ends is still to be popped
             if i < len(self.running):
-                hooks, _, shown, was, kept = self.running[i]
+                hooks, _, shown, was, *rest = self.running[i]
                 counted |= was
-                self.running[i] = hooks, frame[1], shown, counted, kept
+                self.running[i] = hooks, frame[1], shown, counted, *rest
+                frame[4] = rest[1]
             frames += [frame] * counted
         return frames
 

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from .calls import calls
 from .context import quiet
 from .ghost import hooks_of, user_hooks
-from .private import compiling, in_backward, within_compiled
+from .private import compiling, in_backward, not_compiled, top_not_compiled, within_compiled
 from .program import NOTHING
 from .utils import SHARDS, lookup, tensors
 
@@ -41,13 +41,19 @@ class ModuleHooks:
         params = self.program.params if self.program is not None else {}
         self.params = [(owner, attr, acts) for name, acts in params.items() for owner, attr in self.owners[name]]
 
+    @top_not_compiled
     def before(self, module, args, kwargs):
         """Choose the programs for a call that the user makes; show the module the local tensors of its parameters, and apply the actions on
         its inputs. A forward that is recomputed in a backward keeps the programs that it had."""
+        if torch.compiler.is_compiling() or not within_compiled():
+            return self.enter(module, args, kwargs)
+        return not_compiled(self.enter, module, args, kwargs, within=True)
+
+    def enter(self, module, args, kwargs, within=False):
         context, compiled = self.context, compiling(self.context)
         if not context.running and context.paths is not None:
             if not compiled:
-                self.choose(module, args, kwargs, within_compiled())
+                self.choose(module, args, kwargs, within)
             elif not context.recomputing:
                 torch.compiler.disable(self.choose)(module, args, kwargs, True)
         elif calls.frames and not self.reached:
@@ -56,13 +62,13 @@ class ModuleHooks:
         if program is not None and sum(map(len, hooks_of(module))) != self.count:
             self.check(module, program)
         counted = bool(calls.frames) or program is not None and bool(program.names)
-        context.running.append((self, program, shown, counted, [] if compiled else None))
+        context.running.append((self, program, shown, counted, [] if compiled else None, compiled or within))
         if compiled:
             context.compiled = True
         else:
             context.log.append(self.path)
         if counted:
-            calls.push(context, program or NOTHING, self.path)
+            calls.push(context, program or NOTHING, self.path, compiled or within)
         if program is None:
             return None
         if self.params:
@@ -103,12 +109,18 @@ class ModuleHooks:
                 show(owner, attr, self.context.act(actions, p.to_local() if isinstance(p, DTensor) else p))
                 shown.append((owner, attr, p))
 
+    @top_not_compiled
     def after(self, module, args, kwargs, output):
         """Undo what `before` did, also after an exception, and apply the actions on the outputs."""
+        if torch.compiler.is_compiling() or not within_compiled():
+            return self.leave(module, args, kwargs, output)
+        return not_compiled(self.leave, module, args, kwargs, output)
+
+    def leave(self, module, args, kwargs, output):
         context = self.context
         if not context.running or context.running[-1][0] is not self:  # an exception came before `before`
             return None
-        _, program, shown, counted, _ = context.running.pop()
+        _, program, shown, counted, *_ = context.running.pop()
         try:
             if counted:
                 calls.pop(failed=output is None)
@@ -133,9 +145,11 @@ class ModuleHooks:
 
     def remember(self, output):
         """A checkpoint in this forward, which a backward will run again, is to find the programs of this forward."""
+        if in_backward():
+            return
         resume = partial(self.context.resume, self.context.programs)
         with quiet():
-            for t in (t for _, t in tensors(output) if t.grad_fn is not None and not in_backward()):
+            for t in (t for _, t in tensors(output) if t.grad_fn is not None):
                 t.register_hook(lambda grad: resume())
 
     def mark(self, objects):

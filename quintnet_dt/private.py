@@ -49,9 +49,29 @@ def compiling(context):
     return torch.compiler.is_compiling() and context.mesh is not None
 
 
+def top_not_compiled(function):
+    """torch.compile inlines calls of a function, but compiles none by itself, as it would the hooks of the module that it was given."""
+    frames = torch._C._dynamo.eval_frame
+    frames.set_code_exec_strategy(
+        function.__code__, frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.DEFAULT)
+    )
+    return function
+
+
+@top_not_compiled
 def within_compiled():
     """Whether this is Python code that runs as it is in a function given to torch.compile, and not a graph that it has compiled."""
     return torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
+
+
+@top_not_compiled
+def not_compiled(function, *args, **kwargs):
+    """Call a function as it is within one that was given to torch.compile. torch.compiler.disable makes a new function, and imports much."""
+    was = torch._C._dynamo.eval_frame.set_eval_frame(None)
+    try:
+        return function(*args, **kwargs)
+    finally:
+        torch._C._dynamo.eval_frame.set_eval_frame(was)
 
 
 def at_end_of_backward(function):
