@@ -29,7 +29,7 @@ class _Calls(TorchFunctionMode):
     def pop(self, failed):
         frame = self.frames[-1]
         try:
-            if not failed and frame[1].names and frame[3] != len(frame[1].names):
+            if not failed and frame[1].names is not None and frame[3] != len(frame[1].names):
                 self.change(frame, None)
         finally:
             self.frames.pop()
@@ -38,7 +38,7 @@ class _Calls(TorchFunctionMode):
 
     def start(self, context, module):
         """A module starts. If the forward that was shown did not reach it, and calls are counted, this is another path."""
-        frame = watching(self.frames)
+        frame = next((f for f in reversed(self.frames) if f[1].names is not None), None)
         if frame is not None and frame[0] is context:
             self.change(frame, None, module)
 
@@ -48,7 +48,7 @@ class _Calls(TorchFunctionMode):
         context = frame[0]
         outside = name is None  # not while torch handles a call, for which it takes the mode off
         if context.compiled:
-            self.refuse(frame, name)
+            self.refuse(frame, name, module)
         if outside:
             self.__exit__(None, None, None)
         frames, self.frames, depth, silence.depth = self.frames, [], silence.depth, 0
@@ -62,15 +62,14 @@ class _Calls(TorchFunctionMode):
             self.frames, silence.depth = frames, depth
             if outside:
                 self.__enter__()
-        if module is not None:
-            return  # its calls will tell
-        self.refuse(frame, name)
+        self.refuse(frame, name, module)
 
-    def refuse(self, frame, name):
+    def refuse(self, frame, name, module):
         _, program, path, number, _ = frame
         was = program.names[number] if number < len(program.names) else "none"
+        found = f"is {name or 'none'} now" if module is None else f"now {module} runs, which did not run then"
         raise RuntimeError(
-            f"{path or 'the model'}: call {number} of its forward was {was} when the forward was traced and is {name or 'none'} now: it took "
+            f"{path or 'the model'}: call {number} of its forward was {was} when the forward was traced and {found}: it took "
             "another path, which has not been shown right on shards. Give apply_tensor_parallel example_inputs that take this path"
         )
 
@@ -132,7 +131,7 @@ def watching(frames):
     """The frame in which a call is counted: that of the innermost module whose calls are its own, if they are watched."""
     for frame in reversed(frames):
         if not frame[1].aside:
-            return frame if frame[1].names else None
+            return frame if frame[1].names is not None else None
     return None
 
 
@@ -148,7 +147,7 @@ def again(context, programs, name, module):
             stack.append([context, new, event, 0, False])
         elif isinstance(event, bool):
             _, new, _, number, _ = stack.pop()
-            if event and new.names and number != len(new.names):
+            if event and new.names is not None and number != len(new.names):
                 return None
         else:
             (next_name, call), frame = event, watching(stack)
@@ -162,7 +161,7 @@ def again(context, programs, name, module):
     if module is not None:
         return stack if context.paths.reached(module, programs) else None
     frame = stack[-1] if name is None else watching(stack)
-    ends = frame is None or not frame[1].names or frame[1].names[frame[3] : frame[3] + 1] == [name][: name is not None]
+    ends = frame is None or frame[1].names is None or frame[1].names[frame[3] : frame[3] + 1] == [name][: name is not None]
     return stack if ends else None
 
 

@@ -32,7 +32,7 @@ class Context:
     """What the hooks of one model share: the mesh, and which programs are in force. Copying a model copies it, but not the mesh."""
 
     def __init__(self, mesh=None, group=None):
-        self.mesh, self._group = mesh, group
+        self.mesh, self._group = mesh, group if mesh is None else mesh.get_group()
         self.hooks = []  # every ModuleHooks
         self._programs = {}
         self.compiled = False  # whether a part of the call ran compiled, which the log does not tell of
@@ -82,7 +82,7 @@ class Context:
         """Run on by other programs, from these frames of the modules that are running; returns those that stay on calls' own stack."""
         self.programs, frames = programs, []
         for i, frame in enumerate(stack):
-            counted = i == len(self.running) or bool(frames or frame[1].names)  # one that ends is still to be popped
+            counted = i == len(self.running) or bool(frames) or frame[1].names is not None  # one that ends is still to be popped
             if i < len(self.running):
                 hooks, _, shown, was, *rest = self.running[i]
                 counted |= was

@@ -61,7 +61,7 @@ class ModuleHooks:
         program, shown = self.program, []
         if program is not None and sum(map(len, hooks_of(module))) != self.count:
             self.check(module, program)
-        counted = bool(calls.frames) or program is not None and bool(program.names)
+        counted = bool(calls.frames) or program is not None and program.names is not None
         context.running.append((self, program, shown, counted, [] if compiled else None, compiled or within))
         if compiled:
             context.compiled = True
@@ -89,7 +89,7 @@ class ModuleHooks:
         self.known |= {k for k in user_hooks(module) if k >= self.context.first_hook}
         new = user_hooks(module).keys() - self.known
         backward = new & {*module._backward_hooks, *module._backward_pre_hooks}  # torch calls view_as for these
-        shards = program.inside or backward and (program.inputs or program.names or calls.frames)
+        shards = program.inside or backward and (program.inputs or program.names is not None or calls.frames)
         if self.context.mesh is not None and new and shards:
             raise RuntimeError(
                 f"{self.path}: a hook was added to it since the model was split, and would see this rank's shards: register it before "

@@ -31,10 +31,10 @@ class Program:
     params: dict = field(default_factory=dict)  # parameter name -> actions on its local tensor
     inputs: dict = field(default_factory=dict)
     outputs: dict = field(default_factory=dict)
-    fixed: set = field(default_factory=set, compare=False)  # paths of those inputs that no later call writes to
     calls: dict = field(default_factory=dict)
-    names: list = field(default_factory=list)  # of all its calls, where they are watched
+    names: list | None = None  # of all its calls, where they are watched
     aside: bool = False  # its calls are numbered by its callers
+    fixed: set = field(default_factory=set, compare=False)  # paths of those inputs that no later call writes to
     inside: bool = field(
         default=False, compare=False
     )  # whether hooks would see shards or partial results as its inputs or outputs
@@ -207,17 +207,21 @@ class _Compiler:
         return next(m for m in call.module.chain() if m.path not in self.aside)
 
     def number(self):
-        """Give each call with a program its number among the calls that its module's mode will see. A module that computes on shards in its
-        own code is watched too: its calls must be those that were shown right."""
+        """Give each call with a program its number among its module's own calls. A module that has shards in its own code is watched
+        too: its calls must be those that were shown right."""
         watched = {self.caller(self.graph.calls[i]).path for i in self.at_calls}
         paths = watched | {self.caller(c).path for c in self.graph.calls if self.on_shards(c) and not c.module.steady}
+        for m in self.graph.modules[1:]:
+            if self.per_run[id(m)].inside and not m.parent.steady:
+                paths.add(next(x.path for x in m.parent.chain() if x.path not in self.aside))
+        for m in self.graph.modules:
+            if m.path in paths and (m.path in watched or id(m) not in self.graph.unsteady):
+                self.per_run[id(m)].names = []
         for call in self.graph.calls:
             m = self.caller(call)
-            if m.path not in paths:
-                continue
-            if id(m) in self.graph.unsteady and m.path not in watched:
-                continue
             program = self.per_run[id(m)]
+            if program.names is None:
+                continue
             if call.index in self.at_calls and not self.graph.numbered(call, m):
                 reason = "the forward reads values, or runs a function in a checkpoint, so its calls cannot be told apart by number"
                 raise LayoutError(reason, call, self.axis(call))
