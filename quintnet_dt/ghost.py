@@ -98,14 +98,19 @@ def hooks_of(module):
     return module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
 
 
+LATER = "_tp_later"  # the attribute of a copied module that names hooks which run after ours: their calls are the caller's
+
+
 def strip(model):
     """Take this library's hooks off a copy of a model that they were applied to."""
     for module in model.modules():
         plain(module)
         for name in module._parameters:  # copied while it ran: its local tensor hides the parameter
             vars(module).pop(name, None)
+        keys = list(module._forward_hooks)
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key in [key for key, hook in hooks.items() if is_ours(hook)]:
+                vars(module)[LATER] = keys[keys.index(key) + 1 :] if key in keys else []
                 del hooks[key]
     return model
 

@@ -15,7 +15,7 @@ from torch.distributed.tensor.placement_types import _StridedShard  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: F401
 
 # The softmax within F.scaled_dot_product_attention: a row of which every element is masked gives zeros.
-safe_softmax = torch._safe_softmax
+safe_softmax = torch.ops.aten._safe_softmax
 
 
 @contextlib.contextmanager

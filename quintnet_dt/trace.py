@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from .caches import forgotten
 from .composites import restated
-from .ghost import StrayParameter, fake_inputs, ghost, real_inputs, user_hooks
+from .ghost import LATER, StrayParameter, fake_inputs, ghost, real_inputs, user_hooks
 from .graph import Call, Graph, ModuleCall, Node, Value
 from .private import FakeTensor, FakeTensorMode, TorchDispatchMode, hidden_fakes, silent_fakes, unset_fake_temporarily
 from .utils import call_name, callers, held, is_float, replace, shard_kept, source_line, tensors
@@ -122,6 +122,8 @@ class Recorder:
             steady, watched = type(module).forward in STEADY, bool(user_hooks(module))
             module.register_forward_pre_hook(partial(self.enter, path, steady, watched), with_kwargs=True, prepend=True)
             module.register_forward_hook(self.leave, with_kwargs=True, always_call=True)
+            for key in vars(module).get(LATER, ()):
+                module._forward_hooks.move_to_end(key)
 
     def give(self, inputs):
         """Note the shards that objects among the inputs keep."""
