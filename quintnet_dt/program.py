@@ -199,8 +199,9 @@ class _Compiler:
 
     def on_shards(self, call):
         """Whether a call works on shards or partial results."""
-        states = self.layout.states
-        return call.index in self.layout.axis_of or any(states.get(v.id) is not None for v in call.inputs.values())
+        states, whole = self.layout.states, self.layout.values
+        shards = (v for v in call.inputs.values() if states.get(v.id) is not None and v.id not in whole)
+        return call.index in self.layout.axis_of or any(True for _ in shards)
 
     def caller(self, call):
         """The module run that a call is numbered in."""
