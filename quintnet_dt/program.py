@@ -33,7 +33,7 @@ class Program:
     outputs: dict = field(default_factory=dict)
     calls: dict = field(default_factory=dict)
     names: list | None = None  # of all its calls, where they are watched
-    aside: bool = False  # its calls are numbered by its callers
+    aside: bool = field(default=False, compare=False)  # its calls are numbered by its callers
     fixed: set = field(default_factory=set, compare=False)  # paths of those inputs that no later call writes to
     inside: bool = field(
         default=False, compare=False
