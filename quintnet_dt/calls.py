@@ -161,7 +161,9 @@ def again(context, programs, name, module):
     if module is not None:
         return stack if context.paths.reached(module, programs) else None
     frame = stack[-1] if name is None else watching(stack)
-    ends = frame is None or frame[1].names is None or frame[1].names[frame[3] : frame[3] + 1] == [name][: name is not None]
+    ends = (
+        frame is None or frame[1].names is None or frame[1].names[frame[3] : frame[3] + 1] == [name][: name is not None]
+    )
     return stack if ends else None
 
 

@@ -82,7 +82,9 @@ class Context:
         """Run on by other programs, from these frames of the modules that are running; returns those that stay on calls' own stack."""
         self.programs, frames = programs, []
         for i, frame in enumerate(stack):
-            counted = i == len(self.running) or bool(frames) or frame[1].names is not None  # one that ends is still to be popped
+            counted = (
+                i == len(self.running) or bool(frames) or frame[1].names is not None
+            )  # one that ends is still to be popped
             if i < len(self.running):
                 hooks, _, shown, was, *rest = self.running[i]
                 counted |= was

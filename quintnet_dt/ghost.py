@@ -98,7 +98,9 @@ def hooks_of(module):
     return module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
 
 
-LATER = "_tp_later"  # the attribute of a copied module that names hooks which run after ours: their calls are the caller's
+LATER = (
+    "_tp_later"  # the attribute of a copied module that names hooks which run after ours: their calls are the caller's
+)
 
 
 def strip(model):
