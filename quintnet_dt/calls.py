@@ -7,9 +7,10 @@ from torch.overrides import TorchFunctionMode
 
 from . import comm_ops
 from .composites import restated
-from .context import quiet
+from .context import quiet, silence
 from .on_shard import on_shard
-from .program import Program
+from .private import compiling, not_compiled, top_not_compiled, within_compiled
+from .program import NOTHING
 from .utils import call_name, lookup, replace
 
 
@@ -20,15 +21,15 @@ class _Calls(TorchFunctionMode):
         super().__init__()
         self.frames = []
 
-    def push(self, context, program, path):
+    def push(self, context, program, path, compiled):
         if not self.frames:
             self.__enter__()
-        self.frames.append([context, program, path, 0])
+        self.frames.append([context, program, path, 0, compiled])
 
     def pop(self, failed):
         frame = self.frames[-1]
         try:
-            if not failed and frame[1].names and frame[3] != len(frame[1].names):
+            if not failed and frame[1].names is not None and frame[3] != len(frame[1].names):
                 self.change(frame, None)
         finally:
             self.frames.pop()
@@ -37,18 +38,20 @@ class _Calls(TorchFunctionMode):
 
     def start(self, context, module):
         """A module starts. If the forward that was shown did not reach it, and calls are counted, this is another path."""
-        frame = watching(self.frames)
-        if frame is not None and frame[0] is context and not context.paths.reached(module, context.programs):
+        frame = next((f for f in reversed(self.frames) if f[1].names is not None), None)
+        if frame is not None and frame[0] is context:
             self.change(frame, None, module)
 
     def change(self, frame, name, module=None):
         """The forward takes another path than the one that was shown: its next call is `name`, or this module starts, or else it ends. Go on
         with programs shown for this path, if what has run so far is the same in them."""
-        context, program, path, number = frame
+        context = frame[0]
         outside = name is None  # not while torch handles a call, for which it takes the mode off
+        if context.compiled:
+            self.refuse(frame, name, module)
         if outside:
             self.__exit__(None, None, None)
-        frames, self.frames, depth, quiet.depth = self.frames, [], quiet.depth, 0
+        frames, self.frames, depth, silence.depth = self.frames, [], silence.depth, 0
         try:
             for programs in context.paths.variants(*context.call) if context.call else ():
                 stack = again(context, programs, name, module)
@@ -56,20 +59,35 @@ class _Calls(TorchFunctionMode):
                     frames = [f for f in frames if f[0] is not context] + context.go_on(programs, stack)
                     return
         finally:
-            self.frames, quiet.depth = frames, depth
+            self.frames, silence.depth = frames, depth
             if outside:
                 self.__enter__()
-        if module is not None:
-            return  # its calls will tell
+        self.refuse(frame, name, module)
+
+    def refuse(self, frame, name, module):
+        _, program, path, number, _ = frame
         was = program.names[number] if number < len(program.names) else "none"
+        found = f"is {name or 'none'} now" if module is None else f"now {module} runs, which did not run then"
         raise RuntimeError(
-            f"{path or 'the model'}: call {number} of its forward was {was} when the forward was traced and is {name or 'none'} now: it took "
+            f"{path or 'the model'}: call {number} of its forward was {was} when the forward was traced and {found}: it took "
             "another path, which has not been shown right on shards. Give apply_tensor_parallel example_inputs that take this path"
         )
 
+    @top_not_compiled
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        name = None if quiet.depth else call_name(func)
+        frame = self.frames[-1]
+        if torch.compiler.is_compiling() or not frame[4]:
+            return self.run(func, args, kwargs or {})
+        if not within_compiled():  # a graph that was compiled, not the model's own code
+            return func(*args, **kwargs or {})
+        frame[4] = False
+        try:
+            return not_compiled(self.run, func, args, kwargs or {})
+        finally:
+            frame[4] = True
+
+    def run(self, func, args, kwargs):
+        name = None if silence.depth else call_name(func)
         if name is None:
             return func(*args, **kwargs)
         if (inner := restated(func, args, kwargs)) is not None:
@@ -81,22 +99,25 @@ class _Calls(TorchFunctionMode):
             frame = watching(self.frames)
         if frame is None:
             return func(*args, **kwargs)
-        context, program, path, number = frame
+        context, program, path, number, _ = frame
         frame[3] += 1
         call = program.calls.get(number)
-        context.log.append((name, call))
+        if compiling(context):
+            context.compiled = True
+        else:
+            context.log.append((name, call))
         if call is None:
             return func(*args, **kwargs)
         whole = (args, kwargs)
         if call.kept:
             args, kwargs = replace(whole, {p: context.act([a], lookup(whole, p)) for p, a in call.kept.items()})
-        args, kwargs = context.apply((args, kwargs), call.inputs)
+        args, kwargs = context.apply((args, kwargs), call.inputs, call.fixed)
         if call.sizes:
             args, kwargs = divide((args, kwargs), call.sizes, comm_ops.group_size(context.group), path)
         if call.instead is None or isinstance(context.group, comm_ops.SimulatedGroup):
             out = func(*args, **kwargs)  # in the proof a call of the model's, which it compares
         else:
-            with quiet:
+            with quiet():
                 out = on_shard(context, call.instead, func, args, kwargs)
         if call.kept:
             _gather_buffers(context, whole, (args, kwargs), call.kept)
@@ -107,10 +128,10 @@ calls = _Calls()
 
 
 def watching(frames):
-    """The innermost frame whose program counts calls."""
+    """The frame in which a call is counted: that of the innermost module whose calls are its own, if they are watched."""
     for frame in reversed(frames):
-        if frame[1].names:
-            return frame
+        if not frame[1].aside:
+            return frame if frame[1].names is not None else None
     return None
 
 
@@ -120,27 +141,29 @@ def again(context, programs, name, module):
     stack, alike = [], ("params", "inputs", "outputs")
     for event in context.log:
         if isinstance(event, str):
-            old, new = (p.get(event, Program()) for p in (context.programs, programs))
+            old, new = (p.get(event, NOTHING) for p in (context.programs, programs))
             if any(getattr(old, a) != getattr(new, a) for a in alike):
                 return None
-            stack.append([context, new, event, 0])
+            stack.append([context, new, event, 0, False])
         elif isinstance(event, bool):
-            *_, new, _, number = stack.pop()
-            if event and new.names and number != len(new.names):
+            _, new, _, number, _ = stack.pop()
+            if event and new.names is not None and number != len(new.names):
                 return None
         else:
             (next_name, call), frame = event, watching(stack)
             if frame is None and call is not None:
                 return None
             if frame is not None:
-                _, new, _, number = frame
+                _, new, _, number, _ = frame
                 if new.names[number : number + 1] != [next_name] or new.calls.get(number) != call:
                     return None
                 frame[3] += 1
     if module is not None:
         return stack if context.paths.reached(module, programs) else None
     frame = stack[-1] if name is None else watching(stack)
-    ends = frame is None or not frame[1].names or frame[1].names[frame[3] : frame[3] + 1] == [name][: name is not None]
+    ends = (
+        frame is None or frame[1].names is None or frame[1].names[frame[3] : frame[3] + 1] == [name][: name is not None]
+    )
     return stack if ends else None
 
 
@@ -155,7 +178,7 @@ def divide(obj, paths, n, where):
 
 def _gather_buffers(context, whole, parts, at):
     """Write what a call made of the parts of buffers back into the whole ones: those that are alike in one collective."""
-    with quiet, torch.no_grad():
+    with quiet(), torch.no_grad():
         alike = {}
         for p, a in at.items():
             x = lookup(parts, p)

@@ -128,7 +128,7 @@ class _Beside:
         slow = layer.training or torch.is_autocast_enabled() or not torch.backends.mha.get_fastpath_enabled()
         if slow or mask is None or kwargs.get("src_mask") is not None or output.dim() != 3 or output.requires_grad:
             return None
-        with quiet:
+        with quiet():
             shown = mask == 0
             left = not self.module.mask_check or not (shown[:, 1:] > shown[:, :-1]).any()
             return output.masked_fill(~shown.unsqueeze(-1), 0.0) if left else None
@@ -136,7 +136,7 @@ class _Beside:
     def scale_rows(self, module, args, kwargs):
         """Before a lookup. The weight is gathered for it."""
         p, ids = module._parameters["weight"], args[0] if args else kwargs["input"]
-        with quiet, torch.no_grad():
+        with quiet(), torch.no_grad():
             whole = p.full_tensor().clone()
             torch.embedding_renorm_(whole, ids.contiguous(), self.setting, module.norm_type)
             p.to_local().copy_(distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None).to_local())

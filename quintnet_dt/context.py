@@ -1,35 +1,42 @@
 """What the hooks of one model share, and the actions: one collective each on one tensor."""
 
 import dataclasses
+from functools import partial
 
 import torch
 from torch.distributed.tensor import DTensor, Shard
 
 from . import comm_ops
+from .private import at_end_of_backward, compiling
 from .utils import lookup, replace
 
 
-class _Quiet:
-    """Around what is not the model's own computation: its calls are not counted."""
-
-    depth = 0
+class quiet:
+    """Around what is not the model's own computation: its calls are not counted. One object a use, which torch.compile can trace."""
 
     def __enter__(self):
-        self.depth += 1
+        silence.depth += 1
 
     def __exit__(self, *_):
-        self.depth -= 1
+        silence.depth -= 1
 
 
-quiet = _Quiet()
+class _Silence:
+    depth = 0
+
+
+silence = _Silence()
 
 
 class Context:
     """What the hooks of one model share: the mesh, and which programs are in force. Copying a model copies it, but not the mesh."""
 
     def __init__(self, mesh=None, group=None):
-        self.mesh, self._group = mesh, group
-        self.programs = {}
+        self.mesh, self._group = mesh, group if mesh is None else mesh.get_group()
+        self.hooks = []  # every ModuleHooks
+        self._programs = {}
+        self.compiled = False  # whether a part of the call ran compiled, which the log does not tell of
+        self.recomputing = False  # a backward runs, in which checkpoints find the programs of their forward
         self.paths, self.call = None, None  # Paths; the call that the user made, while it runs
         self.log = (
             []
@@ -37,7 +44,7 @@ class Context:
         self.first_hook = 0  # hooks with this id or a later one were added since it began
         self.running = (
             []
-        )  # (ModuleHooks, program, parameters shown, whether its calls are counted) of each forward that runs, one inside the other
+        )  # (ModuleHooks, program, parameters shown, whether it has a frame in calls, what `apply` keeps, whether it is compiled) of each forward that runs, one in the other
 
     @property
     def group(self):
@@ -45,29 +52,50 @@ class Context:
             self._group = self.mesh.get_group()
         return self._group
 
+    @property
+    def programs(self):
+        return self._programs
+
+    @programs.setter
+    def programs(self, programs):
+        if programs is not self._programs:
+            self._programs = programs
+            for hooks in self.hooks:
+                hooks.take(programs)
+
+    def resume(self, programs):
+        """A backward has begun, of a forward that ran by these programs."""
+        self.programs = programs
+        if not self.recomputing:
+            self.recomputing = True
+            at_end_of_backward(partial(setattr, self, "recomputing", False))
+
     def __deepcopy__(self, memo):
         new = Context(self.mesh, self._group)
-        new.programs, new.paths = self.programs, self.paths
+        new._programs, new.paths = self._programs, self.paths
         return new
 
     def __getstate__(self):
-        return {**vars(self), "_group": None, "call": None, "running": [], "log": []}
+        return {**vars(self), "_group": None, "call": None, "running": [], "log": [], "hooks": []}
 
     def go_on(self, programs, stack):
         """Run on by other programs, from these frames of the modules that are running; returns those that stay on calls' own stack."""
         self.programs, frames = programs, []
         for i, frame in enumerate(stack):
-            counted = i == len(self.running) or bool(frame[1].names)  # one that ends is still to be popped
+            counted = (
+                i == len(self.running) or bool(frames) or frame[1].names is not None
+            )  # one that ends is still to be popped
             if i < len(self.running):
-                hooks, _, shown, was = self.running[i]
+                hooks, _, shown, was, *rest = self.running[i]
                 counted |= was
-                self.running[i] = hooks, frame[1], shown, counted
+                self.running[i] = hooks, frame[1], shown, counted, *rest
+                frame[4] = rest[1]
             frames += [frame] * counted
         return frames
 
     def act(self, actions, x):
         """Apply actions to a tensor."""
-        with quiet:
+        with quiet():
             for a in actions:
                 x = self.shard(x, a) if a.kind == "shard" else _ACTIONS[a.kind](x, a, self.group)
         return x
@@ -78,18 +106,23 @@ class Context:
             return x
         return DTensor.from_local(x, self.mesh, [Shard(a.dim)], run_check=False)
 
-    def apply(self, obj, at):
+    def apply(self, obj, at, fixed=(), depth=-1):
         """Apply `at[path]` to the tensor at each path of a nested argument. A tensor that several calls read is communicated once:
-        the result is kept with the tensor until it changes."""
+        the result is kept with the tensor until it changes; in compiled code, which cannot ask whether it does, that
+        of one whose path is in `fixed`, in the list of the forward that reads it, at a depth of `running`."""
         if not at:
             return obj
-        with quiet:
+        with quiet():
             changes = {}
             for path, actions in at.items():
                 x = lookup(obj, path)
                 if not isinstance(x, torch.Tensor):
                     wanted = f"a tensor at {path} of a module's inputs or outputs, as in the forward that was traced"
                     raise RuntimeError(f"expected {wanted}, found {type(x).__name__}")
+                if compiling(self):
+                    kept = self.running[depth][4] if path in fixed and len(self.running) >= -depth else None
+                    changes[path] = self.once(actions, x, kept)
+                    continue
                 version = 0 if x.is_inference() else x._version
                 key = (actions, version, torch.is_grad_enabled())
                 kept = getattr(x, "_tp_kept", None)
@@ -101,6 +134,17 @@ class Context:
                         kept = (key, self, x)
                 changes[path] = kept[2]
             return replace(obj, changes)
+
+    def once(self, actions, x, kept):
+        """The actions on a tensor, done once for those that read it in one compiled forward."""
+        if kept is None:
+            return self.act(actions, x)
+        for tensor, key, y in kept:
+            if tensor is x and key == (actions, torch.is_grad_enabled()):
+                return y
+        y = self.act(actions, x)
+        kept.append((x, (actions, torch.is_grad_enabled()), y))
+        return y
 
 
 class _AddOnce(torch.autograd.Function):

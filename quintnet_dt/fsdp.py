@@ -20,7 +20,7 @@ class _Quietly:
         self.hook = hook
 
     def __call__(self, *args, **kwargs):
-        with quiet:
+        with quiet():
             return self.hook(*args, **kwargs)
 
 

@@ -6,6 +6,7 @@ plain tensors at their cost.
 
 from functools import partial
 
+import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
@@ -15,8 +16,11 @@ from .calls import calls
 from .context import quiet
 from .fsdp import quieten
 from .ghost import hooks_of, put_last, user_hooks
-from .private import in_backward
+from .private import compiling, in_backward, not_compiled, top_not_compiled, within_compiled
+from .program import NOTHING
 from .utils import SHARDS, lookup, tensors
+
+OUR_ID = -2  # of the hooks' handles: the same in every module, for torch.compile guards it; torch counts its own from 0
 
 
 class ModuleHooks:
@@ -26,36 +30,67 @@ class ModuleHooks:
         self.context, self.path, self.owners = context, path, owners
         self.count, self.known = 0, set()  # hooks that the module had when it was split: how many; the user's
         self.settled = False
+        self.take(context.programs)
+        context.hooks.append(self)
 
+    def __setstate__(self, state):  # of a copy
+        vars(self).update(state)
+        self.context.hooks.append(self)
+
+    def take(self, programs):
+        """Note what programs say of this module, so that torch.compile need guard no names: blocks that are alike then share what it compiles."""
+        paths = self.context.paths
+        self.program, self.reached = programs.get(self.path), paths is None or paths.reached(self.path, programs)
+        params = self.program.params if self.program is not None else {}
+        self.params = [(owner, attr, acts) for name, acts in params.items() for owner, attr in self.owners[name]]
+
+    @top_not_compiled
     def before(self, module, args, kwargs):
         """Choose the programs for a call that the user makes; show the module the local tensors of its parameters, and apply the actions on
         its inputs. A forward that is recomputed in a backward keeps the programs that it had."""
+        if torch.compiler.is_compiling() or not within_compiled():
+            return self.enter(module, args, kwargs)
+        return not_compiled(self.enter, module, args, kwargs, within=True)
+
+    def enter(self, module, args, kwargs, within=False):
+        context, compiled = self.context, compiling(self.context)
+        if not context.running and context.paths is not None:
+            if not compiled:
+                self.choose(module, args, kwargs, within)
+            elif not context.recomputing:
+                torch.compiler.disable(self.choose)(module, args, kwargs, True)
+        elif calls.frames and not self.reached:
+            calls.start(context, self.path)
+        program, shown = self.program, []
+        if program is not None and sum(map(len, hooks_of(module))) != self.count:
+            self.check(module, program)
+        counted = bool(calls.frames) or program is not None and program.names is not None
+        context.running.append((self, program, shown, counted, [] if compiled else None, compiled or within))
+        if compiled:
+            context.compiled = True
+        else:
+            context.log.append(self.path)
+        if counted:
+            calls.push(context, program or NOTHING, self.path, compiled or within)
+        if program is None:
+            return None
+        if self.params:
+            with quiet():
+                self.show_params(shown)
+        return context.apply((args, kwargs), program.inputs, program.fixed, -2)
+
+    def choose(self, module, args, kwargs, compiled):
+        """The programs for a call that the user makes."""
         context = self.context
-        if not context.running and context.paths is not None and not in_backward():
+        if not in_backward():
+            context.call, context.log = (self.path, self.owners, module, args, kwargs, compiled), []
+            context.first_hook, context.compiled, context.recomputing = RemovableHandle.next_id, False, False
             if not self.settled:
                 quieten(module)
                 self.settled = True
-            context.call, context.log = (self.path, self.owners, module, args, kwargs), []
-            context.first_hook = RemovableHandle.next_id
             context.programs = context.paths.programs(*context.call)
             if context.mesh.size() > 1 and context.paths.random(self.path, module, context.programs):
                 share_random_state(context.mesh)
-        elif calls.frames and context.paths is not None:
-            calls.start(context, self.path)
-        program, shown = context.programs.get(self.path), []
-        if program is not None and sum(map(len, hooks_of(module))) != self.count:
-            self.check(module, program)
-        counted = program is not None and bool(program.names)
-        context.running.append((self, program, shown, counted))
-        context.log.append(self.path)
-        if program is None:
-            return None
-        if counted:
-            calls.push(context, program, self.path)
-        if program.params:
-            with quiet:
-                self.show_params(program.params, shown)
-        return context.apply((args, kwargs), program.inputs)
 
     def check(self, module, program):
         """Refuse hooks that the user added since, where they would see shards. Those that the model adds while it runs are its own affair."""
@@ -63,37 +98,44 @@ class ModuleHooks:
         self.known |= {k for k in user_hooks(module) if k >= self.context.first_hook}
         new = user_hooks(module).keys() - self.known
         backward = new & {*module._backward_hooks, *module._backward_pre_hooks}  # torch calls view_as for these
-        shards = program.inside or backward and (program.inputs or program.names or calls.frames)
+        shards = program.inside or backward and (program.inputs or program.names is not None or calls.frames)
         if self.context.mesh is not None and new and shards:
             raise RuntimeError(
                 f"{self.path}: a hook was added to it since the model was split, and would see this rank's shards: register it before "
                 "apply_tensor_parallel, which then keeps whole what it sees, or on a module further out"
             )
 
-    def show_params(self, params, shown):
-        for name, actions in params.items():
-            for owner, attr in self.owners[name]:
-                if attr not in owner.__dict__:
-                    p = owner._parameters[attr]
-                    if not isinstance(p, DTensor) and self.context.mesh is not None:
-                        raise RuntimeError(
-                            f"{name}: expected the DTensor that apply_tensor_parallel made, found a {type(p).__name__} (replaced, or loaded with "
-                            "assign=True?): copy values into the DTensor, or change the model before it is split"
-                        )
-                    show(owner, attr, self.context.act(actions, p.to_local() if isinstance(p, DTensor) else p))
-                    shown.append((owner, attr, p))
+    def show_params(self, shown):
+        for owner, attr, actions in self.params:
+            if attr not in owner.__dict__:
+                p = owner._parameters[attr]
+                if not isinstance(p, DTensor) and self.context.mesh is not None:
+                    name = next(n for n, at in self.owners.items() if (owner, attr) in at)
+                    raise RuntimeError(
+                        f"{name}: expected the DTensor that apply_tensor_parallel made, found a {type(p).__name__} (replaced, or loaded with "
+                        "assign=True?): copy values into the DTensor, or change the model before it is split"
+                    )
+                show(owner, attr, self.context.act(actions, p.to_local() if isinstance(p, DTensor) else p))
+                shown.append((owner, attr, p))
 
+    @top_not_compiled
     def after(self, module, args, kwargs, output):
         """Undo what `before` did, also after an exception, and apply the actions on the outputs."""
+        if torch.compiler.is_compiling() or not within_compiled():
+            return self.leave(module, args, kwargs, output)
+        return not_compiled(self.leave, module, args, kwargs, output)
+
+    def leave(self, module, args, kwargs, output):
         context = self.context
         if not context.running or context.running[-1][0] is not self:  # an exception came before `before`
             return None
-        _, program, shown, counted = context.running.pop()
+        _, program, shown, counted, *_ = context.running.pop()
         try:
             if counted:
                 calls.pop(failed=output is None)
         finally:
-            context.log.append(output is not None)
+            if not compiling(context):
+                context.log.append(output is not None)
             for owner, attr, p in shown:
                 hide(owner, attr, p)
             if not context.running:
@@ -103,14 +145,19 @@ class ModuleHooks:
             return None
         if output is not None and program.outputs:
             output = context.apply(output, program.outputs)
-        if not context.running and context.paths is not None and not in_backward():
-            self.remember(output)
+        if not context.running and context.paths is not None:
+            if not compiling(context):
+                self.remember(output)
+            elif not context.recomputing:
+                torch.compiler.disable(self.remember)(output)
         return output if program.outputs else None
 
     def remember(self, output):
         """A checkpoint in this forward, which a backward will run again, is to find the programs of this forward."""
-        resume = partial(setattr, self.context, "programs", self.context.programs)
-        with quiet:
+        if in_backward():
+            return
+        resume = partial(self.context.resume, self.context.programs)
+        with quiet():
             for t in (t for _, t in tensors(output) if t.grad_fn is not None):
                 t.register_hook(lambda grad: resume())
 
@@ -143,8 +190,10 @@ def hide(owner, attr, param):
 def hook(module, context, path, owners):
     """Register the hooks of one module."""
     hooks = ModuleHooks(context, path, owners)
+    next_id, RemovableHandle.next_id = RemovableHandle.next_id, OUR_ID
     module.register_forward_pre_hook(hooks.before, with_kwargs=True, prepend=True)
     module.register_forward_hook(hooks.after, with_kwargs=True, always_call=True)
+    RemovableHandle.next_id = next_id
     put_last(module)
     hooks.count, hooks.known = sum(map(len, hooks_of(module))), set(user_hooks(module))
 

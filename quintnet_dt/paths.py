@@ -10,6 +10,7 @@ from .agreement import check_batch
 from .axes import Axes, own_axis
 from .plan import EXCHANGED, LOCAL, WEIGHT_GATHERED, TensorParallelPlan
 from .planner import Planner, divides, indices, settle, spans
+from .private import as_compiled
 from .sharding import Axis, LayoutError, Sharding
 from .trace import trace
 from .utils import leaves, opaque
@@ -28,14 +29,15 @@ class Paths:
         self.checked = Counter()  # calls of each kind whose batch was compared
         self.known = {key: [{**defaults, **programs}] for key, programs in known.items()}
 
-    def programs(self, path, owners, module, args, kwargs):
-        """The programs for this call of `module`; raises RuntimeError where it cannot be shown right, ValueError where ranks are given different batches."""
-        self.key = key = (path, signature(module, args, kwargs))
+    def programs(self, path, owners, module, args, kwargs, compiled=False):
+        """The programs for this call of `module`; raises RuntimeError where it cannot be shown right, ValueError where ranks are given different
+        batches. `compiled`: by torch.compile, of which models ask and then take other paths."""
+        self.key = key = (path, signature(module, args, kwargs), *(["compiled"] if compiled else ()))
         if self.checked[key] < CHECKED and self.mesh.size() > 1:
             self.checked[key] += 1
             check_batch((args, kwargs), self.mesh)
         if key not in self.known:
-            self.known[key] = [self.learn(path, owners, module, args, kwargs)]
+            self.known[key] = [self.learn(path, owners, module, args, kwargs, compiled)]
         return self.known[key][0]
 
     def random(self, path, module, programs):
@@ -46,17 +48,18 @@ class Paths:
         """Whether the forward that programs were shown for ran a module."""
         return programs.get(path) is not self.defaults.get(path)
 
-    def variants(self, path, owners, module, args, kwargs):
+    def variants(self, *call):
         """Other programs for this call, whose forward has turned out to take another path than the one that was shown: those
         that are known, then one learned from this call itself."""
         known = self.known[self.key]  # the modes may have changed within the forward
         yield from list(known)
-        known.append(self.learn(path, owners, module, args, kwargs))
+        known.append(self.learn(*call))
         yield known[-1]
 
     def learn(self, *call):
         """Programs for this call, shown right in the gradient mode that it was made in."""
-        with torch.set_grad_enabled(self.key[1][1]):
+        *call, compiled = call
+        with torch.set_grad_enabled(self.key[1][1]), as_compiled(compiled):
             return self.show(*call)
 
     def show(self, path, owners, module, args, kwargs):

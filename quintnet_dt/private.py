@@ -15,7 +15,7 @@ from torch.distributed.tensor.placement_types import _StridedShard  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: F401
 
 # The softmax within F.scaled_dot_product_attention: a row of which every element is masked gives zeros.
-safe_softmax = torch._safe_softmax
+safe_softmax = torch.ops.aten._safe_softmax
 
 
 @contextlib.contextmanager
@@ -49,6 +49,59 @@ def compute_dtype(state):
     return state._mp_policy.param_dtype
 
 
+def compiling(context):
+    """Whether torch.compile is tracing this; never where a model is planned."""
+    return torch.compiler.is_compiling() and context.mesh is not None
+
+
+def top_not_compiled(function):
+    """torch.compile inlines calls of a function, but compiles none by itself, as it would the hooks of the module that it was given."""
+    frames = torch._C._dynamo.eval_frame
+    frames.set_code_exec_strategy(
+        function.__code__, frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.DEFAULT)
+    )
+    return function
+
+
+@top_not_compiled
+def within_compiled():
+    """Whether this is Python code that runs as it is in a function given to torch.compile, and not a graph that it has compiled."""
+    return torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
+
+
+@top_not_compiled
+def not_compiled(function, *args, **kwargs):
+    """Call a function as it is within one that was given to torch.compile. torch.compiler.disable makes a new function, and imports much."""
+    was = torch._C._dynamo.eval_frame.set_eval_frame(None)
+    try:
+        return function(*args, **kwargs)
+    finally:
+        torch._C._dynamo.eval_frame.set_eval_frame(was)
+
+
+def at_end_of_backward(function):
+    """Call a function when the backward that runs has ended; torch's own DDP and FSDP2 do it so, there is no public way."""
+    torch.autograd.Variable._execution_engine.queue_callback(function)
+
+
 def in_backward():
     """Whether autograd is running a backward in this thread; torch has no public way to ask."""
     return torch._C._current_graph_task_id() != -1
+
+
+@contextlib.contextmanager
+def as_compiled(compiled):
+    """Model code that asks whether torch.compile is tracing it is told yes; torch has no public way to say so."""
+    was, ask = torch.compiler._is_compiling_flag, torch.compiler.is_dynamo_compiling
+    if compiled:
+        torch.compiler._is_compiling_flag, torch.compiler.is_dynamo_compiling = True, lambda: True
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag, torch.compiler.is_dynamo_compiling = was, ask
+
+
+def constant(function):
+    """torch.compiler.assume_constant_result, which would import torch._dynamo (0.6 s) for all."""
+    function._dynamo_marked_constant = True
+    return function

@@ -18,6 +18,7 @@ class CallProgram:
 
     inputs: dict = field(default_factory=dict)
     outputs: dict = field(default_factory=dict)
+    fixed: set = field(default_factory=set)  # paths of those inputs that no later call writes to
     sizes: list = field(default_factory=list)  # paths of sizes to divide by the number of ranks
     kept: dict = field(default_factory=dict)  # buffers that the call updates: split for it, gathered after it
     instead: Action | None = None  # what on_shard.py runs in its place
@@ -31,16 +32,19 @@ class Program:
     inputs: dict = field(default_factory=dict)
     outputs: dict = field(default_factory=dict)
     calls: dict = field(default_factory=dict)
-    names: list = field(default_factory=list)  # of all calls that its mode sees, where one watches it
-    random: bool = field(
-        default=False, compare=False
-    )  # of the module that the user calls: whether its forward draws random numbers
+    names: list | None = None  # of all its calls, where they are watched
+    aside: bool = field(default=False, compare=False)  # its calls are numbered by its callers
+    fixed: set = field(default_factory=set, compare=False)  # paths of those inputs that no later call writes to
+    random: bool = field(default=False, compare=False)  # of what the user calls: whether it draws random numbers
     inside: bool = field(
         default=False, compare=False
     )  # whether hooks would see shards or partial results as its inputs or outputs
     shards: dict = field(
         default_factory=dict
     )  # path of an object in (args, kwargs, output) -> {place: Action} of the shards that it keeps
+
+
+NOTHING = Program(aside=True)  # that of a module that no traced forward reached: its calls are its callers'
 
 
 def compile_programs(graph, layout, sizes=None):
@@ -145,11 +149,17 @@ class _Compiler:
                 if agree and self.within[at] == len(self.direct[at]) and not holds(m.outputs, v):
                     given = [p for p, x in m.inputs.items() if x is v and m.path not in self.closed]
                     self.per_run[id(m)].inputs.update({p: actions for p in given})
+                    self.per_run[id(m)].fixed.update(given if self.fixed(v) else ())
                     if given:
                         continue
             if call.opaque:
                 raise LayoutError(call.opaque, call, self.axis(call))
             self.at(call).inputs[path] = actions
+            self.at(call).fixed.update([path] if self.fixed(v) else ())
+
+    def fixed(self, v):
+        """Whether no call writes to a value's memory once it is made."""
+        return self.graph.last_write.get(v.memory.id, -1) <= (-1 if v.producer is None else v.producer)
 
     def value(self, v, actions):
         """Attach actions to a value where it is made, or, for a sum, at the view it was made from if a hook reaches that."""
@@ -191,27 +201,30 @@ class _Compiler:
 
     def on_shards(self, call):
         """Whether a call works on shards or partial results."""
-        states = self.layout.states
-        return call.index in self.layout.axis_of or any(states.get(v.id) is not None for v in call.inputs.values())
+        states, whole = self.layout.states, self.layout.values
+        shards = (v for v in call.inputs.values() if states.get(v.id) is not None and v.id not in whole)
+        return call.index in self.layout.axis_of or any(True for _ in shards)
 
     def caller(self, call):
         """The module run that a call is numbered in."""
         return next(m for m in call.module.chain() if m.path not in self.aside)
 
     def number(self):
-        """Give each call with a program its number among the calls that its module's mode will see. A module that computes on shards in its
-        own code is watched too: its calls must be those that were shown right."""
+        """Give each call with a program its number among its module's own calls. A module that has shards in its own code is watched
+        too: its calls must be those that were shown right."""
         watched = {self.caller(self.graph.calls[i]).path for i in self.at_calls}
         paths = watched | {self.caller(c).path for c in self.graph.calls if self.on_shards(c) and not c.module.steady}
+        for m in self.graph.modules[1:]:
+            if self.per_run[id(m)].inside and not m.parent.steady:
+                paths.add(next(x.path for x in m.parent.chain() if x.path not in self.aside))
+        for m in self.graph.modules:
+            if m.path in paths and (m.path in watched or id(m) not in self.graph.unsteady):
+                self.per_run[id(m)].names = []
         for call in self.graph.calls:
-            m = call.module
-            while m is not None and m.path not in paths:
-                m = m.parent
-            if m is None:
-                continue
-            if id(m) in self.graph.unsteady and m.path not in watched:
-                continue
+            m = self.caller(call)
             program = self.per_run[id(m)]
+            if program.names is None:
+                continue
             if call.index in self.at_calls and not self.graph.numbered(call, m):
                 reason = "the forward reads values, or runs a function in a checkpoint, so its calls cannot be told apart by number"
                 raise LayoutError(reason, call, self.axis(call))
@@ -228,4 +241,6 @@ class _Compiler:
                 axis = next((self.axis(c) for c in self.graph.calls if c.module.within(m) and self.axis(c)), None)
                 raise _Differ(m.path, axis)
             old.inside |= new.inside
+            old.fixed &= new.fixed
+            old.aside = m.path in self.aside
         return programs

@@ -10,7 +10,7 @@ import torch
 from .analysis import copes
 from .calls import divide
 from .comm_ops import SimulatedGroup, chunk_sizes
-from .context import Context, quiet
+from .context import Context, silence
 from .ghost import fake_inputs, ghost
 from .hooks import install
 from .private import FakeTensorMode, silent_fakes
@@ -85,7 +85,7 @@ class _Checker(Recorder):
 
     @property
     def paused(self):
-        return quiet.depth > 0
+        return silence.depth > 0
 
     def error(self, reason):
         """A LayoutError of the sharded axis nearest to the present call: in its module, else in those around it."""

@@ -119,7 +119,9 @@ class Recorder:
                 if id(p) not in self._values:
                     v = self.graph.params[name] = self.value(p)
                     v.param, v.trainable = name, is_float(v)
-            steady, watched = type(module).forward in STEADY, bool(user_hooks(module).keys() - vars(module).get("_tp_later", []))
+            steady, watched = type(module).forward in STEADY, bool(
+                user_hooks(module).keys() - vars(module).get("_tp_later", [])
+            )
             module.register_forward_pre_hook(partial(self.enter, path, steady, watched), with_kwargs=True, prepend=True)
             module.register_forward_hook(self.leave, with_kwargs=True, always_call=True)
             put_last(module)

@@ -7,6 +7,8 @@ import sys
 
 import torch
 
+from .private import constant
+
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _HERE = os.path.dirname(__file__) + os.sep
 _LEAVES = torch.Tensor, int, float, str, type(None)  # the usual ones, so that they are told first
@@ -131,6 +133,7 @@ OPERATORS = type(torch.ops.aten.add), type(torch.ops.aten.add.Tensor)
 _TENSOR_PROPERTIES = {"T", "mT", "H", "mH", "real", "imag", "data", "grad"}
 
 
+@constant
 def call_name(func):
     """The name of a torch function, None for a read of `.shape`, `.dtype` and the like, which computes nothing."""
     name = getattr(func, "__name__", str(func))
@@ -139,11 +142,11 @@ def call_name(func):
         return name if name in _TENSOR_PROPERTIES else None
     if isinstance(func, OPERATORS) and not str(func).startswith("aten."):  # mylib.view is not view
         name = str(func)
-    return None if name in _QUERIES or name.startswith("prim.") else name
+    return None if name in _QUERIES or name.startswith(("prim.", "prims.")) else name
 
 
 _QUERIES = set(
     "size dim numel stride is_grad_enabled _set_grad_enabled is_inference is_floating_point ndimension nelement __len__ "
     "is_contiguous is_complex get_device storage_offset is_tensor data_ptr element_size is_inference_mode_enabled "
-    "is_autocast_enabled get_autocast_dtype".split()
+    "is_autocast_enabled get_autocast_dtype promote_types requires_grad_".split()
 )
