@@ -41,6 +41,11 @@ class Context:
         self.log = (
             []
         )  # what it has done so far: a path where a module starts, (name, CallProgram) of a call that was counted, True where one ends (False: failed)
+        self.holders = []  # tensors that keep what an action made of them, in a forward with gradients
+        self.ran, self.counts = (
+            0,
+            set(),
+        )  # how many modules have run; such numbers of which it is known that no module was changed
         self.first_hook = 0  # hooks with this id or a later one were added since it began
         self.running = (
             []
@@ -76,7 +81,7 @@ class Context:
         return new
 
     def __getstate__(self):
-        return {**vars(self), "_group": None, "call": None, "running": [], "log": [], "hooks": []}
+        return {**vars(self), "_group": None, "call": None, "running": [], "log": [], "hooks": [], "holders": []}
 
     def go_on(self, programs, stack):
         """Run on by other programs, from these frames of the modules that are running; returns those that stay on calls' own stack."""
@@ -130,10 +135,19 @@ class Context:
                     y = self.act(actions, x)
                     if y is not x:
                         x._tp_kept = kept = (key, self, y)
+                        if y.requires_grad:
+                            self.holders.append(x)
                     else:
                         kept = (key, self, x)
                 changes[path] = kept[2]
             return replace(obj, changes)
+
+    def forget(self):
+        """At the end of a forward. The result of an action refers to the tensor that keeps it, through the autograd graph, where Python's
+        garbage collector does not see it: neither would ever be freed."""
+        for x in self.holders:
+            vars(x).pop("_tp_kept", None)
+        self.holders.clear()
 
     def once(self, actions, x, kept):
         """The actions on a tensor, done once for those that read it in one compiled forward."""

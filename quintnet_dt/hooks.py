@@ -4,6 +4,7 @@ Parameters are DTensors; while a module's forward runs, the attributes that it r
 plain tensors at their cost.
 """
 
+import sys
 from functools import partial
 
 import torch
@@ -70,6 +71,7 @@ class ModuleHooks:
             context.compiled = True
         else:
             context.log.append(self.path)
+            context.ran += 1
         if counted:
             calls.push(context, program or NOTHING, self.path, compiled or within)
         if program is None:
@@ -85,6 +87,7 @@ class ModuleHooks:
         if not in_backward():
             context.call, context.log = (self.path, self.owners, module, args, kwargs, compiled), []
             context.first_hook, context.compiled, context.recomputing = RemovableHandle.next_id, False, False
+            context.ran = 0
             if not self.settled:
                 quieten(module)
                 self.settled = True
@@ -141,16 +144,48 @@ class ModuleHooks:
             if not context.running:
                 context.call = None
                 self.mark((args, kwargs, output))
+                if not compiling(context) and context.paths is not None:
+                    self.check_modules(module, program, failed=output is None)
+        if program is not None and output is not None and program.outputs:
+            output = context.apply(output, program.outputs)
+        if context.holders and not context.running:
+            context.forget()
         if program is None:
             return None
-        if output is not None and program.outputs:
-            output = context.apply(output, program.outputs)
         if not context.running and context.paths is not None:
             if not compiling(context):
                 self.remember(output)
             elif not context.recomputing:
                 torch.compiler.disable(self.remember)(output)
         return output if program.outputs else None
+
+    def check_modules(self, module, program, failed):
+        """Refuse modules that were added, removed or replaced since the split: what was done at their borders would be missing. They are looked at where another
+        number of them ran than in the forward that was shown, or something failed."""
+        context = self.context
+        if not failed and (context.compiled or program is None or context.ran in (program.modules, *context.counts)):
+            return
+        now = dict(module.named_modules(prefix=self.path))
+        then = {
+            h.path: h
+            for h in context.hooks
+            if h.path == self.path or not self.path or h.path.startswith(f"{self.path}.")
+        }
+        changed = [
+            path
+            for path in {**now, **then}
+            if path not in now or path not in then or hooks_on(now[path]) is not then[path]
+        ]
+        if changed:
+            text = (
+                f"{', '.join(changed[:5])}: expected the modules that apply_tensor_parallel split, found others or none: the model was changed since (adapters added "
+                "or merged?); call apply_tensor_parallel on it again, which keeps what is split"
+            )
+            if failed and sys.exc_info()[1] is not None:
+                sys.exc_info()[1].__notes__ = [text]  # e.add_note of Python 3.11
+            else:
+                raise RuntimeError(text)
+        context.counts.add(context.ran)
 
     def remember(self, output):
         """A checkpoint in this forward, which a backward will run again, is to find the programs of this forward."""
@@ -196,6 +231,20 @@ def hook(module, context, path, owners):
     RemovableHandle.next_id = next_id
     put_last(module)
     hooks.count, hooks.known = sum(map(len, hooks_of(module))), set(user_hooks(module))
+
+
+def hooks_on(module):
+    """The ModuleHooks of a module, None where it has none."""
+    mine = (getattr(hook, "__self__", None) for hook in module._forward_hooks.values())
+    return next((h for h in mine if isinstance(h, ModuleHooks)), None)
+
+
+def unhook(module):
+    """Take the hooks of one module off."""
+    h = hooks_on(module)
+    for hooks in (module._forward_pre_hooks, module._forward_hooks) if h is not None else ():
+        for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is h]:
+            del hooks[key]
 
 
 def install(model, context):

@@ -1,7 +1,7 @@
 """The ParallelStyle that makes a module compute on shards, and drop-in layers made with it for models that are written for tensor parallelism."""
 
 from torch import nn
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
 from .context import Context
@@ -28,7 +28,7 @@ class ShardedModule(ParallelStyle):
                 continue
             if id(p) not in self.made:
                 placement = self.placements[self.names[id(module), attr]]
-                self.made[id(p)] = (p, self.distribute(p, mesh, placement))
+                self.made[id(p)] = (p, p if isinstance(p, DTensor) else self.distribute(p, mesh, placement))
             setattr(module, attr, self.made[id(p)][1])
         hook(module, self.context, self.path, self.owners)
         return module

@@ -36,6 +36,7 @@ class Program:
     aside: bool = field(default=False, compare=False)  # its calls are numbered by its callers
     fixed: set = field(default_factory=set, compare=False)  # paths of those inputs that no later call writes to
     random: bool = field(default=False, compare=False)  # of what the user calls: whether it draws random numbers
+    modules: int = field(default=0, compare=False)  # and how many modules run in it
     inside: bool = field(
         default=False, compare=False
     )  # whether hooks would see shards or partial results as its inputs or outputs
@@ -107,6 +108,7 @@ class _Compiler:
                 setattr(self.at(self.graph.calls[index]), what, x)
         root = self.per_run[id(self.graph.modules[0])]
         root.shards, root.random = self.layout.shards, self.graph.random
+        root.modules = len(self.graph.modules)
         states, whole = self.layout.states, self.layout.values
         for m in self.graph.modules[1:]:
             program, seen = self.per_run[id(m)], {v.id for v in (*m.inputs.values(), *m.outputs.values())}

@@ -2,6 +2,7 @@
 
 import hashlib
 import warnings
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,7 @@ from .composites import adapt
 from .context import Context
 from .cost import cost
 from .ghost import StrayParameter
-from .hooks import parameter_owners
+from .hooks import hooks_on, parameter_owners, unhook
 from .layers import ShardedModule
 from .paths import Paths, device_of, sharding_of, signature
 from .plan import EXCHANGED, GATHERED, LOCAL, REPLICATED, WEIGHT_GATHERED, Entry, TensorParallelPlan, check_user_plan
@@ -58,6 +59,9 @@ def apply_tensor_parallel(
     The model stays itself: same object, classes, parameter names and outputs. Every parameter becomes a DTensor on the 1-D tp mesh;
     its plan is `model.tensor_parallel_plan`, the mesh `model.tensor_parallel_mesh`.
 
+    A model that was split before, and whose modules have changed since (adapters were added or merged), is split anew: its DTensors stay as they are,
+    new parameters are split along the axes of theirs, or replicated.
+
     Args:
         model: any nn.Module, live or on the meta device.
         tp_size: number of ranks to split over; with no mesh, the world is laid out as by `ProcessGroupManager(tp_size)`.
@@ -79,10 +83,13 @@ def apply_tensor_parallel(
     if mesh is not None and not isinstance(mesh, DeviceMesh):
         raise TypeError(f"mesh: expected a 1-D DeviceMesh or a ProcessGroupManager, found {type(mesh).__name__}")
     mesh = ProcessGroupManager(tp_size, mesh=mesh).mesh
-    contiguous = mesh.size() < dist.get_world_size() if contiguous is None else contiguous
+    contiguous = (
+        mesh.size() < dist.get_world_size() if contiguous is None else contiguous
+    )  # also of plans that are given
     error = known = None
     try:
-        plan, known = _make_plan(model, mesh.size(), example_inputs, plan, loss_parallel, contiguous)
+        kept = _kept(model, mesh) if isinstance(model, nn.Module) else {}
+        plan, known = _make_plan(model, mesh.size(), example_inputs, plan, loss_parallel, contiguous, kept)
     except Exception as e:
         error = e
     _agree(model, plan, known, error, mesh)
@@ -94,13 +101,15 @@ def apply_tensor_parallel(
 
 
 @torch.enable_grad()
-def _make_plan(model, n, example_inputs, user, loss_parallel, contiguous):
-    """(plan, {signature: programs}) for a model."""
+def _make_plan(model, n, example_inputs, user, loss_parallel, contiguous, kept=None):
+    """(plan, {signature: programs}) for a model. `kept`: Entries of parameters that are split already."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, found {type(model).__name__}")
-    if any(isinstance(p, DTensor) for p in model.parameters()):
-        found = "the model's parameters are DTensors already"
-        raise ValueError(f"{found}: apply tensor parallelism once, before fully_shard")
+    if strange := [name for name, p in model.named_parameters() if isinstance(p, DTensor) and name not in (kept or ())]:
+        found = f"{', '.join(strange[:5])}: expected a model that is whole, or that this function split, found DTensors already"
+        raise ValueError(f"{found}: apply tensor parallelism before fully_shard")
+    if kept:
+        user = TensorParallelPlan(n, kept)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     whole_plan = isinstance(user, TensorParallelPlan)
     if whole_plan and user.tp_size != n:
@@ -131,8 +140,12 @@ def _make_plan(model, n, example_inputs, user, loss_parallel, contiguous):
     axes = Axes(graph)
     planner = Planner(graph, axes, n, fixed, loss_parallel, contiguous)
     sharding = sharding_of(user, graph, axes) if whole_plan and n > 1 else None
+    if kept and sharding is not None:
+        sharding.follow(graph.params.keys() - kept.keys(), graph, axes)
     sharding, layout, programs = settle(planner, model, args, kwargs, device, sharding)
     plan = _describe(planner, sharding, layout, fixed)
+    for name, e in (kept or {}).items():
+        plan.entries[name].why = e.why
     return plan, {signature(model, args, kwargs): programs}
 
 
@@ -199,8 +212,23 @@ def _agree(model, plan, known, error, mesh):
     raise RuntimeError(f"{found}; pass the same example_inputs and plan, and register the same hooks, on every rank")
 
 
+def _kept(model, mesh):
+    """{name: Entry} of the parameters that this library has split already."""
+    splits = {id(h.context): h for m in model.modules() if (h := hooks_on(m)) and h.context.paths is not None}
+    entries = {}
+    for h in splits.values():
+        for name, at in h.owners.items():
+            entries.update({id(m._parameters.get(attr)): h.context.paths.plan[name] for m, attr in at})
+    params = {name: p for name, p in model.named_parameters() if isinstance(p, DTensor) and p.device_mesh == mesh}
+    return {name: replace(entries[id(p)], name=name) for name, p in params.items() if id(p) in entries}
+
+
 def _apply(model, mesh, plan, known, src_data_rank):
     context = Context(mesh)
+    for module in model.modules():
+        unhook(module)
+        for attr in "tensor_parallel_plan", "tensor_parallel_mesh":
+            vars(module).pop(attr, None)
     defaults = _default_programs(model, plan)
     context.paths = Paths(plan, defaults, {("", key): programs for key, programs in known.items()}, mesh)
     context.programs = next(iter(context.paths.known.values()), [defaults])[0]

@@ -83,6 +83,14 @@ class Sharding:
         self.params, self.through = dict(params), set(through)
         self.whole, self.outer = set(whole), dict(outer)
 
+    def follow(self, names, graph, axes):
+        """Split these parameters too, along the axes that stay sharded through the model, where they have one."""
+        for name in sorted(names):
+            for axis in self.through:
+                at = axis.find(axes, graph.params[name])
+                if at and at[1] == 1:
+                    self.params.setdefault(name, (at[0], axis))
+
 
 def pieces(sharding, name):
     """Of how many equal pieces the split dim of a parameter is as it is stored."""

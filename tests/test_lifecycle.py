@@ -1,6 +1,7 @@
 """What a user does to a model before and after it is split: hooks, copies, dtypes, other weights, errors; and what is refused."""
 
 import copy
+import gc
 import io
 from functools import partial
 
@@ -369,5 +370,29 @@ def test_parameters_that_were_replaced():
             sharded(*given())
         with pytest.raises(ValueError, match="DTensors already"):
             apply_tensor_parallel(sharded, 2)
+
+    both(ranks)
+
+
+def test_nothing_is_kept_of_a_step():
+    """The autograd graph of a forward is freed with its output, also where one tensor enters several regions."""
+
+    def ranks(sharded, whole):
+        def alive():
+            gc.collect()
+            return sum(type(x) is torch.Tensor and x.grad_fn is not None for x in gc.get_objects())
+
+        (x,) = given()
+        x.requires_grad_()
+        for step in range(6):
+            loss = sharded(x).square().sum()
+            if step % 2:
+                loss.backward()
+            with torch.no_grad():
+                sharded(x)
+            del loss
+            if step == 1:
+                before = alive()
+        assert alive() == before and not hasattr(x, "_tp_kept")
 
     both(ranks)

@@ -218,5 +218,5 @@ def test_a_rank_never_holds_more_than_its_shards_and_one_module(tmp_path):
         return started / shard, written / shard, read / shard
 
     for started, written, read in run_ranks(ranks, 4, timeout=120):
-        # malloc keeps a few freed modules of 4 MiB each; the whole would be 4
-        assert 0.6 < started < 2 and written < 0.15 and 0.6 < read < 1.15, (started, written, read)
+        # malloc keeps a few freed modules of 4 MiB each, and uses them again; the whole would be 4
+        assert 0.6 < started < 2 and written < 0.15 and 0.2 < read < 1.15, (started, written, read)

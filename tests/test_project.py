@@ -32,7 +32,17 @@ PRIVATE = {
     # `x.tolist()` of a fake tensor, which is many calls where that of any other is one
     "torch._subclasses.fake_tensor.FakeTensor.tolist",
     # softmax of rows that are all masked: zeros, as attention has it
-    "torch._safe_softmax",
+    "torch.ops.aten._safe_softmax",
+    # what torch.compile does with Python code that it is not to compile by itself, and whether it is about to: for the hooks of the module that it was given
+    "torch._C._dynamo",
+    "torch._C._dynamo.eval_frame",
+    "torch._C._dynamo.eval_frame.get_eval_frame_callback",
+    "torch._C._dynamo.eval_frame.set_eval_frame",
+    # what model code asks, to take another path when it is compiled
+    "torch.compiler._is_compiling_flag",
+    # to know when a backward ends, as FSDP2 and DDP do
+    "torch.autograd.Variable._execution_engine",
+    "torch.autograd.Variable._execution_engine.queue_callback",
     # whether a forward is recomputed in a backward
     "torch._C",
     "torch._C._current_graph_task_id",
@@ -146,7 +156,7 @@ def test_files_are_short():
     texts = {f.name: f.read_text() for f in FILES}
     assert texts, "no package"
     assert not {name: n for name, t in texts.items() if (n := len(t.splitlines())) >= 400}
-    assert sum(map(code_lines, texts.values())) < 4500
+    assert sum(map(code_lines, texts.values())) < 5000
 
 
 def module_name(file: Path) -> str:
