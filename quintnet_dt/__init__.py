@@ -18,6 +18,7 @@ _PUBLIC = {
     "plan_tensor_parallel": "rewrite",
     "register_axis_rule": "rules",
     "save_checkpoint": "checkpoint",
+    "whole_shapes": "shapes",
 }
 __all__ = list(_PUBLIC)
 

@@ -10,6 +10,8 @@ from . import comm_ops
 from .private import at_end_of_backward, compiling
 from .utils import lookup, replace
 
+AGAIN = "the model was changed since (adapters added or merged?); call apply_tensor_parallel on it again, which keeps what is split"
+
 
 class quiet:
     """Around what is not the model's own computation: its calls are not counted. One object a use, which torch.compile can trace."""

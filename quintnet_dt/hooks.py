@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .agreement import share_random_state
 from .calls import calls
-from .context import quiet
+from .context import AGAIN, quiet
 from .fsdp import quieten
 from .ghost import hooks_of, put_last, user_hooks
 from .private import compiling, in_backward, not_compiled, top_not_compiled, within_compiled
@@ -177,10 +177,7 @@ class ModuleHooks:
             if path not in now or path not in then or hooks_on(now[path]) is not then[path]
         ]
         if changed:
-            text = (
-                f"{', '.join(changed[:5])}: expected the modules that apply_tensor_parallel split, found others or none: the model was changed since (adapters added "
-                "or merged?); call apply_tensor_parallel on it again, which keeps what is split"
-            )
+            text = f"{', '.join(changed[:5])}: expected the modules that were split, found others or none: {AGAIN}"
             if failed and sys.exc_info()[1] is not None:
                 sys.exc_info()[1].__notes__ = [text]  # e.add_note of Python 3.11
             else:

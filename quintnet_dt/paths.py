@@ -8,6 +8,7 @@ import torch
 
 from .agreement import check_batch
 from .axes import Axes, own_axis
+from .context import AGAIN
 from .plan import EXCHANGED, LOCAL, WEIGHT_GATHERED, TensorParallelPlan
 from .planner import Planner, divides, indices, settle, spans
 from .private import as_compiled
@@ -64,6 +65,10 @@ class Paths:
 
     def show(self, path, owners, module, args, kwargs):
         names = {id(m._parameters[attr]): name for name, at in owners.items() for m, attr in at}
+        if added := [inner for inner, p in module.named_parameters() if id(p) not in names]:
+            raise RuntimeError(
+                f"{', '.join(added[:5])}: expected the parameters that were split, found others: {AGAIN}"
+            )
         names = {inner: names[id(p)] for inner, p in module.named_parameters()}
         device = device_of(module)
         try:
