@@ -22,6 +22,7 @@ from .layers import ShardedModule
 from .paths import Paths, device_of, sharding_of, signature
 from .plan import EXCHANGED, GATHERED, LOCAL, REPLICATED, WEIGHT_GATHERED, Entry, TensorParallelPlan, check_user_plan
 from .planner import Planner, settle
+from .private import broadcasts_state
 from .processgroup import ProcessGroupManager
 from .program import Program
 from .sharding import Action, pieces
@@ -242,7 +243,19 @@ def _apply(model, mesh, plan, known, src_data_rank):
             if buffer.device.type != "meta" and buffer.numel():
                 dist.broadcast(buffer, source, group=mesh.get_group())
     adapt(model)
+    model.register_load_state_dict_pre_hook(_refuse_broadcast)
     model.tensor_parallel_plan, model.tensor_parallel_mesh = plan, mesh
+
+
+def _refuse_broadcast(model, *_):
+    fused = (
+        [name for name, e in model.tensor_parallel_plan.entries.items() if e.pieces > 1] if broadcasts_state() else []
+    )
+    if fused:
+        raise RuntimeError(
+            f"set_model_state_dict(broadcast_from_rank0=True) has filled {', '.join(fused[:5])} wrongly: torch cannot place fused pieces; use load_checkpoint or "
+            "load_safetensors, leave broadcast_from_rank0 out, or give apply_tensor_parallel contiguous=True"
+        )
 
 
 def _default_programs(model, plan):

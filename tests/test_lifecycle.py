@@ -7,11 +7,12 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from helpers import compare, pair
 from ranks import run_ranks
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
@@ -372,6 +373,28 @@ def test_parameters_that_were_replaced():
             apply_tensor_parallel(sharded, 2)
 
     both(ranks)
+
+
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_a_whole_state_that_one_rank_has(contiguous):
+    """torch fills fused pieces wrongly from a broadcast; it is told, or with `contiguous` it is right."""
+
+    def ranks(sharded, whole):
+        fused = sharded.tensor_parallel_plan["qkv.weight"]
+        assert fused.pieces == (1 if contiguous else 3)
+        state = {k: v + 1 for k, v in whole.state_dict().items()} if dist.get_rank() == 0 else {}
+        state.update({"mask": whole.mask} if state else {})
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        if not contiguous:
+            with pytest.raises(RuntimeError, match="filled qkv.weight, .* wrongly"):
+                set_model_state_dict(sharded, state, options=options)
+            state, options = {k: v + 1 for k, v in whole.state_dict().items()}, StateDictOptions(full_state_dict=True)
+            state["mask"] = whole.mask
+        set_model_state_dict(sharded, state, options=options)
+        whole.load_state_dict({k: v + 1 if v.is_floating_point() else v for k, v in whole.state_dict().items()})
+        compare(sharded, whole, given())
+
+    both(ranks, contiguous=contiguous)
 
 
 def test_nothing_is_kept_of_a_step():
