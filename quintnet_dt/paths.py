@@ -34,7 +34,8 @@ class Paths:
         """The programs for this call of `module`; raises RuntimeError where it cannot be shown right, ValueError where ranks are given different
         batches. `compiled`: by torch.compile, of which models ask and then take other paths."""
         self.key = key = (path, signature(module, args, kwargs), *(["compiled"] if compiled else ()))
-        if self.checked[key] < CHECKED and self.mesh.size() > 1:
+        self.fresh = self.checked[key] < CHECKED
+        if self.fresh and self.mesh.size() > 1:
             self.checked[key] += 1
             check_batch((args, kwargs), self.mesh)
         if key not in self.known:
@@ -42,7 +43,9 @@ class Paths:
         return self.known[key][0]
 
     def random(self, path, module, programs):
-        """Whether this call draws random numbers, as far as is known."""
+        """Whether the ranks need one random state: this call draws random numbers, as far as is known, or one may sample from its outputs."""
+        if self.fresh or not torch.is_grad_enabled():
+            return True
         return programs[path].random if self.reached(path, programs) and path in programs else module.training
 
     def reached(self, path, programs):

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import transformers as hf
 from helpers import run
 from ranks import run_ranks
 from torch import nn
@@ -150,3 +151,17 @@ def test_dp_groups_have_batches_and_random_states_of_their_own():
         model(given(ranks.dp_rank))
 
     run_ranks(ranks, 4)
+
+
+def test_sampling_with_ranks_seeded_differently():
+    def ranks(rank):
+        torch.manual_seed(0)
+        config = dict(vocab_size=61, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
+        model = apply_tensor_parallel(hf.LlamaForCausalLM(hf.LlamaConfig(**config)), 2).eval()
+        ids = torch.ones(1, 3, dtype=torch.long)
+        for seed in range(3):
+            torch.manual_seed(100 * seed + rank)
+            found = model.generate(ids, max_new_tokens=8, do_sample=True, pad_token_id=0)
+            assert same_on_ranks([found])
+
+    run_ranks(ranks, 2)
