@@ -1,16 +1,13 @@
 """Sharded checkpoints of a training run: each rank writes and reads its own part, any layout loads what any other saved.
 
-A checkpoint is a folder: what torch.distributed.checkpoint writes (`*.distcp`, `.metadata`; it can load them too), `state.pt` for all that is no
-tensor of the model or the optimizer, and `manifest.json`, the sizes and checksums of the others. It is written beside its place, as `<name>.saving`, and
-renamed when it is complete; one that was there before is `<name>.old` for that moment.
+A checkpoint is a folder (see folder.py) of what torch.distributed.checkpoint writes (`*.distcp`, `.metadata`; it can load them too), and `state.pt` for all that is no
+tensor of the model or the optimizer.
 """
 
 import io
-import json
 import os
 import shutil
 import warnings
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from pickle import UnpicklingError
@@ -23,11 +20,9 @@ from torch.distributed.tensor import DTensor
 
 from .chunks import Chunk
 from .dcp import Item, LoadPlanner, Reader, SavePlanner
+from .folder import STATE, begin, checksum, complete, finish, manifest_of, saving, verify, write_file
 from .together import together
 from .utils import tensors
-
-MANIFEST, STATE = "manifest.json", "state.pt"
-BLOCK = 1 << 24  # bytes read at once for a checksum
 
 
 def save_checkpoint(path, model, optimizer=None, *, extra=None, async_=False):
@@ -76,10 +71,10 @@ def load_checkpoint(path, model, optimizer=None):
     """
     path = Path(os.path.abspath(path))
     with together():
-        path = _complete(path)
-        manifest = _manifest(path)
+        path = complete(path)
+        manifest = manifest_of(path)
     with together():
-        _verify(path, manifest)
+        verify(path, manifest)
         reader = Reader(path)
         saved = reader.read_metadata().state_dict_metadata
         state = torch.load(path / STATE, weights_only=True, map_location="cpu")
@@ -211,26 +206,21 @@ def _gather(x):
 
 
 def _write(path, items, state, group):
-    temporary, old = (path.with_name(path.name + end) for end in (".saving", ".old"))
+    temporary = saving(path)
     rank = dist.get_rank(group) if dist.is_initialized() else 0
     first = rank == 0
     try:
         with together(group):
             if first:
-                if path.exists() and not (path / MANIFEST).exists() and (path.is_file() or any(path.iterdir())):
-                    raise FileExistsError(
-                        f"{path}: expected a checkpoint or nothing, found something else: choose another place"
-                    )
-                shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir(parents=True)
-                _write_file(temporary / STATE, _packed(state))
+                begin(path)
+                write_file(temporary / STATE, _packed(state))
         _dcp(
             dcp.save, items, storage_writer=dcp.FileSystemWriter(temporary), planner=SavePlanner(), process_group=group
         )
         sums = {}
         with together(group):
             own = [*temporary.glob(f"__{rank}_*")] + ([temporary / STATE, temporary / ".metadata"] if first else [])
-            sums = {file.name: _sum(file) for file in own}
+            sums = {file.name: checksum(file) for file in own}
         everyone = [sums]
         if dist.is_initialized():
             everyone = [None] * dist.get_world_size(group)
@@ -238,14 +228,7 @@ def _write(path, items, state, group):
         with together(group):
             if first:
                 files = {name: found for sums in everyone for name, found in sums.items()}
-                _write_file(temporary / MANIFEST, json.dumps({"version": 1, "files": files}, indent=1).encode())
-                _sync(temporary)
-                if path.exists():
-                    shutil.rmtree(old, ignore_errors=True)
-                    path.rename(old)
-                temporary.rename(path)
-                _sync(path.parent)
-                shutil.rmtree(old, ignore_errors=True)
+                finish(path, files)
     except BaseException:
         if first:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -268,67 +251,7 @@ def _dcp(function, *args, **kwargs):
         raise RuntimeError(f"the checkpoint failed: {failed}") from next(iter(e.failures.values()))[0]
 
 
-def _write_file(path, data):
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder):
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _sum(path):
-    """[size, CRC-32] of a file."""
-    crc, size = 0, 0
-    with open(path, "rb") as file:
-        while block := file.read(BLOCK):
-            crc, size = zlib.crc32(block, crc), size + len(block)
-    return [size, crc]
-
-
 # ---- reading
-
-
-def _complete(path):
-    """The complete checkpoint at a path: there, or set aside by a save that was killed while it put the next one there."""
-    old, half = path.with_name(path.name + ".old"), path.with_name(path.name + ".saving")
-    if path.exists():
-        return path
-    if (old / MANIFEST).exists():
-        return old
-    also = f"; {half.name} is a half-written one" if half.exists() else ""
-    raise FileNotFoundError(f"{path}: expected a checkpoint that save_checkpoint made, found nothing{also}")
-
-
-def _manifest(path):
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        files = manifest["files"]
-        if manifest["version"] != 1 or {STATE, ".metadata"} - files.keys() or any("/" in name for name in files):
-            raise ValueError("its entries are others")
-        return files
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        found = "none" if isinstance(e, OSError) else f"one that cannot be read ({e})"
-        raise ValueError(
-            f"{path}: expected a checkpoint with a {MANIFEST}, as save_checkpoint makes, found {found}"
-        ) from e
-
-
-def _verify(path, files):
-    """Every file is as it was written. The ranks share the work."""
-    rank, n = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    for name in sorted(files)[rank::n]:
-        if not (path / name).is_file():
-            raise FileNotFoundError(f"{path / name}: expected a file of the checkpoint, found none")
-        if (found := _sum(path / name)) != files[name]:
-            expected = "expected {} bytes with checksum {:08x}".format(*files[name])
-            raise ValueError(f"{path / name}: {expected}, found {found[0]} with {found[1]:08x}: the file is damaged")
 
 
 def _check(path, items, saved, names):
