@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 import transformers as hf
 from ranks import run_ranks
-from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -211,3 +210,21 @@ def test_mixed_precision():
             model.zero_grad(), whole.zero_grad()
 
     run_ranks(ranks, 4)
+
+
+def test_compiled_blocks():
+    def ranks(rank):
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+        model = sharded("llama", mesh)
+        torch.manual_seed(0)
+        whole = llama().double()
+        for block in model.model.layers:
+            block.compile(backend="aot_eager")  # FSDP2's hooks are not compiled: no fullgraph=True
+        for step in range(2):
+            inputs, labels = text("llama", torch.Generator().manual_seed(step))
+            backward(model, inputs, labels), backward(whole, inputs, labels)
+        for (key, p), q in zip(model.named_parameters(), whole.parameters()):
+            assert (p.grad.full_tensor() - q.grad).abs().max() < 1e-12, key
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+    run_ranks(ranks, 4, timeout=120)
