@@ -53,7 +53,7 @@ def test_fifty_steps_with_ranks_seeded_differently(n, tmp_path):
         optimizer, reference = (torch.optim.AdamW(m.parameters(), 1e-3) for m in (model, whole))
         torch.manual_seed(rank)
         seen = []
-        hook = [m.register_forward_hook(lambda m, a, y: seen.append(y.detach())) for m in (model,)]
+        model.register_forward_hook(lambda m, a, y: seen.append(y.detach()))
         for step in range(50):
             if step == 20:
                 torch.manual_seed(100 * rank + 7)
