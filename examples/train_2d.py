@@ -103,8 +103,10 @@ def loss_of(model, ids):
     return model(input_ids=ids, labels=ids, use_cache=False).loss
 
 
-def train(model, optimizer, group, text, args) -> None:
+def train(model, group, text, held_out, args) -> None:
     """AdamW, clipped gradients, warm-up then cosine; goes on from the checkpoint, if there is one."""
+    # Made before any forward, which can leave FSDP2's parameters unsharded: it must hold the shards.
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, (0.9, 0.95))
 
     def schedule(step: int) -> float:
         rise = (step + 1) / max(1, args.steps // 20)
@@ -118,6 +120,8 @@ def train(model, optimizer, group, text, args) -> None:
         scheduler.load_state_dict(extra["scheduler"])
         begin = extra["step"]
         say(f"goes on from step {begin} of {args.checkpoint}")
+
+    say(f"held-out loss before: {held_out_loss(model, held_out, args):.3f} nats a byte")
 
     model.train()
     with tqdm(total=last, initial=begin, desc="train", disable=RANK != 0, unit="step") as bar:
@@ -185,16 +189,13 @@ def main(argv=None) -> int:
 
     with ProcessGroupManager(tp_size=args.tp) as group:
         model = build(args, group, device)
-        # Before any forward, which can leave FSDP2's parameters unsharded: the optimizer must hold the shards.
-        optimizer = torch.optim.AdamW(model.parameters(), args.lr, (0.9, 0.95))
         say(model.tensor_parallel_plan)
         say(f"dp {group.dp_size} x tp {group.tp_size}")
         held = [None] * WORLD_SIZE
         dist.all_gather_object(held, size(p.to_local() for p in model.parameters()))
         say(f"parameter bytes: {size(model.parameters())} in the whole model, {held} on the ranks")
-        before = held_out_loss(model, held_out, args)
-        train(model, optimizer, group, text, args)
-        say(f"held-out loss: {before:.3f} nats a byte before, {held_out_loss(model, held_out, args):.3f} after")
+        train(model, group, text, held_out, args)
+        say(f"held-out loss after: {held_out_loss(model, held_out, args):.3f} nats a byte")
         if args.export:
             export_safetensors(args.export, model)
             say(f"AutoModelForCausalLM.from_pretrained({args.export!r}) reads the model")
