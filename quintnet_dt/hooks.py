@@ -165,17 +165,7 @@ class ModuleHooks:
         context = self.context
         if not failed and (context.compiled or program is None or context.ran in (program.modules, *context.counts)):
             return
-        now = dict(module.named_modules(prefix=self.path))
-        then = {
-            h.path: h
-            for h in context.hooks
-            if h.path == self.path or not self.path or h.path.startswith(f"{self.path}.")
-        }
-        changed = [
-            path
-            for path in {**now, **then}
-            if path not in now or path not in then or hooks_on(now[path]) is not then[path]
-        ]
+        changed = changed_modules(module, context, self.path)
         if changed:
             text = f"{', '.join(changed[:5])}: expected the modules that were split, found others or none: {AGAIN}"
             if failed and sys.exc_info()[1] is not None:
@@ -228,6 +218,13 @@ def hook(module, context, path, owners):
     RemovableHandle.next_id = next_id
     put_last(module)
     hooks.count, hooks.known = sum(map(len, hooks_of(module))), set(user_hooks(module))
+
+
+def changed_modules(module, context, prefix=""):
+    """Paths of the modules that were added, removed or replaced since the split, in a model or the part of it at `prefix`."""
+    now = dict(module.named_modules(prefix=prefix))
+    then = {h.path: h for h in context.hooks if not prefix or h.path == prefix or h.path.startswith(f"{prefix}.")}
+    return [p for p in {**now, **then} if p not in now or p not in then or hooks_on(now[p]) is not then[p]]
 
 
 def hooks_on(module):

@@ -17,7 +17,7 @@ from .composites import adapt
 from .context import Context
 from .cost import cost
 from .ghost import StrayParameter
-from .hooks import hooks_on, parameter_owners, unhook
+from .hooks import changed_modules, hooks_on, parameter_owners, unhook
 from .layers import ShardedModule
 from .paths import Paths, device_of, sharding_of, signature
 from .plan import EXCHANGED, GATHERED, LOCAL, REPLICATED, WEIGHT_GATHERED, Entry, TensorParallelPlan, check_user_plan
@@ -221,6 +221,9 @@ def _kept(model, mesh):
         for name, at in h.owners.items():
             entries.update({id(m._parameters.get(attr)): h.context.paths.plan[name] for m, attr in at})
     params = {name: p for name, p in model.named_parameters() if isinstance(p, DTensor) and p.device_mesh == mesh}
+    same = len(splits) == 1 and not changed_modules(model, next(iter(splits.values())).context)
+    if same and len(params) == len(list(model.parameters())):
+        raise ValueError("the model was split already, and not changed since: apply tensor parallelism once")
     return {name: replace(entries[id(p)], name=name) for name, p in params.items() if id(p) in entries}
 
 

@@ -124,7 +124,7 @@ def test_applied_already():
         apply_tensor_parallel(model, 2)
 
     for message in run_ranks(ranks, 2, expect_failure=True):
-        assert "ValueError" in message and "already" in message and "once" in message
+        assert "ValueError" in message and "split already" in message and "once" in message
 
 
 def test_not_a_module():

@@ -366,10 +366,13 @@ def test_parameters_that_were_replaced():
             sharded(*given())
         sharded.load_state_dict(state, assign=True)
         compare(sharded, whole, given())
-        sharded.f[2].weight = nn.Parameter(torch.randn(16, 32))
+        sharded.f[2].weight = nn.Parameter(torch.randn(16, 32, dtype=torch.float64))
         with pytest.raises(RuntimeError, match="f.2.weight: expected the DTensor"):
             sharded(*given())
-        with pytest.raises(ValueError, match="DTensors already"):
+        apply_tensor_parallel(sharded, 2, example_inputs=given())  # splits what is new
+        whole.f[2].weight.data.copy_(sharded.f[2].weight.full_tensor())
+        compare(sharded, whole, given())
+        with pytest.raises(ValueError, match="split already"):
             apply_tensor_parallel(sharded, 2)
 
     both(ranks)
