@@ -6,7 +6,7 @@ import zlib
 import torch
 import torch.distributed as dist
 
-from . import comm_ops
+from .comm_ops import all_gather
 from .processgroup import ProcessGroupManager
 from .utils import leaves
 
@@ -55,22 +55,29 @@ def _checksum(x):
 
 def _alike(number, mesh):
     """Whether all ranks have the same number."""
-    numbers = torch.empty(mesh.size(), dtype=torch.int64, device=mesh.device_type)
-    comm_ops._gather_flat(numbers, torch.tensor([number], device=mesh.device_type), group=mesh.get_group())
+    numbers = all_gather(torch.tensor([number], device=mesh.device_type), 0, mesh.get_group())
     return len(set(numbers.tolist())) == 1
+
+
+def random_state(cuda):
+    """Torch's states, of the CPU and, if asked for, of the present CUDA device."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if cuda else [])]
+
+
+def set_random_state(states):
+    """Go on from states that `random_state` gave; that of a CUDA device is left out where none is in use."""
+    torch.set_rng_state(states[0])
+    if len(states) > 1 and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(states[1])
 
 
 def share_random_state(mesh):
     """Every rank of a tp group goes on with the random state of its first, so that what is drawn outside a shard is the same on all of them, however they
     were seeded, and what is drawn for a shard is a part of the whole's."""
-    cuda = mesh.device_type == "cuda"
-    states = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if cuda else [])]
+    states = random_state(mesh.device_type == "cuda")
     packed, group = torch.cat(states), mesh.get_group()
     if _alike(_checksum(packed), mesh):
         return
     packed = packed.to(mesh.device_type)
     dist.broadcast(packed, dist.get_global_rank(group, 0), group=group)
-    states = packed.cpu().split([s.numel() for s in states])
-    torch.set_rng_state(states[0])
-    if cuda:
-        torch.cuda.set_rng_state(states[1])
+    set_random_state(packed.cpu().split([s.numel() for s in states]))

@@ -18,6 +18,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
+from .agreement import random_state, set_random_state
 from .chunks import Chunk
 from .dcp import Item, LoadPlanner, Reader, SavePlanner
 from .folder import STATE, begin, checksum, complete, finish, manifest_of, saving, verify, write_file
@@ -45,7 +46,8 @@ def save_checkpoint(path, model, optimizer=None, *, extra=None, async_=False):
     with together(group):
         items, state = _collect(model, optimizer)
         state["extra"] = extra
-    state["random"] = {leader: states for leader, *states in _gather([_dp_leader(model), *_random_state()])[::-1]}
+    mine = _dp_leader(model), random_state(torch.cuda.is_initialized())
+    state["random"] = dict(reversed(_gather(mine)))  # by tp group, that of its first rank
     if not async_:
         return _write(path, items, state, group)
     with together(group):
@@ -180,17 +182,10 @@ def _dp_leader(model):
     return int(mesh.mesh.min()) if mesh is not None else dist.get_rank() if dist.is_initialized() else 0
 
 
-def _random_state():
-    return torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-
-
 def _restore_random(model, saved):
     """Ranks take the state of those that had their place among the tp groups."""
     leaders = sorted(set(_gather(_dp_leader(model))))
-    cpu, cuda = saved[sorted(saved)[leaders.index(_dp_leader(model)) % len(saved)]]
-    torch.set_rng_state(cpu)
-    if cuda is not None and torch.cuda.is_initialized():
-        torch.cuda.set_rng_state(cuda)
+    set_random_state(saved[sorted(saved)[leaders.index(_dp_leader(model)) % len(saved)]])
 
 
 def _gather(x):

@@ -40,18 +40,15 @@ class Context:
         self.compiled = False  # whether a part of the call ran compiled, which the log does not tell of
         self.recomputing = False  # a backward runs, in which checkpoints find the programs of their forward
         self.paths, self.call = None, None  # Paths; the call that the user made, while it runs
-        self.log = (
-            []
-        )  # what it has done so far: a path where a module starts, (name, CallProgram) of a call that was counted, True where one ends (False: failed)
+        # What it has done so far: a path where a module starts, (name, CallProgram) of a call that was counted, True where one ends (False: failed).
+        self.log = []
         self.holders = []  # tensors that keep what an action made of them, in a forward with gradients
-        self.ran, self.counts = (
-            0,
-            set(),
-        )  # how many modules have run; such numbers of which it is known that no module was changed
+        # How many modules have run; such numbers of which it is known that no module was changed.
+        self.ran, self.counts = 0, set()
         self.first_hook = 0  # hooks with this id or a later one were added since it began
-        self.running = (
-            []
-        )  # (ModuleHooks, program, parameters shown, whether it has a frame in calls, what `apply` keeps, whether it is compiled) of each forward that runs, one in the other
+        # Of each forward that runs, one in the other: (ModuleHooks, program, parameters shown, whether it has a frame in calls, what `apply` keeps,
+        # whether it is compiled).
+        self.running = []
 
     @property
     def group(self):
@@ -89,9 +86,8 @@ class Context:
         """Run on by other programs, from these frames of the modules that are running; returns those that stay on calls' own stack."""
         self.programs, frames = programs, []
         for i, frame in enumerate(stack):
-            counted = (
-                i == len(self.running) or bool(frames) or frame[1].names is not None
-            )  # one that ends is still to be popped
+            # One that ends is still to be popped.
+            counted = i == len(self.running) or bool(frames) or frame[1].names is not None
             if i < len(self.running):
                 hooks, _, shown, was, *rest = self.running[i]
                 counted |= was

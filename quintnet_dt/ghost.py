@@ -125,10 +125,9 @@ def strip(model):
             later = keys[ours[-1] + 1 :] if ours else []
             module._tp_later += later
             outside = keys[: ours[-1]] if hooks is module._forward_pre_hooks and ours else later
-            for key in [keys[i] for i in ours] + (
-                outside if module is model else []
-            ):  # the user's, of whole inputs and outputs
-                hooks.pop(key, None)
+            # Of the copy itself the user's go too: they are for its caller.
+            for key in [keys[i] for i in ours] + (outside if module is model else []):
+                del hooks[key]
     return model
 
 

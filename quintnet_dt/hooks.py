@@ -168,10 +168,10 @@ class ModuleHooks:
         changed = changed_modules(module, context, self.path)
         if changed:
             text = f"{', '.join(changed[:5])}: expected the modules that were split, found others or none: {AGAIN}"
-            if failed and sys.exc_info()[1] is not None:
-                sys.exc_info()[1].__notes__ = [text]  # e.add_note of Python 3.11
-            else:
+            error = sys.exc_info()[1] if failed else None
+            if error is None:
                 raise RuntimeError(text)
+            error.__notes__ = [*getattr(error, "__notes__", []), text]  # as add_note of Python 3.11 does
         context.counts.add(context.ran)
 
     def remember(self, output):

@@ -22,17 +22,14 @@ class Layout:
     values: dict = field(default_factory=dict)
     root: dict = field(default_factory=dict)
     states: dict = field(default_factory=dict)  # value id -> state as its call makes it
-    instead: dict = field(
-        default_factory=dict
-    )  # call index -> Action: what on_shard.py runs in its place, and where its shard lies in the whole
-    kept: dict = field(
-        default_factory=dict
-    )  # call index -> {path: Action}: buffers that the call updates, on its part of them
+    # Call index -> Action: what on_shard.py runs in its place, and where its shard lies in the whole.
+    instead: dict = field(default_factory=dict)
+    # Call index -> {path: Action}: buffers that the call updates, on its part of them.
+    kept: dict = field(default_factory=dict)
     axis_of: dict = field(default_factory=dict)  # call index -> Axis that it works on a shard of
     blockers: list = field(default_factory=list)  # calls that needed something gathered
-    shards: dict = field(
-        default_factory=dict
-    )  # path of an object that keeps tensors -> {place: Action} of those that are shards
+    # Path of an object that keeps tensors -> {place: Action} of those that are shards.
+    shards: dict = field(default_factory=dict)
 
 
 def lay_out(graph, axes, sharding, calls=None):

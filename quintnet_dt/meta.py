@@ -6,6 +6,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
+from .agreement import random_state, set_random_state
 from .chunks import chunks
 from .together import together
 from .utils import replace, tensors
@@ -196,8 +197,6 @@ def _own_init(model, whole):
 def _same_random_state(device):
     """Every rank goes on from rank 0's random state."""
     if dist.is_initialized():
-        generators = [torch] + [torch.get_device_module(device)] * (device.type != "cpu")
-        states = [g.get_rng_state() for g in generators]
+        states = random_state(device.type == "cuda")
         dist.broadcast_object_list(states, src=0)
-        for g, state in zip(generators, states):
-            g.set_rng_state(state)
+        set_random_state(states)

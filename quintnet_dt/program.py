@@ -39,10 +39,9 @@ class Program:
     modules: int = field(default=0, compare=False)  # and how many modules run in it
     inside: bool = field(
         default=False, compare=False
-    )  # whether hooks would see shards or partial results as its inputs or outputs
-    shards: dict = field(
-        default_factory=dict
-    )  # path of an object in (args, kwargs, output) -> {place: Action} of the shards that it keeps
+    )  # whether hooks would see shards or partial results at its border
+    # Path of an object in (args, kwargs, output) -> {place: Action} of the shards that it keeps.
+    shards: dict = field(default_factory=dict)
 
 
 NOTHING = Program(aside=True)  # that of a module that no traced forward reached: its calls are its callers'

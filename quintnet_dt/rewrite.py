@@ -26,6 +26,7 @@ from .private import broadcasts_state
 from .processgroup import ProcessGroupManager
 from .program import Program
 from .sharding import Action, pieces
+from .together import together
 from .trace import trace
 
 
@@ -84,16 +85,11 @@ def apply_tensor_parallel(
     if mesh is not None and not isinstance(mesh, DeviceMesh):
         raise TypeError(f"mesh: expected a 1-D DeviceMesh or a ProcessGroupManager, found {type(mesh).__name__}")
     mesh = ProcessGroupManager(tp_size, mesh=mesh).mesh
-    contiguous = (
-        mesh.size() < dist.get_world_size() if contiguous is None else contiguous
-    )  # also of plans that are given
-    error = known = None
-    try:
+    contiguous = mesh.size() < dist.get_world_size() if contiguous is None else contiguous
+    with together(mesh.get_group()):
         kept = _kept(model, mesh) if isinstance(model, nn.Module) else {}
         plan, known = _make_plan(model, mesh.size(), example_inputs, plan, loss_parallel, contiguous, kept)
-    except Exception as e:
-        error = e
-    _agree(model, plan, known, error, mesh)
+    _agree(model, plan, known, mesh)
     _apply(model, mesh, plan, known, src_data_rank)
     return model
 
@@ -102,20 +98,26 @@ def apply_tensor_parallel(
 
 
 @torch.enable_grad()
-def _make_plan(model, n, example_inputs, user, loss_parallel, contiguous, kept=None):
+def _make_plan(model, n, example_inputs, user, loss_parallel, contiguous, kept={}):
     """(plan, {signature: programs}) for a model. `kept`: Entries of parameters that are split already."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, found {type(model).__name__}")
-    if strange := [name for name, p in model.named_parameters() if isinstance(p, DTensor) and name not in (kept or ())]:
+    if strange := [name for name, p in model.named_parameters() if isinstance(p, DTensor) and name not in kept]:
         found = f"{', '.join(strange[:5])}: expected a model that is whole, or that this function split, found DTensors already"
         raise ValueError(f"{found}: apply tensor parallelism before fully_shard")
-    if kept:
-        user = TensorParallelPlan(n, kept)
+    if kept and user is not None:
+        raise ValueError(
+            f"plan: expected none for a model that was split before, found a {type(user).__name__}: its parameters stay as they are"
+        )
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     whole_plan = isinstance(user, TensorParallelPlan)
     if whole_plan and user.tp_size != n:
         raise ValueError(f"plan: expected one for tp_size {n}, found one for {user.tp_size}")
-    user = user.contiguous() if whole_plan and contiguous else user
+    if whole_plan:
+        loss_parallel |= user.loss_parallel
+        user = replace(user.contiguous() if contiguous else user, loss_parallel=loss_parallel)
+    elif kept:
+        whole_plan, user = True, TensorParallelPlan(n, kept, loss_parallel=loss_parallel)
     placements = user.placements if whole_plan else {} if user is None else user
     if not isinstance(placements, dict):
         raise TypeError(f"plan: expected a TensorParallelPlan or a dict of placements, found {type(user).__name__}")
@@ -137,26 +139,27 @@ def _make_plan(model, n, example_inputs, user, loss_parallel, contiguous, kept=N
             f"({type(failed).__name__}: {str(failed)[:200]}); give example_inputs for a better plan"
         )
         warnings.warn(f"{type(model).__name__}: {note}", stacklevel=3)
-        return _blind_plan(model, n, fixed, note), {}
+        return _blind_plan(model, n, fixed, note, kept), {}
     axes = Axes(graph)
     planner = Planner(graph, axes, n, fixed, loss_parallel, contiguous)
     sharding = sharding_of(user, graph, axes) if whole_plan and n > 1 else None
-    if kept and sharding is not None:
+    if kept and n > 1:
         sharding.follow(graph.params.keys() - kept.keys(), graph, axes)
     sharding, layout, programs = settle(planner, model, args, kwargs, device, sharding)
     plan = _describe(planner, sharding, layout, fixed)
-    for name, e in (kept or {}).items():
+    for name, e in kept.items():
         plan.entries[name].why = e.why
     return plan, {signature(model, args, kwargs): programs}
 
 
-def _blind_plan(model, n, fixed, note):
-    """Every large weight split on its longest dim."""
+def _blind_plan(model, n, fixed, note, kept):
+    """Every large weight split on its longest dim, but for those that are split already."""
     plan = TensorParallelPlan(n, note=note)
     for name, p in model.named_parameters():
         longest = max(range(p.dim()), key=lambda d: p.shape[d], default=None)
         dim = fixed.get(name, longest if p.dim() > 1 and p.shape[longest] >= n else None)
-        plan.entries[name] = Entry(name, tuple(p.shape), dim, 1, REPLICATED if dim is None else GATHERED)
+        pieces = kept[name].pieces if name in kept else 1
+        plan.entries[name] = Entry(name, tuple(p.shape), dim, pieces, REPLICATED if dim is None else GATHERED)
     return plan
 
 
@@ -185,21 +188,13 @@ def _describe(planner, sharding, layout, fixed):
 # ---- applying
 
 
-def _agree(model, plan, known, error, mesh):
+def _agree(model, plan, known, mesh):
     """Every rank must have planned the same for the same model, and be about to run it alike; else all raise."""
-    params = model.named_parameters() if error is None else ()
-    mine = {n: f"{tuple(p.shape)} {p.dtype} requires_grad={p.requires_grad}" for n, p in params}
-    made = error or (plan.to_json(), list(known.values()))
-    digest = hashlib.sha256(repr((sorted(mine.items()), made)).encode()).hexdigest()
-    told = [(error and f"{type(error).__name__}: {error}", digest)] * mesh.size()
-    if mesh.size() > 1:
-        dist.all_gather_object(told, told[0], group=mesh.get_group())
-    failed = [f"rank {r}: {f}" for r, (f, _) in enumerate(told) if f]
-    if error is not None:
-        raise error
-    if failed:
-        raise RuntimeError("tensor parallelism failed on another rank: " + "; ".join(failed))
-    if len({d for _, d in told}) == 1:
+    mine = {n: f"{tuple(p.shape)} {p.dtype} requires_grad={p.requires_grad}" for n, p in model.named_parameters()}
+    made = plan.to_json(), list(known.values())
+    digests = [hashlib.sha256(repr((sorted(mine.items()), made)).encode()).hexdigest()] * mesh.size()
+    dist.all_gather_object(digests, digests[0], group=mesh.get_group())
+    if len(set(digests)) == 1:
         return
     all_params = [None] * mesh.size()
     dist.all_gather_object(all_params, mine, group=mesh.get_group())
@@ -228,7 +223,7 @@ def _kept(model, mesh):
 
 
 def _apply(model, mesh, plan, known, src_data_rank):
-    context = Context(mesh)
+    context, again = Context(mesh), "tensor_parallel_plan" in vars(model)
     for module in model.modules():
         unhook(module)
         for attr in "tensor_parallel_plan", "tensor_parallel_mesh":
@@ -246,14 +241,14 @@ def _apply(model, mesh, plan, known, src_data_rank):
             if buffer.device.type != "meta" and buffer.numel():
                 dist.broadcast(buffer, source, group=mesh.get_group())
     adapt(model)
-    model.register_load_state_dict_pre_hook(_refuse_broadcast)
+    if not again:
+        model.register_load_state_dict_pre_hook(_refuse_broadcast)
     model.tensor_parallel_plan, model.tensor_parallel_mesh = plan, mesh
 
 
 def _refuse_broadcast(model, *_):
-    fused = (
-        [name for name, e in model.tensor_parallel_plan.entries.items() if e.pieces > 1] if broadcasts_state() else []
-    )
+    plan = getattr(model, "tensor_parallel_plan", None)  # none in a model that was split again as a part of another
+    fused = [name for name, e in plan.entries.items() if e.pieces > 1] if plan and broadcasts_state() else []
     if fused:
         raise RuntimeError(
             f"set_model_state_dict(broadcast_from_rank0=True) has filled {', '.join(fused[:5])} wrongly: torch cannot place fused pieces; use load_checkpoint or "

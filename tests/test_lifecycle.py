@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -398,6 +399,52 @@ def test_a_whole_state_that_one_rank_has(contiguous):
         compare(sharded, whole, given())
 
     both(ranks, contiguous=contiguous)
+
+
+class Scaled(Attention):
+    def forward(self, x, scale):
+        return super().forward(x) * scale["by"]
+
+
+@pytest.mark.parametrize("blind", [True, False])
+def test_a_model_that_is_split_again(blind):
+    """Placements stay, fused pieces among them, also where no inputs are known that fit; what was asked for besides holds, or is refused."""
+
+    def ranks(rank):
+        inputs = (*given(), {"by": torch.tensor(2.0, dtype=torch.float64)})
+        sharded, whole = pair(Scaled, 2, example_inputs=inputs)
+        before = {name: p.placements for name, p in sharded.named_parameters()}
+        assert sharded.tensor_parallel_plan["qkv.weight"].pieces == 3
+        sharded.o, whole.o = (nn.Linear(16, 16, dtype=torch.float64) for _ in range(2))
+        with pytest.raises(ValueError, match="plan: expected none for a model that was split before, found a dict"):
+            apply_tensor_parallel(sharded, 2, example_inputs=inputs, plan={})
+        with pytest.warns(UserWarning, match="planned without a forward") if blind else nullcontext():
+            apply_tensor_parallel(
+                sharded, 2, example_inputs=None if blind else inputs, contiguous=True, loss_parallel=not blind
+            )
+        for name, p in sharded.named_parameters():
+            assert p.placements == before[name] or name.startswith("o.")
+        whole.o.load_state_dict({k: p.full_tensor() for k, p in sharded.o.state_dict().items()})
+        assert sharded.tensor_parallel_plan.loss_parallel != blind
+        if blind:
+            compare(sharded, whole, inputs)
+        else:
+            found = sharded(*inputs)
+            near(found, whole(*inputs), 1e-9)
+
+    run_ranks(ranks, 2)
+
+
+def test_a_plan_keeps_its_loss_parallel():
+    def ranks(rank):
+        model = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 32, bias=False)).double()
+        plan = plan_tensor_parallel(model, 2, example_inputs=given(), loss_parallel=True)
+        apply_tensor_parallel(model, 2, example_inputs=given(), plan=plan)
+        assert model.tensor_parallel_plan.loss_parallel
+        outputs = [type(model(*given())), type(model.eval()(*given()))]  # a path that was traced, and one that was not
+        assert outputs[0] is outputs[1]
+
+    run_ranks(ranks, 2)
 
 
 def test_nothing_is_kept_of_a_step():

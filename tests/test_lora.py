@@ -83,6 +83,7 @@ def test_adapters(name, when, tmp_path):
         assert adapters.keys() == expected.keys()
         for k, x in expected.items():
             same(adapters[k], x, 1e-9)
+        model.load_state_dict(model.state_dict())
         load_checkpoint(tmp_path / "c", model, optimizers[0])
         F.cross_entropy(model(**INPUTS).logits.flatten(0, 1), IDS.flatten()).backward()
         torch.nn.utils.clip_grad_norm_(trained[0], 1.0)
@@ -96,8 +97,9 @@ def test_adapters(name, when, tmp_path):
             merged, expected = model.merge_and_unload(), whole.merge_and_unload()
             for p, q in zip(merged.parameters(), expected.parameters()):
                 same(p, q, 1e-9)
-            with pytest.raises(RuntimeError):  # a module whose reductions would be missing is gone
+            with pytest.raises(RuntimeError) as e:  # a module whose reductions would be missing is gone
                 merged(**INPUTS)
+            assert any("the model was changed since" in text for text in (str(e.value), *e.value.__notes__))
             split(merged)
             same(merged(**INPUTS).logits, expected(**INPUTS).logits, 1e-9)
 
