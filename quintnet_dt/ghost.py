@@ -126,7 +126,7 @@ def strip(model):
             module._tp_later += later
             outside = keys[: ours[-1]] if hooks is module._forward_pre_hooks and ours else later
             # Of the copy itself the user's go too: they are for its caller.
-            for key in [keys[i] for i in ours] + (outside if module is model else []):
+            for key in {keys[i] for i in ours} | set(outside if module is model else ()):
                 del hooks[key]
     return model
 
