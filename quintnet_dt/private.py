@@ -12,6 +12,14 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMo
 # A dim that holds k fused pieces, each sharded ([q | k | v]): DTensor knows it, under a private name.
 from torch.distributed.tensor.placement_types import _StridedShard  # noqa: F401
 
+try:  # how DTensor runs fused Adam on lists of tensors, each as it is placed; it forgot fused SGD
+    from torch.distributed.tensor._ops._pointwise_ops import _register_single_dim_pointwise
+except ImportError:  # before 2.13: SGD(fused=True) raises
+    pass
+else:
+    for _op in (torch.ops.aten._fused_sgd_.default, torch.ops.aten._fused_sgd_.tensor_lr):
+        _register_single_dim_pointwise(_op)
+
 # Every operator of a forward as it is dispatched: documented, and used by many, under this name.
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: F401
 

@@ -46,6 +46,11 @@ PRIVATE = {
     # whether a forward is recomputed in a backward
     "torch._C",
     "torch._C._current_graph_task_id",
+    # the operator of SGD(fused=True), which DTensor has no rule for, and the function that makes that of fused Adam
+    "torch.ops.aten._fused_sgd_",
+    "torch.ops.aten._fused_sgd_.default",
+    "torch.ops.aten._fused_sgd_.tensor_lr",
+    "torch.distributed.tensor._ops._pointwise_ops._register_single_dim_pointwise",
     # every operator of a forward, as it is dispatched: documented, under this name
     "torch.utils._python_dispatch.TorchDispatchMode",
     # a dim of k fused pieces, each sharded: public nowhere
