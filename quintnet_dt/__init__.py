@@ -11,14 +11,14 @@ _PUBLIC = {
     "VocabParallelEmbedding": "layers",
     "apply_tensor_parallel": "rewrite",
     "check_batch": "agreement",
-    "export_safetensors": "safetensors",
-    "load_checkpoint": "checkpoint",
-    "load_safetensors": "safetensors",
-    "materialize": "meta",
+    "export_safetensors": "state.safetensors",
+    "load_checkpoint": "state.checkpoint",
+    "load_safetensors": "state.safetensors",
+    "materialize": "state.meta",
     "plan_tensor_parallel": "rewrite",
-    "register_axis_rule": "rules",
-    "save_checkpoint": "checkpoint",
-    "whole_shapes": "shapes",
+    "register_axis_rule": "axes.rules",
+    "save_checkpoint": "state.checkpoint",
+    "whole_shapes": "state.shapes",
 }
 __all__ = list(_PUBLIC)
 

@@ -4,8 +4,8 @@ import contextlib
 
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from .context import quiet
 from .private import compute_dtype
+from .utils import quiet
 
 
 def is_fsdp(hook):

@@ -4,11 +4,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
-from .context import Context
-from .hooks import hook, parameter_owners
+from .axes.sharding import Action
 from .processgroup import ProcessGroupManager
-from .program import CallProgram, Program
-from .sharding import Action
+from .running.context import Context
+from .running.hooks import hook, parameter_owners
+from .running.program import CallProgram, Program
 
 
 class ShardedModule(ParallelStyle):

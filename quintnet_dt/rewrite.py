@@ -11,23 +11,23 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 
-from . import inputs
-from .axes import Axes
-from .composites import adapt
-from .context import Context
-from .cost import cost
-from .ghost import StrayParameter
-from .hooks import changed_modules, hooks_on, parameter_owners, unhook
+from .axes.axes import Axes
+from .axes.sharding import Action, pieces
 from .layers import ShardedModule
-from .paths import Paths, device_of, sharding_of, signature
 from .plan import EXCHANGED, GATHERED, LOCAL, REPLICATED, WEIGHT_GATHERED, Entry, TensorParallelPlan, check_user_plan
-from .planner import Planner, settle
+from .planning.cost import cost
+from .planning.paths import Paths, device_of, sharding_of, signature
+from .planning.planner import Planner, settle
 from .private import broadcasts_state
 from .processgroup import ProcessGroupManager
-from .program import Program
-from .sharding import Action, pieces
+from .running.context import Context
+from .running.hooks import changed_modules, hooks_on, parameter_owners, unhook
+from .running.program import Program
 from .together import together
-from .trace import trace
+from .tracing import inputs
+from .tracing.composites import adapt
+from .tracing.ghost import StrayParameter
+from .tracing.trace import trace
 
 
 def plan_tensor_parallel(model, tp_size, *, example_inputs=None, plan=None, loss_parallel=False, contiguous=False):

@@ -1,4 +1,4 @@
-"""Small helpers: walking nested arguments, and placing a traced operator in the user's source."""
+"""Small helpers: walking nested arguments, telling the model's own calls from others, and placing them in the user's source."""
 
 import dataclasses
 import functools
@@ -101,6 +101,23 @@ def replace(obj, changes):
 def is_float(x):
     """Whether a tensor's (or Value's) elements are real or complex numbers, which gradients are taken of."""
     return x.dtype.is_floating_point or x.dtype.is_complex
+
+
+class quiet:
+    """Around what is not the model's own computation: its calls are not counted. One object a use, which torch.compile can trace."""
+
+    def __enter__(self):
+        silence.depth += 1
+
+    def __exit__(self, *_):
+        silence.depth -= 1
+
+
+class _Silence:
+    depth = 0
+
+
+silence = _Silence()
 
 
 def source_line():

@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from quintnet_dt.axes import Axes
-from quintnet_dt.factors import Factor, leaves, take, unify
-from quintnet_dt.layout import lay_out
-from quintnet_dt.sharding import Axis, Sharding
-from quintnet_dt.trace import trace
+from quintnet_dt.axes.axes import Axes
+from quintnet_dt.axes.factors import Factor, leaves, take, unify
+from quintnet_dt.axes.sharding import Axis, Sharding
+from quintnet_dt.planning.layout import lay_out
+from quintnet_dt.tracing.trace import trace
 
 
 def axes_of(model, *inputs, **kwargs):

@@ -9,7 +9,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from quintnet_dt.chunks import chunks
+from quintnet_dt.state.chunks import chunks
 
 
 def assembled(tensor):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from quintnet_dt import plan_tensor_parallel
-from quintnet_dt.inputs import check, made_up
+from quintnet_dt.tracing.inputs import check, made_up
 
 CPU = torch.device("cpu")
 

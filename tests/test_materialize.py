@@ -6,7 +6,7 @@ import resource
 import pytest
 import torch
 from ranks import run_ranks
-from test_safetensors import call, gpt2, llama, on_meta, same, split, tied_llama, whole
+from test_safetensors import call, gpt2, llama, on_meta, same, split, tied_llama
 from torch import nn
 
 from quintnet_dt import apply_tensor_parallel, export_safetensors, load_safetensors, materialize

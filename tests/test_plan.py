@@ -8,7 +8,8 @@ from test_axes import IDS, Attention, Block, Decoder
 from torch import nn
 from torch.distributed.tensor import Partial, Replicate, Shard
 
-from quintnet_dt import TensorParallelPlan, plan_tensor_parallel, planner
+from quintnet_dt import TensorParallelPlan, plan_tensor_parallel
+from quintnet_dt.planning import planner
 
 
 def decoder(layers=3, **kw):

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "quintnet_dt"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # The one file that may read private names of torch, and those that it may read.
-PRIVATE_FILE = "private.py"
+PRIVATE_FILE = "quintnet_dt.private"
 PRIVATE = {
     # every shape of a forward with no memory and no arithmetic: no public way
     "torch._subclasses.fake_tensor.FakeTensor",
@@ -158,7 +158,7 @@ def code_lines(code: str) -> int:
 
 
 def test_files_are_short():
-    texts = {f.name: f.read_text() for f in FILES}
+    texts = {module_name(f): f.read_text() for f in FILES}
     assert texts, "no package"
     assert not {name: n for name, t in texts.items() if (n := len(t.splitlines())) >= 400}
     assert sum(map(code_lines, texts.values())) < 5000
@@ -198,7 +198,7 @@ def test_imports_run_one_way():
 
 def test_no_public_name_is_a_files():
     """Once such a file is imported, `from quintnet_dt import name` would give the module."""
-    assert not set(quintnet_dt.__all__) & {f.stem for f in FILES}
+    assert not set(quintnet_dt.__all__) & {name for f in FILES for name in f.relative_to(ROOT).with_suffix("").parts}
 
 
 def dotted(node: ast.AST) -> str | None:
@@ -224,7 +224,7 @@ def private_torch_names(code: str, file: Path) -> set[str]:
 
 
 def test_private_torch_names_are_few_and_in_one_file():
-    found = {f.name: private_torch_names(f.read_text(), f) for f in FILES}
+    found = {module_name(f): private_torch_names(f.read_text(), f) for f in FILES}
     assert found.pop(PRIVATE_FILE) == PRIVATE
     assert {name: names for name, names in found.items() if names} == {}
 

@@ -13,12 +13,12 @@ from ranks import run_ranks
 from torch import nn
 
 from quintnet_dt import plan_tensor_parallel
-from quintnet_dt.axes import Axes
-from quintnet_dt.cost import cost, hoist
-from quintnet_dt.layout import lay_out
-from quintnet_dt.planner import Planner
-from quintnet_dt.sharding import Sharding
-from quintnet_dt.trace import trace
+from quintnet_dt.axes.axes import Axes
+from quintnet_dt.axes.sharding import Sharding
+from quintnet_dt.planning.cost import cost, hoist
+from quintnet_dt.planning.layout import lay_out
+from quintnet_dt.planning.planner import Planner
+from quintnet_dt.tracing.trace import trace
 
 D = 24
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from quintnet_dt import plan_tensor_parallel, register_axis_rule
-from quintnet_dt.rules import RULES
+from quintnet_dt.axes.rules import RULES
 
 
 @pytest.fixture(autouse=True)

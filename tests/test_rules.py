@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from quintnet_dt import rules
-from quintnet_dt.axes import Axes
+from quintnet_dt.axes import rules
+from quintnet_dt.axes.axes import Axes
+from quintnet_dt.axes.sharding import Axis
 from quintnet_dt.comm_ops import chunk_sizes
-from quintnet_dt.sharding import Axis
-from quintnet_dt.trace import record
+from quintnet_dt.tracing.trace import record
 from quintnet_dt.utils import replace, tensors
 
 N = 2

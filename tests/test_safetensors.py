@@ -16,8 +16,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from quintnet_dt import apply_tensor_parallel, export_safetensors, load_safetensors, safetensors
-from quintnet_dt.files import DTYPES
+from quintnet_dt import apply_tensor_parallel, export_safetensors, load_safetensors
+from quintnet_dt.state import safetensors
+from quintnet_dt.state.files import DTYPES
 
 SIZES = dict(vocab_size=97, num_hidden_layers=1, hidden_size=32, num_attention_heads=4)
 

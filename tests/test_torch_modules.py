@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from quintnet_dt import plan_tensor_parallel
-from quintnet_dt.composites import restated
+from quintnet_dt.tracing.composites import restated
 
 randn = torch.randn
 causal = nn.Transformer.generate_square_subsequent_mask

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from quintnet_dt import plan_tensor_parallel
-from quintnet_dt.trace import trace
+from quintnet_dt.tracing.trace import trace
 
 CPU = torch.device("cpu")
 

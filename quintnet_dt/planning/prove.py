@@ -7,17 +7,17 @@ is caught; a size written into the code (`view(b, s, 8, 64)`) is caught and repl
 
 import torch
 
+from ..axes.sharding import Axis, LayoutError, pieces
+from ..comm_ops import SimulatedGroup, chunk_sizes
+from ..private import FakeTensorMode, silent_fakes
+from ..running.calls import divide
+from ..running.context import Context
+from ..running.hooks import install
+from ..tracing.ghost import fake_inputs, ghost
+from ..tracing.trace import UNSEEN, Recorder, reads_values, record
+from ..utils import leaves, lookup, silence, tensors
 from .analysis import copes
-from .calls import divide
-from .comm_ops import SimulatedGroup, chunk_sizes
-from .context import Context, silence
-from .ghost import fake_inputs, ghost
-from .hooks import install
-from .private import FakeTensorMode, silent_fakes
-from .program import compile_programs
-from .sharding import Axis, LayoutError, pieces
-from .trace import UNSEEN, Recorder, reads_values, record
-from .utils import leaves, lookup, tensors
+from .compile import compile_programs
 
 # Calls whose integers are sizes: they may differ between the whole and the shard when what comes out is as expected.
 SIZES = set(

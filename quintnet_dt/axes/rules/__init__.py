@@ -5,7 +5,7 @@ import re
 import torch
 from torch.library import CustomOpDef
 
-from ..utils import OPERATORS
+from ...utils import OPERATORS
 from . import indexing, notation, products, views  # noqa: F401  each adds its rules to the table
 from .pointwise import pointwise
 from .table import RULES, unknown
@@ -32,7 +32,7 @@ def register_axis_rule(op, rule):
         rule: a line that names the dims of each tensor argument and, after `->`, of each result. A dim on both sides is one
             axis: the operator does the same at each place along it. One on the left alone is summed over, so that the sum
             over shards is the whole. `k!`: dim k is needed whole. `+k`, before an input's first dim: an addend, to be added
-            once when something is summed. `...`: any further dims. Or a function (node, axes), as in quintnet_dt/rules.
+            once when something is summed. `...`: any further dims. Or a function (node, axes), as in quintnet_dt/axes/rules.
 
     Raises: TypeError, ValueError where `op` is no operator or the rule does not fit it.
 

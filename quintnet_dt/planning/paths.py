@@ -6,15 +6,15 @@ from itertools import combinations
 
 import torch
 
-from .agreement import check_batch
-from .axes import Axes, own_axis
-from .context import AGAIN
-from .plan import EXCHANGED, LOCAL, WEIGHT_GATHERED, TensorParallelPlan
+from ..agreement import check_batch
+from ..axes.axes import Axes, own_axis
+from ..axes.sharding import Axis, LayoutError, Sharding
+from ..plan import EXCHANGED, LOCAL, WEIGHT_GATHERED, TensorParallelPlan
+from ..private import as_compiled
+from ..running.context import AGAIN
+from ..tracing.trace import trace
+from ..utils import leaves, opaque
 from .planner import Planner, divides, indices, settle, spans
-from .private import as_compiled
-from .sharding import Axis, LayoutError, Sharding
-from .trace import trace
-from .utils import leaves, opaque
 
 CHECKED = 2  # the first calls of a kind, in which a wrong sampler shows
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import distribute_tensor
 
-from .context import quiet
-from .private import safe_softmax
+from ..private import safe_softmax
+from ..utils import quiet
 
 INF = float("inf")
 LOOKUPS = nn.Embedding, nn.EmbeddingBag

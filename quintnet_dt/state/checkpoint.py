@@ -18,12 +18,12 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
-from .agreement import random_state, set_random_state
+from ..agreement import random_state, set_random_state
+from ..together import together
+from ..utils import tensors
 from .chunks import Chunk
 from .dcp import Item, LoadPlanner, Reader, SavePlanner
 from .folder import STATE, begin, checksum, complete, finish, manifest_of, saving, verify, write_file
-from .together import together
-from .utils import tensors
 
 
 def save_checkpoint(path, model, optimizer=None, *, extra=None, async_=False):

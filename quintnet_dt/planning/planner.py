@@ -5,13 +5,13 @@ from functools import cached_property
 from itertools import combinations, groupby
 from math import prod
 
-from .axes import own_axis
+from ..axes.axes import own_axis
+from ..axes.factors import flat, leaves
+from ..axes.sharding import Axis, LayoutError, Sharding
+from .compile import compile_programs
 from .cost import cost, hoist
-from .factors import flat, leaves
 from .layout import lay_out
-from .program import compile_programs
 from .prove import prove
-from .sharding import Axis, LayoutError, Sharding
 
 # Weights are split until those left whole hold no more than this share of all elements.
 NEGLIGIBLE = 0.02

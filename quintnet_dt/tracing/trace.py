@@ -16,12 +16,12 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
+from ..private import FakeTensor, FakeTensorMode, TorchDispatchMode, hidden_fakes, silent_fakes, unset_fake_temporarily
+from ..utils import call_name, callers, held, is_float, replace, shard_kept, source_line, tensors
 from .caches import forgotten
 from .composites import restated
 from .ghost import StrayParameter, fake_inputs, ghost, put_last, real_inputs, user_hooks
 from .graph import Call, Graph, ModuleCall, Node, Value
-from .private import FakeTensor, FakeTensorMode, TorchDispatchMode, hidden_fakes, silent_fakes, unset_fake_temporarily
-from .utils import call_name, callers, held, is_float, replace, shard_kept, source_line, tensors
 
 # What a forward may read of its values: on fake tensors these have no answer.
 READS_VALUES = (

@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from ..together import together
 from .chunks import chunks
 from .files import INDEX, NAMES, SINGLE, entries_of, header_of, move, pieces, runs, start_file
 from .meta import Places, materialize
-from .together import together
 
 _BUFFER = 1 << 20  # bytes of a tensor that are in memory beside it
 

@@ -12,14 +12,14 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
-from .agreement import share_random_state
+from ..agreement import share_random_state
+from ..fsdp import quieten
+from ..private import compiling, in_backward, not_compiled, top_not_compiled, within_compiled
+from ..tracing.ghost import hooks_of, put_last, user_hooks
+from ..utils import SHARDS, lookup, quiet, tensors
 from .calls import calls
-from .context import AGAIN, quiet
-from .fsdp import quieten
-from .ghost import hooks_of, put_last, user_hooks
-from .private import compiling, in_backward, not_compiled, top_not_compiled, within_compiled
+from .context import AGAIN
 from .program import NOTHING
-from .utils import SHARDS, lookup, tensors
 
 OUR_ID = -2  # of the hooks' handles: the same in every module, for torch.compile guards it; torch counts its own from 0
 

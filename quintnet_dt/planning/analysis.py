@@ -2,8 +2,8 @@
 
 import torch
 
-from .sharding import AVERAGED, PARTIAL
-from .utils import is_float
+from ..axes.sharding import AVERAGED, PARTIAL
+from ..utils import is_float
 
 LINEAR = set(
     "view _unsafe_view reshape t transpose permute unsqueeze squeeze clone alias detach expand add sub neg slice select".split()

@@ -6,10 +6,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
-from .agreement import random_state, set_random_state
+from ..agreement import random_state, set_random_state
+from ..together import together
+from ..utils import replace, tensors
 from .chunks import chunks
-from .together import together
-from .utils import replace, tensors
 
 
 def materialize(model, init=None, *, device=None):

@@ -5,13 +5,12 @@ import dataclasses
 import torch
 from torch.overrides import TorchFunctionMode
 
-from . import comm_ops
-from .composites import restated
-from .context import quiet, silence
+from .. import comm_ops
+from ..private import compiling, not_compiled, top_not_compiled, within_compiled
+from ..tracing.composites import restated
+from ..utils import call_name, lookup, quiet, replace, silence
 from .on_shard import on_shard
-from .private import compiling, not_compiled, top_not_compiled, within_compiled
 from .program import NOTHING
-from .utils import call_name, lookup, replace
 
 
 class _Calls(TorchFunctionMode):

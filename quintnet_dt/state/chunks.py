@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch.distributed.tensor import DTensor
 
-from .comm_ops import chunk_sizes
-from .private import _StridedShard
+from ..comm_ops import chunk_sizes
+from ..private import _StridedShard
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from . import comm_ops
+from .. import comm_ops
 
 
 def on_shard(context, action, func, args, kwargs):

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from ..fsdp import copyable, is_fsdp
+from ..private import FakeCopyMode
+from ..utils import held, leaves, opaque, replace, shard_kept, tensors
 from .caches import unshare
 from .composites import plain
-from .fsdp import copyable, is_fsdp
-from .private import FakeCopyMode
-from .utils import held, leaves, opaque, replace, shard_kept, tensors
 
 
 class StrayParameter(ValueError):
@@ -94,18 +94,18 @@ def _ghost(model, fake_mode, local_shape, device, memo, dtypes):
     return copied
 
 
+_OURS = __package__.partition(".")[0] + "."
+
+
 def is_ours(hook):
     """Whether a module's hook is this library's, or FSDP2's."""
-    return getattr(hook, "__module__", None) in [
-        f"{__package__}.{m}" for m in ("hooks", "composites", "fsdp")
-    ] or is_fsdp(hook)
+    return str(getattr(hook, "__module__", "")).startswith(_OURS) or is_fsdp(hook)
 
 
 def user_hooks(module):
     """A module's hooks that are neither torch's nor this library's, by the ids of their handles."""
     found = [item for hooks in hooks_of(module) for item in hooks.items()]
-    known = "torch.", f"{__package__}."
-    return {k: h for k, h in found if not str(getattr(h, "__module__", "")).startswith(known)}
+    return {k: h for k, h in found if not str(getattr(h, "__module__", "")).startswith(("torch.", _OURS))}
 
 
 def hooks_of(module):

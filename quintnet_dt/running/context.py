@@ -6,28 +6,11 @@ from functools import partial
 import torch
 from torch.distributed.tensor import DTensor, Shard
 
-from . import comm_ops
-from .private import at_end_of_backward, compiling
-from .utils import lookup, replace
+from .. import comm_ops
+from ..private import at_end_of_backward, compiling
+from ..utils import lookup, quiet, replace
 
 AGAIN = "the model was changed since (adapters added or merged?); call apply_tensor_parallel on it again, which keeps what is split"
-
-
-class quiet:
-    """Around what is not the model's own computation: its calls are not counted. One object a use, which torch.compile can trace."""
-
-    def __enter__(self):
-        silence.depth += 1
-
-    def __exit__(self, *_):
-        silence.depth -= 1
-
-
-class _Silence:
-    depth = 0
-
-
-silence = _Silence()
 
 
 class Context:

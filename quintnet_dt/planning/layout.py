@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from itertools import combinations
 from math import prod
 
+from ..axes.sharding import AVERAGED, PARTIAL, Action, Axis, LayoutError, pieces
+from ..utils import is_float
 from .analysis import FIRST, Analysis, linear, op_name
-from .sharding import AVERAGED, PARTIAL, Action, Axis, LayoutError, pieces
-from .utils import is_float
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """What a layout sends, and how to send less: bytes by action, and reductions moved to where there are fewer."""
 
-from .sharding import Action
+from ..axes.sharding import Action
 
 
 def cost(graph, layout, n):

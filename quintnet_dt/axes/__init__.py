@@ -1,0 +1,1 @@
+"""Which dims of a Graph's tensors are one axis: axes.py applies a rule an operator (rules/) to factors of dims (factors.py)."""

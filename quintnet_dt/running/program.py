@@ -1,0 +1,40 @@
+"""What the hooks of one module do: to its parameters, inputs and outputs, and to single calls within it. Pure data."""
+
+from dataclasses import dataclass, field
+
+from ..axes.sharding import Action
+
+
+@dataclass
+class CallProgram:
+    """What is done around the call of a given number: actions on arguments and outputs, sizes replaced, what is run instead."""
+
+    inputs: dict = field(default_factory=dict)
+    outputs: dict = field(default_factory=dict)
+    fixed: set = field(default_factory=set)  # paths of those inputs that no later call writes to
+    sizes: list = field(default_factory=list)  # paths of sizes to divide by the number of ranks
+    kept: dict = field(default_factory=dict)  # buffers that the call updates: split for it, gathered after it
+    instead: Action | None = None  # what on_shard.py runs in its place
+
+
+@dataclass
+class Program:
+    """One module's program. Paths lead into (args, kwargs) for inputs and into the output for outputs."""
+
+    params: dict = field(default_factory=dict)  # parameter name -> actions on its local tensor
+    inputs: dict = field(default_factory=dict)
+    outputs: dict = field(default_factory=dict)
+    calls: dict = field(default_factory=dict)
+    names: list | None = None  # of all its calls, where they are watched
+    aside: bool = field(default=False, compare=False)  # its calls are numbered by its callers
+    fixed: set = field(default_factory=set, compare=False)  # paths of those inputs that no later call writes to
+    random: bool = field(default=False, compare=False)  # of what the user calls: whether it draws random numbers
+    modules: int = field(default=0, compare=False)  # and how many modules run in it
+    inside: bool = field(
+        default=False, compare=False
+    )  # whether hooks would see shards or partial results at its border
+    # Path of an object in (args, kwargs, output) -> {place: Action} of the shards that it keeps.
+    shards: dict = field(default_factory=dict)
+
+
+NOTHING = Program(aside=True)  # that of a module that no traced forward reached: its calls are its callers'
