@@ -3,8 +3,9 @@
     python benchmarks/load_memory.py            # 400 MB of float32 weights over 4 ranks
     python benchmarks/load_memory.py --mb 2000 --ranks 2
 
-A transformer is written by one rank group (each its own shards) and loaded by another, from the meta device; then one is started there by `materialize`. Every rank
-is a process of its own, as is every measurement: the peak is that of the process (ru_maxrss) during the call, less its memory just before. Linux only.
+A transformer is written by one rank group (each its own shards) and loaded by another, from the meta device; then one
+is started there by `materialize`. Every rank is a process of its own, as is every measurement: the peak is that of the
+process (ru_maxrss) during the call, less its memory just before. Linux only.
 """
 
 import argparse

@@ -2,7 +2,8 @@
 
 import importlib
 
-# Where each public name lives; loaded when first asked for, since torch.distributed.tensor alone takes most of a second to import.
+# Where each public name lives; loaded when first asked for, since torch.distributed.tensor alone takes most of a second
+# to import.
 _PUBLIC = {
     "ColumnParallelLinear": "layers",
     "ProcessGroupManager": "processgroup",

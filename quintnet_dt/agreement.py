@@ -14,8 +14,8 @@ from .utils import leaves
 def check_batch(batch, mesh):
     """Raise ValueError, on every rank, unless all ranks of a tp mesh were given the same batch; called on every rank.
 
-    A sharded model does so by itself in its first calls of each kind; call this where a batch may come to differ later, say after each epoch. Costs one small
-    exchange, and a checksum of the batch.
+    A sharded model does so by itself in its first calls of each kind; call this where a batch may come to differ later,
+    say after each epoch. Costs one small exchange, and a checksum of the batch.
 
     Args:
         batch: tensors, numbers and strings, in tuples, lists, dicts and dataclasses.
@@ -33,8 +33,9 @@ def check_batch(batch, mesh):
             if (a, x) != (b, y):
                 where, values = "".join(f"[{key!r}]" for key in path), "" if a != b else ", with other values"
                 raise ValueError(
-                    f"the ranks of a tp group were given different batches: (args, kwargs){where} is {a} on rank 0 and {b}{values} on rank {rank}: give all of them "
-                    "the same (a DistributedSampler's rank is that of the dp group, ProcessGroupManager.dp_rank)"
+                    f"the ranks of a tp group were given different batches: (args, kwargs){where} is {a} on rank 0 and "
+                    f"{b}{values} on rank {rank}: give all of them the same (a DistributedSampler's rank is that of "
+                    "the dp group, ProcessGroupManager.dp_rank)"
                 )
 
 
@@ -72,8 +73,8 @@ def set_random_state(states):
 
 
 def share_random_state(mesh):
-    """Every rank of a tp group goes on with the random state of its first, so that what is drawn outside a shard is the same on all of them, however they
-    were seeded, and what is drawn for a shard is a part of the whole's."""
+    """Every rank of a tp group goes on with the random state of its first, so that what is drawn outside a shard is the
+    same on all of them, however they were seeded, and what is drawn for a shard is a part of the whole's."""
     states = random_state(mesh.device_type == "cuda")
     packed, group = torch.cat(states), mesh.get_group()
     if _alike(_checksum(packed), mesh):

@@ -123,10 +123,11 @@ def reduce_scatter(x: Tensor, dim: int, group: Group, sizes: Sizes = None) -> Te
 
 
 def exchange(x: Tensor, dim: int, group: Group, positions: Tensor) -> Tensor:
-    """``y_r = X[positions[r]]`` along ``dim``, of the whole ``X`` whose part r, by `chunk_sizes`, is ``x_r``; ``dx`` goes back the same way.
+    """``y_r = X[positions[r]]`` along ``dim``, of the whole ``X`` whose part r, by `chunk_sizes`, is ``x_r``; ``dx``
+    goes back the same way.
 
-    ``positions`` is (ranks, length): every index of ``X`` once, increasing for each rank. An all-to-all, for weights whose rows are stored in
-    another order than they are used in. Returns (..., length, ...).
+    ``positions`` is (ranks, length): every index of ``X`` once, increasing for each rank. An all-to-all, for weights
+    whose rows are stored in another order than they are used in. Returns (..., length, ...).
     """
     return x if group_size(group) == 1 else Exchange.apply(x, dim, group, positions)
 

@@ -33,8 +33,8 @@ def quieten(model):
 
 @contextlib.contextmanager
 def copyable(model, memo):
-    """For a while, modules that FSDP2 manages have the class that they had before, which can be copied; its state is not copied with them.
-    Yields the dtype that each of their parameters computes in, by the parameter's id."""
+    """For a while, modules that FSDP2 manages have the class that they had before, which can be copied; its state is
+    not copied with them. Yields the dtype that each of their parameters computes in, by the parameter's id."""
     managed = [m for m in model.modules() if isinstance(m, FSDPModule)]
     dtypes = {}
     for m in managed:  # the outermost first, so that an inner one's parameters are its own

@@ -1,4 +1,5 @@
-"""TensorParallelPlan: what is sharded, how it runs, why, and what it costs. Pure data: a table, JSON, and a check against a model."""
+"""TensorParallelPlan: what is sharded, how it runs, why, and what it costs. Pure data: a table, JSON, and a check
+against a model."""
 
 import json
 import re
@@ -24,7 +25,8 @@ HOW = {
 
 @dataclass
 class Entry:
-    """One parameter: the `dim` it is split on (None: replicated), in each of its `pieces` equal parts; `how` it runs (see HOW)."""
+    """One parameter: the `dim` it is split on (None: replicated), in each of its `pieces` equal parts; `how` it runs
+    (see HOW)."""
 
     name: str
     shape: tuple
@@ -58,9 +60,9 @@ class Entry:
 
 @dataclass
 class TensorParallelPlan:
-    """How a model is split over `tp_size` ranks. `entries` holds an Entry a parameter, by name; `bytes_per_step` is what a rank sends
-    in one forward and backward of the traced inputs (ring collectives). `plan[name] = Shard(0)` or `Replicate()` edits it: what a
-    user sets, wins."""
+    """How a model is split over `tp_size` ranks. `entries` holds an Entry a parameter, by name; `bytes_per_step` is
+    what a rank sends in one forward and backward of the traced inputs (ring collectives). `plan[name] = Shard(0)` or
+    `Replicate()` edits it: what a user sets, wins."""
 
     tp_size: int
     entries: dict = field(default_factory=dict)

@@ -31,7 +31,8 @@ safe_softmax = torch.ops.aten._safe_softmax
 def hidden_fakes():
     """Model code that asks whether a tensor is a FakeTensor is told no, and `x.tolist()` is one call, as of any tensor.
 
-    transformers builds other attention masks when it believes that it is exported; the path to record is the one of a plain call.
+    transformers builds other attention masks when it believes that it is exported; the path to record is the one of a
+    plain call.
     """
     namespace, tolist = torch._subclasses, FakeTensor.tolist
     namespace.FakeTensor = type("FakeTensor", (), {})
@@ -54,7 +55,7 @@ def silent_fakes():
 
 
 def compute_dtype(state):
-    """The dtype that FSDP2 computes in, of a module's FSDP state; None for that of the parameters. It shows its policy nowhere else."""
+    """The dtype that FSDP2 computes in, of a module's FSDP state, which alone has it; None for the parameters'."""
     return state._mp_policy.param_dtype
 
 
@@ -64,7 +65,7 @@ def compiling(context):
 
 
 def top_not_compiled(function):
-    """torch.compile inlines calls of a function, but compiles none by itself, as it would the hooks of the module that it was given."""
+    """torch.compile inlines calls of a function, but compiles none by itself, as it would the hooks of its module."""
     frames = torch._C._dynamo.eval_frame
     frames.set_code_exec_strategy(
         function.__code__, frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.DEFAULT)
@@ -74,13 +75,14 @@ def top_not_compiled(function):
 
 @top_not_compiled
 def within_compiled():
-    """Whether this is Python code that runs as it is in a function given to torch.compile, and not a graph that it has compiled."""
+    """Whether this is Python code that runs as it is in a function given to torch.compile, and not its graph."""
     return torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
 
 
 @top_not_compiled
 def not_compiled(function, *args, **kwargs):
-    """Call a function as it is within one that was given to torch.compile. torch.compiler.disable makes a new function, and imports much."""
+    """Call a function as it is within one given to torch.compile. torch.compiler.disable makes another, and imports
+    much."""
     was = torch._C._dynamo.eval_frame.set_eval_frame(None)
     try:
         return function(*args, **kwargs)
@@ -89,7 +91,8 @@ def not_compiled(function, *args, **kwargs):
 
 
 def at_end_of_backward(function):
-    """Call a function when the backward that runs has ended; torch's own DDP and FSDP2 do it so, there is no public way."""
+    """Call a function when the backward that runs has ended, as torch's own DDP and FSDP2 do: there is no public
+    way."""
     torch.autograd.Variable._execution_engine.queue_callback(function)
 
 
@@ -117,7 +120,8 @@ def constant(function):
 
 
 def broadcasts_state():
-    """Whether the caller is torch's set_model_state_dict(broadcast_from_rank0=True), which fills `_StridedShard` parameters wrongly and tells nobody."""
+    """Whether the caller is torch's set_model_state_dict(broadcast_from_rank0=True), which fills `_StridedShard`
+    parameters wrongly and tells nobody."""
     frame = sys._getframe(1)
     while frame is not None and frame.f_code.co_name != "_load_model_state_dict":
         frame = frame.f_back

@@ -31,11 +31,13 @@ from .tracing.trace import trace
 
 
 def plan_tensor_parallel(model, tp_size, *, example_inputs=None, plan=None, loss_parallel=False, contiguous=False):
-    """The plan that `apply_tensor_parallel` would apply, in one process, without a process group, a GPU, or a change to the model.
+    """The plan that `apply_tensor_parallel` would apply, in one process, without a process group, a GPU, or a change to
+    the model.
 
     Args:
         tp_size: number of ranks to split over, at least 1.
-        model, example_inputs, plan, loss_parallel, contiguous: as for `apply_tensor_parallel`, which sets `contiguous` by itself.
+        model, example_inputs, plan, loss_parallel, contiguous: as for `apply_tensor_parallel`, which sets `contiguous`
+            by itself.
 
     Returns: TensorParallelPlan.
     Raises: TypeError, ValueError for inputs or plans that do not fit; every wrong plan entry is listed at once.
@@ -58,25 +60,30 @@ def apply_tensor_parallel(
 ):
     """Split a model's weights over the ranks of a process group, in place.
 
-    The model stays itself: same object, classes, parameter names and outputs. Every parameter becomes a DTensor on the 1-D tp mesh;
-    its plan is `model.tensor_parallel_plan`, the mesh `model.tensor_parallel_mesh`.
+    The model stays itself: same object, classes, parameter names and outputs. Every parameter becomes a DTensor on the
+    1-D tp mesh; its plan is `model.tensor_parallel_plan`, the mesh `model.tensor_parallel_mesh`.
 
-    A model that was split before, and whose modules have changed since (adapters were added or merged), is split anew: its DTensors stay as they are,
-    new parameters are split along the axes of theirs, or replicated.
+    A model that was split before, and whose modules have changed since (adapters were added or merged), is split anew:
+    its DTensors stay as they are, new parameters are split along the axes of theirs, or replicated.
 
     Args:
         model: any nn.Module, live or on the meta device.
-        tp_size: number of ranks to split over; with no mesh, the world is laid out as by `ProcessGroupManager(tp_size)`.
+        tp_size: number of ranks to split over; with no mesh, the world is laid out as by
+            `ProcessGroupManager(tp_size)`.
         mesh: a 1-D DeviceMesh or a ProcessGroupManager, instead of tp_size.
-        example_inputs: a tuple (positional) or dict (keyword) for the model's forward; made up from the first layer if left out.
-        plan: placements that win over the planner's: {parameter name: Shard(dim) or Replicate()}, or a TensorParallelPlan.
-        loss_parallel: outputs that are sharded on their last dim (the vocabulary of logits) are returned as DTensors with Shard(-1), and not gathered:
-            use them within torch.distributed.tensor.parallel.loss_parallel(). A cross entropy inside the model runs on shards in any case.
-        contiguous: whether each rank's part of a fused weight ([q | k | v]) is one block of it, a plain Shard, of which the ranks exchange rows before
-            its use; else it is a part of each piece, a _StridedShard, which sends nothing, but which FSDP2 and torch's own checkpoint functions do not
-            handle. By default it is where the world is larger than the tp group, as it then will be split again.
-        src_data_rank: the rank of each tp group whose weights are used; None if every rank holds the same: then each takes its
-            slices with no communication.
+        example_inputs: a tuple (positional) or dict (keyword) for the model's forward; made up from the first layer if
+            left out.
+        plan: placements that win over the planner's: {parameter name: Shard(dim) or Replicate()}, or a
+            TensorParallelPlan.
+        loss_parallel: outputs that are sharded on their last dim (the vocabulary of logits) are returned as DTensors
+            with Shard(-1), and not gathered: use them within torch.distributed.tensor.parallel.loss_parallel(). A cross
+            entropy inside the model runs on shards in any case.
+        contiguous: whether each rank's part of a fused weight ([q | k | v]) is one block of it, a plain Shard, of which
+            the ranks exchange rows before its use; else it is a part of each piece, a _StridedShard, which sends
+            nothing, but which FSDP2 and torch's own checkpoint functions do not handle. By default it is where the
+            world is larger than the tp group, as it then will be split again.
+        src_data_rank: the rank of each tp group whose weights are used; None if every rank holds the same: then each
+            takes its slices with no communication.
 
     Returns: the model.
     Raises: TypeError, ValueError, RuntimeError, on every rank, also when only one rank's model or plan is at fault.
@@ -103,11 +110,14 @@ def _make_plan(model, n, example_inputs, user, loss_parallel, contiguous, kept={
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, found {type(model).__name__}")
     if strange := [name for name, p in model.named_parameters() if isinstance(p, DTensor) and name not in kept]:
-        found = f"{', '.join(strange[:5])}: expected a model that is whole, or that this function split, found DTensors already"
-        raise ValueError(f"{found}: apply tensor parallelism before fully_shard")
+        raise ValueError(
+            f"{', '.join(strange[:5])}: expected a model that is whole, or that this function split, found DTensors "
+            "already: apply tensor parallelism before fully_shard"
+        )
     if kept and user is not None:
         raise ValueError(
-            f"plan: expected none for a model that was split before, found a {type(user).__name__}: its parameters stay as they are"
+            f"plan: expected none for a model that was split before, found a {type(user).__name__}: its parameters "
+            "stay as they are"
         )
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     whole_plan = isinstance(user, TensorParallelPlan)
@@ -135,8 +145,8 @@ def _make_plan(model, n, example_inputs, user, loss_parallel, contiguous, kept={
             failed = failed or e
     else:
         note = (
-            "planned without a forward: no inputs were given and none that were made up fit "
-            f"({type(failed).__name__}: {str(failed)[:200]}); give example_inputs for a better plan"
+            f"planned without a forward: no inputs were given and none that were made up fit ({type(failed).__name__}: "
+            f"{str(failed)[:200]}); give example_inputs for a better plan"
         )
         warnings.warn(f"{type(model).__name__}: {note}", stacklevel=3)
         return _blind_plan(model, n, fixed, note, kept), {}
@@ -251,8 +261,9 @@ def _refuse_broadcast(model, *_):
     fused = [name for name, e in plan.entries.items() if e.pieces > 1] if plan and broadcasts_state() else []
     if fused:
         raise RuntimeError(
-            f"set_model_state_dict(broadcast_from_rank0=True) has filled {', '.join(fused[:5])} wrongly: torch cannot place fused pieces; use load_checkpoint or "
-            "load_safetensors, leave broadcast_from_rank0 out, or give apply_tensor_parallel contiguous=True"
+            f"set_model_state_dict(broadcast_from_rank0=True) has filled {', '.join(fused[:5])} wrongly: torch cannot "
+            "place fused pieces; use load_checkpoint or load_safetensors, leave broadcast_from_rank0 out, or give "
+            "apply_tensor_parallel contiguous=True"
         )
 
 

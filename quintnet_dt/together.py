@@ -7,11 +7,12 @@ import torch.distributed as dist
 
 @contextlib.contextmanager
 def together(group=None):
-    """Around a step that every rank of a group takes (the whole world by default; with no process group, this process alone).
+    """Around a step that every rank of a group takes (the whole world by default; with no process group, this process
+    alone).
 
-    An exception within it is told to all ranks at its end: the ranks that failed raise their own, the others a RuntimeError that names the ranks
-    and their errors. Where the step communicates after a point at which a rank may fail, the others would wait for it: ask first, by one of these
-    within the other, whether all ranks came so far.
+    An exception within it is told to all ranks at its end: the ranks that failed raise their own, the others a
+    RuntimeError that names the ranks and their errors. Where the step communicates after a point at which a rank may
+    fail, the others would wait for it: ask first, by one of these within the other, whether all ranks came so far.
 
         with together():
             header = read(file)

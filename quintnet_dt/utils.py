@@ -1,4 +1,4 @@
-"""Small helpers: walking nested arguments, telling the model's own calls from others, and placing them in the user's source."""
+"""Small helpers: walking nested arguments, telling the model's own calls from others, and where they are."""
 
 import dataclasses
 import functools
@@ -41,7 +41,7 @@ def opaque(x):
 
 
 def held(obj, depth=0):
-    """Yield `(path, object, place, tensor)` for every tensor within opaque objects: the path of the innermost one, its place there."""
+    """Yield `(path, object, place, tensor)` for every tensor within opaque objects: of the innermost one, and there."""
     for path, x in leaves(obj):
         if opaque(x) and depth < 5:
             yield from ((path, x, place, t) for place, t in tensors(vars(x)))
@@ -49,7 +49,7 @@ def held(obj, depth=0):
 
 
 def shard_kept(holder, place):
-    """How the tensor that an object keeps at a place is this rank's shard of one (an Action), None where it is whole."""
+    """The Action that would complete the tensor that an object keeps at a place, None where it is whole."""
     return vars(holder).get(SHARDS, {}).get(place)
 
 
@@ -104,7 +104,8 @@ def is_float(x):
 
 
 class quiet:
-    """Around what is not the model's own computation: its calls are not counted. One object a use, which torch.compile can trace."""
+    """Around what is not the model's own computation: its calls are not counted. One object a use, which torch.compile
+    can trace."""
 
     def __enter__(self):
         silence.depth += 1
@@ -136,8 +137,8 @@ _APPLY = torch.autograd.Function.apply.__code__
 
 
 def callers():
-    """Of the code that runs: whether it is in the forward of an autograd.Function that is not torch's own, which has a backward of its own; and
-    how many frames of torch.utils.checkpoint it is in, which run it again."""
+    """Of the code that runs: whether it is in the forward of an autograd.Function that is not torch's own, which has a
+    backward of its own; and how many frames of torch.utils.checkpoint it is in, which run it again."""
     frame, custom, checkpoints = sys._getframe(1), False, 0
     while (caller := frame.f_back) is not None:
         custom |= caller.f_code is _APPLY and not frame.f_code.co_filename.startswith(_TORCH)
@@ -163,7 +164,8 @@ def call_name(func):
 
 
 _QUERIES = set(
-    "size dim numel stride is_grad_enabled _set_grad_enabled is_inference is_floating_point ndimension nelement __len__ "
+    "size dim numel stride is_grad_enabled _set_grad_enabled is_inference is_floating_point ndimension nelement "
+    "__len__ "
     "is_contiguous is_complex get_device storage_offset is_tensor data_ptr element_size is_inference_mode_enabled "
     "is_autocast_enabled get_autocast_dtype promote_types requires_grad_".split()
 )

@@ -159,7 +159,8 @@ def check(
     """On n ranks, `build()` sharded equals `build()` whole, on the example inputs `given` and on each of `calls`.
 
     Args:
-        given: a function that returns a tuple (positional) or dict (keyword) of inputs, and is called with a fixed seed.
+        given: a function that returns a tuple (positional) or dict (keyword) of inputs, and is called with a fixed
+            seed.
         calls: functions like `given`.
         share: a bound on the share of the elements that any rank holds.
         example: False lets the library make inputs up.

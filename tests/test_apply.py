@@ -599,7 +599,8 @@ class Cache:
 
 
 def test_cache_that_the_forward_fills():
-    """Showing a new call right must not touch the caller's cache. Filled, it holds shards, which the next call goes on with."""
+    """Showing a new call right must not touch the caller's cache. Filled, it holds shards, which the next call goes on
+    with."""
 
     class Net(nn.Module):
         def __init__(self):

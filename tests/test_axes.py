@@ -119,7 +119,8 @@ def test_a_factor_that_meets_its_own_outer_part():
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions; `fused`: None, "blocks" ([q|k|v]), "heads" ([q k v] a head, as GPT-NeoX)."""
+    """Grouped-query attention with rotary positions; `fused`: None, "blocks" ([q|k|v]), "heads" ([q k v] a head, as
+    GPT-NeoX)."""
 
     def __init__(self, d=16, heads=4, kv=2, d_head=4, fused=None):
         super().__init__()

@@ -1,4 +1,5 @@
-"""Checkpoints: from every layout into every other, bit for bit; and what must not load, with everything kept as it was."""
+"""Checkpoints: from every layout into every other, bit for bit; and what must not load, with everything kept as it
+was."""
 
 import json
 import os
@@ -314,7 +315,8 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path):
 
 
 def test_killed_at_any_moment(tmp_path):
-    """Twenty times a rank is killed after so many Python calls, within saves too; the run that resumes ends as one that was left alone."""
+    """Twenty times a rank is killed after so many Python calls, within saves too; the run that resumes ends as one that
+    was left alone."""
     steps, rng = 6, random.Random(0)
 
     def run(rank, folder, kill=None, async_=False):

@@ -1,4 +1,5 @@
-"""torch.compile of a sharded model: block by block and whole, with no graph break, shared by blocks that are alike; right at any length."""
+"""torch.compile of a sharded model: block by block and whole, with no graph break, shared by blocks that are alike;
+right at any length."""
 
 import pytest
 import torch
@@ -80,7 +81,8 @@ def compare(compiled, sharded, whole, inputs, tol=1e-9):
 
 @pytest.mark.parametrize("build, labels", [(llama, True), (gpt2, False)])
 def test_blocks_share_one_graph_each(build, labels):
-    """Compiled one by one, as torchtitan does: the number of graphs does not grow with the layers nor with the lengths."""
+    """Compiled one by one, as torchtitan does: the number of graphs does not grow with the layers nor with the
+    lengths."""
 
     def ranks(rank):
         sharded, whole = pair(build, labels=labels)

@@ -1,4 +1,5 @@
-"""Convolutional networks: what is built of them in image and audio models gives, sharded, the whole model's numbers, and its channels stay sharded."""
+"""Convolutional networks: what is built of them in image and audio models gives, sharded, the whole model's numbers,
+and its channels stay sharded."""
 
 import contextlib
 import copy
@@ -68,7 +69,8 @@ def inverted(c=12, h=48, linear=False, act=nn.Hardswish):
 
 
 class Channels(nn.Module):
-    """ECA: a convolution over the channels of the pooled image; LocalResponseNorm; a blur of each channel; max pooling."""
+    """ECA: a convolution over the channels of the pooled image; LocalResponseNorm; a blur of each channel; max
+    pooling."""
 
     def __init__(self):
         super().__init__()
@@ -140,7 +142,8 @@ class GroupNorms(nn.Module):
 
 
 class Instances(nn.Module):
-    """InstanceNorm, with statistics of its own or running ones; BatchNorm without running statistics, or without weights."""
+    """InstanceNorm, with statistics of its own or running ones; BatchNorm without running statistics, or without
+    weights."""
 
     def __init__(self):
         super().__init__()
@@ -177,7 +180,8 @@ class Wave(nn.Module):
 
 
 class Shuffled(nn.Module):
-    """ShuffleNet: grouped convolutions whose groups' channels are mixed in between, and halves of channels that rest."""
+    """ShuffleNet: grouped convolutions whose groups' channels are mixed in between, and halves of channels that
+    rest."""
 
     def __init__(self, groups=6):
         super().__init__()

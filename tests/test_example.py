@@ -1,4 +1,5 @@
-"""The examples, short: the losses of the split model and of the whole one agree, and a run that goes on in another layout ends where it would have."""
+"""The examples, short: the losses of the split model and of the whole one agree, and a run that goes on in another
+layout ends where it would have."""
 
 import runpy
 import subprocess

@@ -1,4 +1,5 @@
-"""Training as it is done, on tp and on dp x tp meshes (FSDP2): twenty steps of AdamW with clipping end where the whole model does."""
+"""Training as it is done, on tp and on dp x tp meshes (FSDP2): twenty steps of AdamW with clipping end where the whole
+model does."""
 
 import copy
 
@@ -139,7 +140,8 @@ def full(model):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_what_a_training_loop_does(name):
-    """Accumulation without reductions, activation checkpointing, paths that were not traced, torch's own state dicts; fused weights among them."""
+    """Accumulation without reductions, activation checkpointing, paths that were not traced, torch's own state dicts;
+    fused weights among them."""
 
     def ranks(rank):
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))

@@ -1,4 +1,5 @@
-"""Training a sharded model: checkpointing, accumulation, clipping and optimizers give what they give for the whole one."""
+"""Training a sharded model: checkpointing, accumulation, clipping and optimizers give what they give for the whole
+one."""
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ def test_adamw_and_clipping(n, options):
         torch.manual_seed(4)
         x = torch.randint(0, 64, (4, 2, 6))
         sharded, whole = pair(lambda: GPT(**options), n, example_inputs=(x[0],))
-        # Parameters whose gradient is noise around zero (a key's bias) would move by the learning rate in any direction.
+        # Parameters whose gradient is noise around zero (a key's bias) would move by the learning rate in any
+        # direction.
         optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2, weight_decay=0.1, eps=1e-4) for m in (sharded, whole)]
         for ids in x:
             norms = []

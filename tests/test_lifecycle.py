@@ -1,4 +1,5 @@
-"""What a user does to a model before and after it is split: hooks, copies, dtypes, other weights, errors; and what is refused."""
+"""What a user does to a model before and after it is split: hooks, copies, dtypes, other weights, errors; and what is
+refused."""
 
 import copy
 import gc
@@ -251,7 +252,8 @@ def test_after_errors_the_next_call_works():
 
 @pytest.mark.parametrize("first", [True, False])
 def test_a_switch_that_changes_the_path(first):
-    """An attribute, which the signature of a call does not show: the forward goes on with other programs in the middle."""
+    """An attribute, which the signature of a call does not show: the forward goes on with other programs in the
+    middle."""
 
     class Layer(nn.Module):
         on = True
@@ -408,7 +410,8 @@ class Scaled(Attention):
 
 @pytest.mark.parametrize("blind", [True, False])
 def test_a_model_that_is_split_again(blind):
-    """Placements stay, fused pieces among them, also where no inputs are known that fit; what was asked for besides holds, or is refused."""
+    """Placements stay, fused pieces among them, also where no inputs are known that fit; what was asked for besides
+    holds, or is refused."""
 
     def ranks(rank):
         inputs = (*given(), {"by": torch.tensor(2.0, dtype=torch.float64)})

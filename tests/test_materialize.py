@@ -36,7 +36,8 @@ class Started(nn.Module):
 
 
 def wild(module):
-    """An init that knows all of Started: in place, through .data, through views, by putting other tensors there, with values of other modules."""
+    """An init that knows all of Started: in place, through .data, through views, by putting other tensors there, with
+    values of other modules."""
     if isinstance(module, nn.MultiheadAttention):
         module._reset_parameters()  # writes to its child's bias
     elif isinstance(module, Started):

@@ -15,7 +15,8 @@ from quintnet_dt import apply_tensor_parallel
 
 
 class Model(nn.Module):
-    """Fused projections, a replicated norm within a sharded region, a tied head, a vocabulary that 2 does not divide."""
+    """Fused projections, a replicated norm within a sharded region, a tied head, a vocabulary that 2 does not
+    divide."""
 
     def __init__(self):
         super().__init__()

@@ -231,7 +231,8 @@ def test_thirty_gigabytes_on_the_meta_device():
 
 
 def test_axes_that_cannot_be_shown_are_given_up_together(monkeypatch):
-    """Each block's hidden axis fails in the proof, by a scalar or by a shape: one run finds them all, another shows the rest."""
+    """Each block's hidden axis fails in the proof, by a scalar or by a shape: one run finds them all, another shows the
+    rest."""
 
     class Scaled(nn.Module):
         def __init__(self, fails):
@@ -257,7 +258,8 @@ def test_axes_that_cannot_be_shown_are_given_up_together(monkeypatch):
 
 
 def test_experts_whose_shards_are_aligned_in_their_own_dtype():
-    """A product in groups wants strides of 16 bytes: 4 floats a rank have them, though 4 of bfloat16, which alone fakes know, have not."""
+    """A product in groups wants strides of 16 bytes: 4 floats a rank have them, though 4 of bfloat16, which alone fakes
+    know, have not."""
 
     class Experts(nn.Module):
         def __init__(self):

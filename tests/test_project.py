@@ -33,7 +33,8 @@ PRIVATE = {
     "torch._subclasses.fake_tensor.FakeTensor.tolist",
     # softmax of rows that are all masked: zeros, as attention has it
     "torch.ops.aten._safe_softmax",
-    # what torch.compile does with Python code that it is not to compile by itself, and whether it is about to: for the hooks of the module that it was given
+    # what torch.compile does with Python code that it is not to compile by itself, and whether it is about to: for the
+    # hooks of the module that it was given
     "torch._C._dynamo",
     "torch._C._dynamo.eval_frame",
     "torch._C._dynamo.eval_frame.get_eval_frame_callback",
@@ -161,6 +162,7 @@ def test_files_are_short():
     texts = {module_name(f): f.read_text() for f in FILES}
     assert texts, "no package"
     assert not {name: n for name, t in texts.items() if (n := len(t.splitlines())) >= 400}
+    assert not {name for name, t in texts.items() if any(len(line) > 120 for line in t.splitlines())}
     assert sum(map(code_lines, texts.values())) < 5000
 
 

@@ -1,4 +1,5 @@
-"""Modules composed at random from operators that have rules: sharded over two ranks they give the whole model's outputs and gradients."""
+"""Modules composed at random from operators that have rules: sharded over two ranks they give the whole model's outputs
+and gradients."""
 
 import copy
 import random

@@ -64,7 +64,8 @@ LINES = {"swish": "b t h, h -> b t h", "linear": "b t i, o i, +o -> b t o", "vie
 
 
 class Net(nn.Module):
-    """Linear, swish of learned slopes, a custom linear back, then heads through a custom softmax. `call` is how operators are called."""
+    """Linear, swish of learned slopes, a custom linear back, then heads through a custom softmax. `call` is how
+    operators are called."""
 
     def __init__(self, call=lambda name: getattr(torch.ops.mylib, name)):
         super().__init__()
@@ -119,7 +120,8 @@ CALLS = {
 
 @pytest.mark.parametrize("by", [*CALLS, "name"])
 def test_an_operator_by_any_of_its_handles(by):
-    """However it is called, and however it is named to register_axis_rule: the same plan, in which it is sharded through."""
+    """However it is called, and however it is named to register_axis_rule: the same plan, in which it is sharded
+    through."""
     for name, line in LINES.items():
         register_axis_rule(f"mylib::{name}" if by == "name" else CALLS[by](name), line)
     plans = [plan_tensor_parallel(make(lambda: Net(call)), 2, example_inputs=given()) for call in CALLS.values()]

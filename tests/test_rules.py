@@ -1,7 +1,9 @@
-"""Every axis rule against arithmetic: what a rule claims of a sharded operator is computed on both shards, and compared with the whole.
+"""Every axis rule against arithmetic: what a rule claims of a sharded operator is computed on both shards, and compared
+with the whole.
 
-The oracle needs no process group. It records the operators of a small function, and for every axis of every operator's inputs it does what
-two ranks would do: shards each input that carries the axis, runs the operator on each shard, and puts the results together as the rule says.
+The oracle needs no process group. It records the operators of a small function, and for every axis of every operator's
+inputs it does what two ranks would do: shards each input that carries the axis, runs the operator on each shard, and
+puts the results together as the rule says.
 """
 
 import pytest
@@ -213,7 +215,8 @@ def check_claim(node, axes, axis, env, outs):
 
 
 def factored(f, inputs):
-    """f with every even dim of its inputs made by merging two: so that an axis is an inner or an outer part of a dim."""
+    """f with every even dim of its inputs made by merging two: so that an axis is an inner or an outer part of a
+    dim."""
     shapes = [t.shape for t in inputs]
 
     def merged(*args):

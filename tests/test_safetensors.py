@@ -1,4 +1,5 @@
-"""Weights in safetensors files: round trips bit for bit in every layout, to and from transformers; what does not fit raises on every rank."""
+"""Weights in safetensors files: round trips bit for bit in every layout, to and from transformers; what does not fit
+raises on every rank."""
 
 import json
 import resource
@@ -42,7 +43,8 @@ def gpt2():
 
 
 class Odd(nn.Module):
-    """Every dtype, a number, nothing, a persistent and a passing buffer, sizes that ranks do not divide; a fused weight; a convolution."""
+    """Every dtype, a number, nothing, a persistent and a passing buffer, sizes that ranks do not divide; a fused
+    weight; a convolution."""
 
     def __init__(self):
         super().__init__()
@@ -328,7 +330,8 @@ def test_files_that_do_not_fit(tmp_path):
 
 
 def test_not_strict(tmp_path):
-    """Names that do not fit are returned; of other dtypes, values are cast; what is missing stays, or gets first values."""
+    """Names that do not fit are returned; of other dtypes, values are cast; what is missing stays, or gets first
+    values."""
 
     def ranks(rank):
         given = {n: t for n, t in make(Odd).double().state_dict().items() if not n.startswith("f.")}
@@ -353,7 +356,8 @@ def test_not_strict(tmp_path):
 
 
 def test_exports_that_fail(tmp_path):
-    """A folder that cannot be written, a full disk on one rank, weights without values: an error on every rank, and the folder is as it was."""
+    """A folder that cannot be written, a full disk on one rank, weights without values: an error on every rank, and the
+    folder is as it was."""
     (tmp_path / "file").write_text("")
     big = tmp_path / "full"
     export_safetensors(big, make(Odd), progress=False)

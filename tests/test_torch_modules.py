@@ -1,4 +1,5 @@
-"""torch.nn's own composite modules: attention, transformers and their fast paths, recurrent layers, embeddings with options."""
+"""torch.nn's own composite modules: attention, transformers and their fast paths, recurrent layers, embeddings with
+options."""
 
 import contextlib
 import copy
@@ -138,8 +139,8 @@ def test_restated_attention_refuses_what_torch_refuses():
 
 
 def check_all(cases, n=2, modes=("train", "eval"), share=None):
-    """One launch for many models, (build, inputs of calls, ...): training with gradients; in eval mode under no_grad, the first call with gradients and
-    under inference_mode too."""
+    """One launch for many models, (build, inputs of calls, ...): training with gradients; in eval mode under no_grad,
+    the first call with gradients and under inference_mode too."""
 
     def ranks(rank):
         for name, (build, *calls) in cases.items():
@@ -281,7 +282,8 @@ def test_attention_on_four_ranks():
 
 @pytest.mark.filterwarnings(*IGNORED)
 def test_padding_of_a_frozen_encoder():
-    """Nothing needs gradients, so torch packs the input although they are enabled; padding becomes zeros, unless the fast path is off."""
+    """Nothing needs gradients, so torch packs the input although they are enabled; padding becomes zeros, unless the
+    fast path is off."""
 
     def ranks(rank):
         x = randn(2, 6, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,5 @@
-"""Models as people write them: many small ones, several to a launch, each against the whole model over several calls."""
+"""Models as people write them: many small ones, several to a launch, each against the whole model over several
+calls."""
 
 import copy
 from collections import namedtuple
@@ -18,7 +19,8 @@ CASES = {}  # group -> {name: (build, calls, options)}
 
 
 def model(group, given, *calls, local=False):
-    """Register a module class: `given` makes the example inputs, each of `calls` other ones, or (inputs, mode). `local`: some of it computes on shards."""
+    """Register a module class: `given` makes the example inputs, each of `calls` other ones, or (inputs, mode).
+    `local`: some of it computes on shards."""
 
     def add(build):
         CASES.setdefault(group, {})[build.__name__] = (build, (given, *calls), local)
@@ -549,7 +551,8 @@ class LambdasAndMaps(Net):
 
 @model("functional", X, Y, local=True)
 class ConditionedScan(Net):
-    """A state space, its sizes split unequally, its steps in Python; shift and scale from a condition; a net that makes weights."""
+    """A state space, its sizes split unequally, its steps in Python; shift and scale from a condition; a net that makes
+    weights."""
 
     def __init__(self, i=32, s=4):
         super().__init__(a=torch.rand(i, s), d=torch.randn(i), x=nn.Linear(i, 2 + 2 * s), dt=nn.Linear(2, i))

@@ -1,8 +1,8 @@
 """Which dims are one axis: every operator's rule applied in order, over the factors of each tensor's dims.
 
-A dim of a tensor is a list of factors, outermost first: 512 features may be 8 heads x 64. What remains when the rules have merged the factors
-that are the same are the axes. The idea is that of factor-based sharding rules (Shardy, https://openxla.org/shardy) and of
-named-dimension analysis (TOAST, arXiv 2508.15010).
+A dim of a tensor is a list of factors, outermost first: 512 features may be 8 heads x 64. What remains when the rules
+have merged the factors that are the same are the axes. The idea is that of factor-based sharding rules (Shardy,
+https://openxla.org/shardy) and of named-dimension analysis (TOAST, arXiv 2508.15010).
 """
 
 from dataclasses import dataclass, field
@@ -77,7 +77,7 @@ class Axes:
         return self._final[value.id]
 
     def steady_within(self, value, dim, factor):
-        """Whether what lies within a factor in a dim has sizes of the model's, those of parameters, and not of an input's."""
+        """Whether what lies within a factor in a dim has sizes of the model's parameters, and not of an input's."""
         if self._sizes is None:
             self._sizes = {f for v in self.graph.params.values() for d in self.final(v) for f in d}
         factors = self.final(value)[dim]
@@ -93,7 +93,7 @@ class Axes:
 
 
 def own_axis(graph, name, dim):
-    """The whole dim of a weight, by itself. It is seen as the calls that use the weight see it: what is added to its output later cannot make
-    both dims of a square weight one."""
+    """The whole dim of a weight, by itself. It is seen as the calls that use the weight see it: what is added to its
+    output later cannot make both dims of a square weight one."""
     alone = Axes(graph, graph.users.get(name, ()))
     return Axis(tuple(alone.final(graph.params[name])[dim]), alone)

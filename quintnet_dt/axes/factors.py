@@ -1,4 +1,5 @@
-"""Factors: what a dim is made of. Operators say which factors are the same; a union-find merges them, and splits one where a view does.
+"""Factors: what a dim is made of. Operators say which factors are the same; a union-find merges them, and splits one
+where a view does.
 
 A factor that `split` or a slice cuts in unequal pieces ([q | k | v]) has factors of its own in each piece."""
 
@@ -49,7 +50,8 @@ def _cut(leaf, outer):
 
 
 def piece(factors, start, length):
-    """The factors of a part of a dim, which need not divide it; None where it is made of several factors or is cut elsewhere."""
+    """The factors of a part of a dim, which need not divide it; None where that is several factors, or cut
+    elsewhere."""
     f, *more = leaves(factors)
     if more:
         return None
@@ -65,7 +67,7 @@ def piece(factors, start, length):
 
 
 def take(factors, size):
-    """Split a list of factors into (the outer ones that make `size`, the rest), or None if no factor boundary can be cut there."""
+    """Split a list of factors into (the outer ones that make `size`, the rest), or None if none can be cut there."""
     rest, got = leaves(factors), []
     need = size
     while need > 1:

@@ -1,7 +1,7 @@
 """What is said of a sharded model: an Axis, a Sharding of parameters, the states of tensors, the Actions on them.
 
-The states of a tensor, seen from one rank: *replicated* (None), *sharded* (the Axis it is a shard of), or `PARTIAL` (the ranks' tensors sum to it;
-`AVERAGED`: their mean is it).
+The states of a tensor, seen from one rank: *replicated* (None), *sharded* (the Axis it is a shard of), or `PARTIAL`
+(the ranks' tensors sum to it; `AVERAGED`: their mean is it).
 """
 
 from dataclasses import dataclass, field
@@ -22,7 +22,8 @@ class LayoutError(Exception):
 
 @dataclass(frozen=True)
 class Axis:
-    """An axis that is sharded: adjacent leaf factors, outermost first; one for an axis of the model, a whole dim's for a weight's own."""
+    """An axis that is sharded: adjacent leaf factors, outermost first: one for an axis of the model, a dim's for a
+    weight's own."""
 
     factors: tuple
     axes: object = field(default=None, compare=False, repr=False)  # in which a weight's own axis is found
@@ -32,8 +33,9 @@ class Axis:
         return prod(f.size for f in self.factors)
 
     def find(self, axes, value):
-        """(dim, outer, inner) of the axis in a value; None where it has none of it; False where it has a part of it or has it twice. In a dim of
-        unequal pieces, each of which has it, outer is a tuple of each piece's (outer, inner), and inner is 0."""
+        """(dim, outer, inner) of the axis in a value; None where it has none of it; False where it has a part of it or
+        has it twice. In a dim of unequal pieces, each of which has it, outer is a tuple of each piece's (outer, inner),
+        and inner is 0."""
         found = [
             (i, at) for i, dim in enumerate((self.axes or axes).final(value)) if (at := self._within(dim)) is not None
         ]
@@ -62,8 +64,9 @@ class Axis:
 
 @dataclass(frozen=True)
 class Action:
-    """One collective on one tensor: `enter`, `sum`, `mean`, `gather`, `split`, `once`, `shard` (to a DTensor), `exchange`. A sharded dim is outer x `units` x `inner`, or a piece of that kind for each (outer, inner) in a tuple `outer`. `exchange`: of a weight that is
-    stored in its own order, for one whose pieces are split."""
+    """One collective on one tensor: `enter`, `sum`, `mean`, `gather`, `split`, `once`, `shard` (to a DTensor),
+    `exchange`. A sharded dim is outer x `units` x `inner`, or a piece of that kind for each (outer, inner) in a tuple
+    `outer`. `exchange`: of a weight that is stored in its own order, for one whose pieces are split."""
 
     kind: str
     dim: int = 0
@@ -73,9 +76,10 @@ class Action:
 
 
 class Sharding:
-    """What is sharded. `params[name]` is (dim, Axis); an Axis in `through` stays sharded beyond the calls that use the parameter; a
-    parameter in `whole` is gathered before it is used. `outer[name]`: the dim is so many equal pieces, each of them split (a tuple: unequal ones, see `Axis.find`). `loss_parallel`: outputs
-    that are sharded on their last dim stay so.
+    """What is sharded. `params[name]` is (dim, Axis); an Axis in `through` stays sharded beyond the calls that use the
+    parameter; a parameter in `whole` is gathered before it is used. `outer[name]`: the dim is so many equal pieces,
+    each of them split (a tuple: unequal ones, see `Axis.find`). `loss_parallel`: outputs that are sharded on their last
+    dim stay so.
     """
 
     def __init__(self, params=(), through=(), whole=(), outer=(), loss_parallel=False):

@@ -6,7 +6,8 @@ from ..axes.sharding import AVERAGED, PARTIAL
 from ..utils import is_float
 
 LINEAR = set(
-    "view _unsafe_view reshape t transpose permute unsqueeze squeeze clone alias detach expand add sub neg slice select".split()
+    "view _unsafe_view reshape t transpose permute unsqueeze squeeze clone alias detach expand "
+    "add sub neg slice select".split()
 )
 FIRST = {"div", "index", "index_select", "sum", "mean", "_to_copy"}  # linear in their first argument
 ADDITIVE = {"add", "sub"}  # only where both are tensors: P + 1 is not the sum of the ranks' (P_r + 1)
@@ -17,7 +18,8 @@ def op_name(node):
 
 
 def linear(node):
-    """Whether a node is linear in all its tensor inputs at once, so that a sum of partial results may be taken after it."""
+    """Whether a node is linear in all its tensor inputs at once: a sum of partial results may then be taken after
+    it."""
     name = op_name(node)
     return name in LINEAR and (name not in ADDITIVE or len(node.inputs) == 2)
 
@@ -28,7 +30,8 @@ def copes(node):
 
 
 class Analysis:
-    """One call on a shard of one axis: which inputs must be split, entered or added once, and what comes out; or the reason why it needs the whole."""
+    """One call on a shard of one axis: which inputs must be split, entered or added once, and what comes out; or the
+    reason why it needs the whole."""
 
     def __init__(self, axes, call, axis, state, through):
         self.axes, self.call, self.axis, self.through = axis.axes or axes, call, axis, through
@@ -63,7 +66,7 @@ class Analysis:
         return True
 
     def walk(self):
-        """One pass over the nodes; False when another input turned out to need a split and the pass must be made again."""
+        """One pass over the nodes; False when another input needs a split, and the pass must be made again."""
         sharded = self.given | self.slices
         states = {i: self.axis for i in sharded}
         self.enter, self.once, self.instead, self.out = set(), set(), None, {}

@@ -1,8 +1,9 @@
-"""From a layout to programs: for each module, what its hooks do to its parameters, inputs and outputs, and to single calls within it.
+"""From a layout to programs: for each module, what its hooks do to its parameters, inputs and outputs, and to single
+calls within it.
 
-An action is attached as far out as it can be: to a parameter or an input of the module when all uses there agree, to an output when
-nothing inside reads it. Those are plain hooks, and hold on any path through the module. Only what is left is attached to
-a call by its number, which takes a torch-function mode around that module's forward.
+An action is attached as far out as it can be: to a parameter or an input of the module when all uses there agree, to an
+output when nothing inside reads it. Those are plain hooks, and hold on any path through the module. Only what is left
+is attached to a call by its number, which takes a torch-function mode around that module's forward.
 """
 
 from collections import Counter
@@ -13,7 +14,8 @@ from .analysis import linear
 
 
 def compile_programs(graph, layout, sizes=None):
-    """Programs by module path. `sizes[call index]`: paths of sizes to divide. Raises LayoutError where no program can do what the layout asks."""
+    """Programs by module path. `sizes[call index]`: paths of sizes to divide. Raises LayoutError where no program can
+    do what the layout asks."""
     aside = set()
     while True:
         try:
@@ -128,7 +130,8 @@ class _Compiler:
         return self.graph.last_write.get(v.memory.id, -1) <= (-1 if v.producer is None else v.producer)
 
     def value(self, v, actions):
-        """Attach actions to a value where it is made, or, for a sum, at the view it was made from if a hook reaches that."""
+        """Attach actions to a value where it is made, or, for a sum, at the view it was made of if a hook reaches
+        it."""
         chain = [v]
         while actions[0].kind == "sum" and chain[-1].producer is not None:
             call = self.graph.calls[chain[-1].producer]
@@ -142,7 +145,7 @@ class _Compiler:
             if self.output(x, actions):
                 return
             if x.tensor.is_contiguous() and not v.tensor.is_contiguous():
-                break  # a later dropout draws its mask in the order of memory, which a collective makes that of the dims
+                break  # a later dropout draws in the order of memory, which a collective makes that of the dims
         call = self.graph.calls[x.producer]
         at = [p for p, y in call.outputs.items() if y is x]
         if not at:
@@ -176,8 +179,8 @@ class _Compiler:
         return next(m for m in call.module.chain() if m.path not in self.aside)
 
     def number(self):
-        """Give each call with a program its number among its module's own calls. A module that has shards in its own code is watched
-        too: its calls must be those that were shown right."""
+        """Give each call with a program its number among its module's own calls. A module that has shards in its own
+        code is watched too: its calls must be those that were shown right."""
         watched = {self.caller(self.graph.calls[i]).path for i in self.at_calls}
         paths = watched | {self.caller(c).path for c in self.graph.calls if self.on_shards(c) and not c.module.steady}
         for m in self.graph.modules[1:]:
@@ -192,7 +195,9 @@ class _Compiler:
             if program.names is None:
                 continue
             if call.index in self.at_calls and not self.graph.numbered(call, m):
-                reason = "the forward reads values, or runs a function in a checkpoint, so its calls cannot be told apart by number"
+                reason = (
+                    "the forward reads values, or runs a function in a checkpoint, so its calls have no fixed numbers"
+                )
                 raise LayoutError(reason, call, self.axis(call))
             if call.index in self.at_calls:
                 program.calls[len(program.names)] = self.at_calls[call.index]

@@ -4,8 +4,9 @@ from ..axes.sharding import Action
 
 
 def cost(graph, layout, n):
-    """Bytes that a rank sends in one forward and backward, under ring collectives (as counted in https://arxiv.org/abs/1909.09756):
-    2 (n-1)/n of the tensor for an all-reduce, (n-1)/n of the whole tensor for a gather.
+    """Bytes that a rank sends in one forward and backward, under ring collectives (as counted in
+    https://arxiv.org/abs/1909.09756): 2 (n-1)/n of the tensor for an all-reduce, (n-1)/n of the whole tensor for a
+    gather.
     """
     seen = {(graph.calls[i].inputs[path].id, tuple(a)) for (i, path), a in layout.uses.items()}
     seen |= {(v, tuple(a)) for v, a in layout.values.items()}
@@ -29,8 +30,8 @@ def action_bytes(value, action, n):
 
 
 def hoist(graph, layout):
-    """Move `enter` above replicated calls where that sends fewer bytes: two norms of one tensor, each entering a region, cost two
-    reductions below and one above (and those of their small weights)."""
+    """Move `enter` above replicated calls where that sends fewer bytes: two norms of one tensor, each entering a
+    region, cost two reductions below and one above (and those of their small weights)."""
     readers = {}
     for call in graph.calls:
         if call.nodes:

@@ -1,7 +1,8 @@
 """Given which axes are sharded: the state of every tensor, and the collectives that make every call right.
 
-Gradients follow by one rule: the gradient of a tensor sums over every axis it does not have. So a replicated tensor that enters a call which works on a shard
-gets a partial gradient there, and the action `enter` (identity forward, all-reduce backward) sums it.
+Gradients follow by one rule: the gradient of a tensor sums over every axis it does not have. So a replicated tensor
+that enters a call which works on a shard gets a partial gradient there, and the action `enter` (identity forward,
+all-reduce backward) sums it.
 """
 
 from dataclasses import dataclass, field, replace
@@ -15,8 +16,8 @@ from .analysis import FIRST, Analysis, linear, op_name
 
 @dataclass
 class Layout:
-    """What `lay_out` found. `uses[(call index, path)]`, `values[value id]` and `root[path]` are the actions on an argument of a call, on
-    a value where it is made, and on an output of the model."""
+    """What `lay_out` found. `uses[(call index, path)]`, `values[value id]` and `root[path]` are the actions on an
+    argument of a call, on a value where it is made, and on an output of the model."""
 
     uses: dict = field(default_factory=dict)
     values: dict = field(default_factory=dict)
@@ -33,7 +34,7 @@ class Layout:
 
 
 def lay_out(graph, axes, sharding, calls=None):
-    """Walk the calls in order (all, or a subset whose other values are replicated). Returns Layout; raises LayoutError."""
+    """Walk the calls in order (all, or some whose other values are replicated). Returns Layout; raises LayoutError."""
     return _Pass(graph, axes, sharding).run(graph.calls if calls is None else calls)
 
 
@@ -164,7 +165,8 @@ class _Pass:
         self.outputs(call, effect.out)
 
     def use(self, call, path, action):
-        """An action on an argument. What the call gets is another tensor, so a write that comes later would miss the model's."""
+        """An action on an argument. The call gets another tensor, so a write that comes later would miss the
+        model's."""
         v = call.inputs[path]
         if self.graph.last_write.get(v.memory.id, -1) >= call.index:
             axis = self.now.get(v.id) or self.layout.axis_of.get(call.index)
@@ -179,8 +181,8 @@ class _Pass:
             return "its other inputs are larger than its shards"
 
     def defers(self, call, state, inputs):
-        """Whether the call can run on partial results and its output be summed instead: the paths of the replicated factors that it scales
-        them by (small ones: their gradients are partial), or None."""
+        """Whether the call can run on partial results and its output be summed instead: the paths of the replicated
+        factors that it scales them by (small ones: their gradients are partial), or None."""
         if not self.graph.numbered(call, call.module) or any(
             s is PARTIAL and (self.use_count.get(i) != 1 or i in self.graph.seen) for i, s in state.items()
         ):

@@ -20,7 +20,8 @@ CHECKED = 2  # the first calls of a kind, in which a wrong sampler shows
 
 
 class Paths:
-    """Lists of programs by (module path, signature), for the module that a user calls: the model, or a part of it by itself.
+    """Lists of programs by (module path, signature), for the module that a user calls: the model, or a part of it by
+    itself.
 
     `defaults`: programs of modules that no traced forward reached.
     """
@@ -31,8 +32,9 @@ class Paths:
         self.known = {key: [{**defaults, **programs}] for key, programs in known.items()}
 
     def programs(self, path, owners, module, args, kwargs, compiled=False):
-        """The programs for this call of `module`; raises RuntimeError where it cannot be shown right, ValueError where ranks are given different
-        batches. `compiled`: by torch.compile, of which models ask and then take other paths."""
+        """The programs for this call of `module`; raises RuntimeError where it cannot be shown right, ValueError where
+        ranks are given different batches. `compiled`: by torch.compile, of which models ask and then take other
+        paths."""
         self.key = key = (path, signature(module, args, kwargs), *(["compiled"] if compiled else ()))
         self.fresh = self.checked[key] < CHECKED
         if self.fresh and self.mesh.size() > 1:
@@ -43,7 +45,8 @@ class Paths:
         return self.known[key][0]
 
     def random(self, path, module, programs):
-        """Whether the ranks need one random state: this call draws random numbers, as far as is known, or one may sample from its outputs."""
+        """Whether the ranks need one random state: this call may draw random numbers, or one may sample from its
+        outputs."""
         if self.fresh or not torch.is_grad_enabled():
             return True
         return programs[path].random if self.reached(path, programs) and path in programs else module.training
@@ -53,8 +56,8 @@ class Paths:
         return programs.get(path) is not self.defaults.get(path)
 
     def variants(self, *call):
-        """Other programs for this call, whose forward has turned out to take another path than the one that was shown: those
-        that are known, then one learned from this call itself."""
+        """Other programs for this call, whose forward has turned out to take another path than the one that was shown:
+        those that are known, then one learned from this call itself."""
         known = self.known[self.key]  # the modes may have changed within the forward
         yield from list(known)
         known.append(self.learn(*call))
@@ -80,8 +83,9 @@ class Paths:
             if not any(opaque(x) for _, x in leaves((args, kwargs))):
                 raise
             raise RuntimeError(
-                f"{path or type(module).__name__} was given an object whose tensors do not fit its forward; if they are this rank's shards from an "
-                f"earlier call (a key-value cache?), give it that object as that call left it: {e}"
+                f"{path or type(module).__name__} was given an object whose tensors do not fit its forward; if they "
+                "are this rank's shards from an earlier call (a key-value cache?), give it that object as that call "
+                f"left it: {e}"
             ) from e
         axes = Axes(graph)
         entries = {inner: self.plan[name] for inner, name in names.items()}
@@ -91,7 +95,8 @@ class Paths:
             programs = settle(Planner(graph, axes, plan.tp_size), module, args, kwargs, device, sharding)[2]
         except LayoutError as e:
             raise RuntimeError(
-                f"{path or type(module).__name__} was called in a way that was not traced before, and it cannot be shown right on shards: {e}"
+                f"{path or type(module).__name__} was called in a way that was not traced before, and it cannot be "
+                f"shown right on shards: {e}"
             ) from e
 
         def renamed(program):
@@ -107,7 +112,8 @@ def device_of(model):
 
 
 def signature(model, args, kwargs):
-    """What tells one path through a forward from another: which arguments are there, their kinds, dtypes, ranks and dims of size 1, and the mode."""
+    """What tells one path through a forward from another: which arguments are there, their kinds, dtypes, ranks and
+    dims of size 1, and the mode."""
     return (model.training, torch.is_grad_enabled(), *_kinds((args, kwargs), 0, {}))
 
 

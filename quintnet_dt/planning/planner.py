@@ -1,4 +1,5 @@
-"""Which axes to shard: every axis is tried alone, its bytes counted, and the best that do not conflict are taken; then the weights that are left."""
+"""Which axes to shard: each is tried alone, its bytes counted; the best that do not conflict are taken, then
+weights."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +16,8 @@ from .prove import prove
 
 # Weights are split until those left whole hold no more than this share of all elements.
 NEGLIGIBLE = 0.02
-# One weight with more than this share is always split: an embedding that is little beside seventy billion others is a gigabyte still.
+# One weight with more than this share is always split: an embedding that is little beside seventy billion others is a
+# gigabyte still.
 VOCABULARY = 0.005
 # Up to so many axes that stand in each other's way, every choice among them is tried.
 EXHAUSTIVE = 10
@@ -23,7 +25,8 @@ EXHAUSTIVE = 10
 
 @dataclass
 class Candidate:
-    """An axis of the model, tried alone: the parameters it runs through as {name: (dim, outer)}, the calls that touch it, bytes a step."""
+    """An axis of the model, tried alone: the parameters it runs through as {name: (dim, outer)}, the calls that touch
+    it, bytes a step."""
 
     axis: Axis
     params: dict
@@ -66,8 +69,8 @@ class Way:
 
 
 class Planner:
-    """Chooses a Sharding over `n` ranks for one traced forward. `fixed[name]` is a user's dim (None: replicate). `contiguous`: a rank holds one block of
-    a weight, also where equal pieces of it are split."""
+    """Chooses a Sharding over `n` ranks for one traced forward. `fixed[name]` is a user's dim (None: replicate).
+    `contiguous`: a rank holds one block of a weight, also where equal pieces of it are split."""
 
     def __init__(self, graph, axes, n, fixed=None, loss_parallel=False, contiguous=False):
         written = {v.memory.param for c in graph.calls for x in c.nodes for v in x.inputs if v.id in x.mutated} - {None}
@@ -186,8 +189,8 @@ class Planner:
         return sum(b for p in params if p not in self.small and (b := self.alone(p).bytes) != float("inf"))
 
     def _best(self, region):
-        """Of candidates that stand in each other's way, those that send the fewest bytes, counting the weights left as split alone: all
-        choices tried where the region is small, else the cheapest for each element first."""
+        """Of candidates that stand in each other's way, those that send the fewest bytes, counting the weights left as
+        split alone: all choices tried where the region is small, else the cheapest for each element first."""
         region = sorted(region, key=lambda c: (c.bytes / c.elements, -c.elements))
         if len(region) > EXHAUSTIVE:
             chosen = []
@@ -284,8 +287,8 @@ def divides(factors, n):
 def settle(planner, model, args, kwargs, device=None, sharding=None):
     """A Sharding that is proven for the traced forward, and what runs it: (Sharding, Layout, programs).
 
-    Axes that cannot be shown right are given up; at the end every split weight is gathered before its use, which is right on
-    any path. With a given `sharding` (of an applied plan) the parameters keep their placements.
+    Axes that cannot be shown right are given up; at the end every split weight is gathered before its use, which is
+    right on any path. With a given `sharding` (of an applied plan) the parameters keep their placements.
     """
     graph, axes, n = planner.graph, planner.axes, planner.n
     banned, fixed = set(), sharding is not None

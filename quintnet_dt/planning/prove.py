@@ -1,8 +1,9 @@
 """The proof: the forward run again on one rank's shapes, call by call beside the whole one.
 
-With the programs installed on a ghost whose parameters have their local shapes, the forward must make the same calls in the same order with the same
-scalar arguments, and every tensor must be exactly the shard that the layout says. A scale computed from a sharded dim's size differs, and
-is caught; a size written into the code (`view(b, s, 8, 64)`) is caught and replaced, and then shown in the same way.
+With the programs installed on a ghost whose parameters have their local shapes, the forward must make the same calls in
+the same order with the same scalar arguments, and every tensor must be exactly the shard that the layout says. A scale
+computed from a sharded dim's size differs, and is caught; a size written into the code (`view(b, s, 8, 64)`) is caught
+and replaced, and then shown in the same way.
 """
 
 import torch
@@ -21,7 +22,8 @@ from .compile import compile_programs
 
 # Calls whose integers are sizes: they may differ between the whole and the shard when what comes out is as expected.
 SIZES = set(
-    "view reshape expand unflatten split split_with_sizes chunk narrow __getitem__ __setitem__ tensor_split zeros ones full empty "
+    "view reshape expand unflatten split split_with_sizes chunk narrow __getitem__ __setitem__ tensor_split zeros "
+    "ones full empty "
     "new_zeros new_ones new_full new_empty".split()
 )
 CONVOLUTIONS = "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split()
@@ -203,7 +205,8 @@ def groups_at(call, args):
 
 
 def localise(call, args, kwargs, expected):
-    """Paths into (args, kwargs) of the sizes that must be divided by the number of ranks for a call to give the expected shapes."""
+    """Paths into (args, kwargs) of the sizes to divide by the number of ranks for a call to give the expected
+    shapes."""
     ints = {p: x for p, x in leaves((args, kwargs)) if isinstance(x, int) and not isinstance(x, bool)}
     whole = {p: v.shape for p, v in call.outputs.items()}
     groups = groups_at(call, args)

@@ -1,1 +1,1 @@
-"""What a split model does as it runs: hooks.py on modules and calls.py on single calls carry out their programs (program.py)."""
+"""What a split model does as it runs: hooks on modules (hooks.py) and around calls (calls.py) run its Programs."""

@@ -14,7 +14,8 @@ from .program import NOTHING
 
 
 class _Calls(TorchFunctionMode):
-    """Runs the programs of single calls. One mode for the process's thread; each module with such programs pushes a frame."""
+    """Runs the programs of single calls. One mode for the process's thread; each module that has some pushes a
+    frame."""
 
     def __init__(self):
         super().__init__()
@@ -36,14 +37,15 @@ class _Calls(TorchFunctionMode):
                 self.__exit__(None, None, None)
 
     def start(self, context, module):
-        """A module starts. If the forward that was shown did not reach it, and calls are counted, this is another path."""
+        """A module starts. If the forward that was shown did not reach it while calls are counted, this is another
+        path."""
         frame = next((f for f in reversed(self.frames) if f[1].names is not None), None)
         if frame is not None and frame[0] is context:
             self.change(frame, None, module)
 
     def change(self, frame, name, module=None):
-        """The forward takes another path than the one that was shown: its next call is `name`, or this module starts, or else it ends. Go on
-        with programs shown for this path, if what has run so far is the same in them."""
+        """The forward takes another path than the one that was shown: its next call is `name`, or this module starts,
+        or else it ends. Go on with programs shown for this path, if what has run so far is the same in them."""
         context = frame[0]
         outside = name is None  # not while torch handles a call, for which it takes the mode off
         if context.compiled:
@@ -68,8 +70,9 @@ class _Calls(TorchFunctionMode):
         was = program.names[number] if number < len(program.names) else "none"
         found = f"is {name or 'none'} now" if module is None else f"now {module} runs, which did not run then"
         raise RuntimeError(
-            f"{path or 'the model'}: call {number} of its forward was {was} when the forward was traced and {found}: it took "
-            "another path, which has not been shown right on shards. Give apply_tensor_parallel example_inputs that take this path"
+            f"{path or 'the model'}: call {number} of its forward was {was} when the forward was traced and {found}: "
+            "it took another path, which has not been shown right on shards. Give apply_tensor_parallel "
+            "example_inputs that take this path"
         )
 
     @top_not_compiled
@@ -127,7 +130,7 @@ calls = _Calls()
 
 
 def watching(frames):
-    """The frame in which a call is counted: that of the innermost module whose calls are its own, if they are watched."""
+    """The frame in which a call is counted: of the innermost module whose calls are its own, if they are watched."""
     for frame in reversed(frames):
         if not frame[1].aside:
             return frame if frame[1].names is not None else None
@@ -135,8 +138,8 @@ def watching(frames):
 
 
 def again(context, programs, name, module):
-    """The frames of the modules that are running, had the call so far gone by other programs, and were `name` the next call, or this module to
-    start, or else the innermost one to end; None where they would have done something else."""
+    """The frames of the modules that are running, had the call so far gone by other programs, and were `name` the next
+    call, or this module to start, or else the innermost one to end; None where they would have done something else."""
     stack, alike = [], ("params", "inputs", "outputs")
     for event in context.log:
         if isinstance(event, str):
@@ -176,7 +179,7 @@ def divide(obj, paths, n, where):
 
 
 def _gather_buffers(context, whole, parts, at):
-    """Write what a call made of the parts of buffers back into the whole ones: those that are alike in one collective."""
+    """Write what a call made of the parts of buffers into the whole ones: those that are alike in one collective."""
     with quiet(), torch.no_grad():
         alike = {}
         for p, a in at.items():

@@ -10,11 +10,14 @@ from .. import comm_ops
 from ..private import at_end_of_backward, compiling
 from ..utils import lookup, quiet, replace
 
-AGAIN = "the model was changed since (adapters added or merged?); call apply_tensor_parallel on it again, which keeps what is split"
+AGAIN = (
+    "the model was changed since (adapters added or merged?); call apply_tensor_parallel on it again, which keeps what "
+    "is split"
+)
 
 
 class Context:
-    """What the hooks of one model share: the mesh, and which programs are in force. Copying a model copies it, but not the mesh."""
+    """What the hooks of one model share: the mesh, and which programs are in force. A copy of it shares the mesh."""
 
     def __init__(self, mesh=None, group=None):
         self.mesh, self._group = mesh, group if mesh is None else mesh.get_group()
@@ -23,14 +26,15 @@ class Context:
         self.compiled = False  # whether a part of the call ran compiled, which the log does not tell of
         self.recomputing = False  # a backward runs, in which checkpoints find the programs of their forward
         self.paths, self.call = None, None  # Paths; the call that the user made, while it runs
-        # What it has done so far: a path where a module starts, (name, CallProgram) of a call that was counted, True where one ends (False: failed).
+        # What it has done so far: a path where a module starts, (name, CallProgram) of a call that was counted, True
+        # where one ends (False: failed).
         self.log = []
         self.holders = []  # tensors that keep what an action made of them, in a forward with gradients
         # How many modules have run; such numbers of which it is known that no module was changed.
         self.ran, self.counts = 0, set()
         self.first_hook = 0  # hooks with this id or a later one were added since it began
-        # Of each forward that runs, one in the other: (ModuleHooks, program, parameters shown, whether it has a frame in calls, what `apply` keeps,
-        # whether it is compiled).
+        # Of each forward that runs, one in the other: (ModuleHooks, program, parameters shown, whether it has a frame
+        # in calls, what `apply` keeps, whether it is compiled).
         self.running = []
 
     @property
@@ -66,7 +70,8 @@ class Context:
         return {**vars(self), "_group": None, "call": None, "running": [], "log": [], "hooks": [], "holders": []}
 
     def go_on(self, programs, stack):
-        """Run on by other programs, from these frames of the modules that are running; returns those that stay on calls' own stack."""
+        """Run on by other programs, from these frames of the running modules; returns those that stay on calls'
+        stack."""
         self.programs, frames = programs, []
         for i, frame in enumerate(stack):
             # One that ends is still to be popped.
@@ -93,9 +98,10 @@ class Context:
         return DTensor.from_local(x, self.mesh, [Shard(a.dim)], run_check=False)
 
     def apply(self, obj, at, fixed=(), depth=-1):
-        """Apply `at[path]` to the tensor at each path of a nested argument. A tensor that several calls read is communicated once:
-        the result is kept with the tensor until it changes; in compiled code, which cannot ask whether it does, that
-        of one whose path is in `fixed`, in the list of the forward that reads it, at a depth of `running`."""
+        """Apply `at[path]` to the tensor at each path of a nested argument. A tensor that several calls read is
+        communicated once: the result is kept with the tensor until it changes; in compiled code, which cannot ask
+        whether it does, that of one whose path is in `fixed`, in the list of the forward that reads it, at a depth of
+        `running`."""
         if not at:
             return obj
         with quiet():
@@ -124,8 +130,8 @@ class Context:
             return replace(obj, changes)
 
     def forget(self):
-        """At the end of a forward. The result of an action refers to the tensor that keeps it, through the autograd graph, where Python's
-        garbage collector does not see it: neither would ever be freed."""
+        """At the end of a forward. The result of an action refers to the tensor that keeps it, through the autograd
+        graph, where Python's garbage collector does not see it: neither would ever be freed."""
         for x in self.holders:
             vars(x).pop("_tp_kept", None)
         self.holders.clear()
@@ -155,7 +161,8 @@ class _AddOnce(torch.autograd.Function):
 
 
 def _parts(x, a, group, whole):
-    """View a dim as (outer, units, inner), where outer is not 1; give the dim of the units and every rank's length along it."""
+    """View a dim as (outer, units, inner), where outer is not 1; give the dim of the units and each rank's length of
+    it."""
     units = comm_ops.chunk_sizes(a.units, comm_ops.group_size(group))
     mine = a.units if whole else units[comm_ops.group_rank(group)]
     if a.outer == 1:

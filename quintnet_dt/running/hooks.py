@@ -1,7 +1,7 @@
 """How a module computes on shards: the hooks that run its Program.
 
-Parameters are DTensors; while a module's forward runs, the attributes that it reads give their local tensors instead, so that the forward computes on
-plain tensors at their cost.
+Parameters are DTensors; while a module's forward runs, the attributes that it reads give their local tensors instead,
+so that the forward computes on plain tensors at their cost.
 """
 
 import sys
@@ -39,7 +39,8 @@ class ModuleHooks:
         self.context.hooks.append(self)
 
     def take(self, programs):
-        """Note what programs say of this module, so that torch.compile need guard no names: blocks that are alike then share what it compiles."""
+        """Note what programs say of this module, so that torch.compile need guard no names: blocks that are alike then
+        share what it compiles."""
         paths = self.context.paths
         self.program, self.reached = programs.get(self.path), paths is None or paths.reached(self.path, programs)
         params = self.program.params if self.program is not None else {}
@@ -47,8 +48,8 @@ class ModuleHooks:
 
     @top_not_compiled
     def before(self, module, args, kwargs):
-        """Choose the programs for a call that the user makes; show the module the local tensors of its parameters, and apply the actions on
-        its inputs. A forward that is recomputed in a backward keeps the programs that it had."""
+        """Choose the programs for a call that the user makes; show the module the local tensors of its parameters, and
+        apply the actions on its inputs. A forward that is recomputed in a backward keeps the programs that it had."""
         if torch.compiler.is_compiling() or not within_compiled():
             return self.enter(module, args, kwargs)
         return not_compiled(self.enter, module, args, kwargs, within=True)
@@ -96,7 +97,8 @@ class ModuleHooks:
                 share_random_state(context.mesh)
 
     def check(self, module, program):
-        """Refuse hooks that the user added since, where they would see shards. Those that the model adds while it runs are its own affair."""
+        """Refuse hooks that the user added since, where they would see shards. Those that the model adds while it runs
+        are its own affair."""
         quieten(module)
         self.known |= {k for k in user_hooks(module) if k >= self.context.first_hook}
         new = user_hooks(module).keys() - self.known
@@ -104,8 +106,9 @@ class ModuleHooks:
         shards = program.inside or backward and (program.inputs or program.names is not None or calls.frames)
         if self.context.mesh is not None and new and shards:
             raise RuntimeError(
-                f"{self.path}: a hook was added to it since the model was split, and would see this rank's shards: register it before "
-                "apply_tensor_parallel, which then keeps whole what it sees, or on a module further out"
+                f"{self.path}: a hook was added to it since the model was split, and would see this rank's shards: "
+                "register it before apply_tensor_parallel, which then keeps whole what it sees, or on a module "
+                "further out"
             )
 
     def show_params(self, shown):
@@ -115,8 +118,9 @@ class ModuleHooks:
                 if not isinstance(p, DTensor) and self.context.mesh is not None:
                     name = next(n for n, at in self.owners.items() if (owner, attr) in at)
                     raise RuntimeError(
-                        f"{name}: expected the DTensor that apply_tensor_parallel made, found a {type(p).__name__} (replaced, or loaded with "
-                        "assign=True?): copy values into the DTensor, or change the model before it is split"
+                        f"{name}: expected the DTensor that apply_tensor_parallel made, found a {type(p).__name__} "
+                        "(replaced, or loaded with assign=True?): copy values into the DTensor, or change the model "
+                        "before it is split"
                     )
                 show(owner, attr, self.context.act(actions, p.to_local() if isinstance(p, DTensor) else p))
                 shown.append((owner, attr, p))
@@ -160,8 +164,9 @@ class ModuleHooks:
         return output if program.outputs else None
 
     def check_modules(self, module, program, failed):
-        """Refuse modules that were added, removed or replaced since the split: what was done at their borders would be missing. They are looked at where another
-        number of them ran than in the forward that was shown, or something failed."""
+        """Refuse modules that were added, removed or replaced since the split: what was done at their borders would be
+        missing. They are looked at where another number of them ran than in the forward that was shown, or something
+        failed."""
         context = self.context
         if not failed and (context.compiled or program is None or context.ran in (program.modules, *context.counts)):
             return
@@ -192,7 +197,7 @@ class ModuleHooks:
 
 
 def show(owner, attr, tensor):
-    """Let `owner.attr` give `tensor` for now. The instance's dict hides the registered parameter and leaves it where it is."""
+    """Let `owner.attr` give `tensor` for now. The instance's dict hides the registered parameter."""
     if type(owner).__setattr__ is not nn.Module.__setattr__:  # keeps a list of its own, as nn.LSTM does
         if isinstance(tensor, nn.Parameter):  # a DTensor parameter's local tensor is marked as one
             tensor = tensor.view_as(tensor)
@@ -221,7 +226,7 @@ def hook(module, context, path, owners):
 
 
 def changed_modules(module, context, prefix=""):
-    """Paths of the modules that were added, removed or replaced since the split, in a model or the part of it at `prefix`."""
+    """Paths of the modules that were added, removed or replaced since the split, in a model or its part at `prefix`."""
     now = dict(module.named_modules(prefix=prefix))
     then = {h.path: h for h in context.hooks if not prefix or h.path == prefix or h.path.startswith(f"{prefix}.")}
     return [p for p in {**now, **then} if p not in now or p not in then or hooks_on(now[p]) is not then[p]]

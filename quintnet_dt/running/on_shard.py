@@ -1,4 +1,4 @@
-"""Calls that cannot run on a shard as they are, and what is run instead: dropout, a lookup of rows, the cross entropy of sharded classes."""
+"""What is run instead of calls that cannot run on a shard: dropout, a lookup of rows, cross entropy over classes."""
 
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ def on_shard(context, action, func, args, kwargs):
 
 
 def _drop_out(context, action, func, x, *rest, **kwargs):
-    """This rank's part of the mask that the whole tensor would get: results and the ranks' random states are those of the whole model."""
+    """This rank's part of the whole tensor's mask: results and random states are those of the whole model."""
     with torch.no_grad():
         sizes = comm_ops.chunk_sizes(action.units, comm_ops.group_size(context.group))
         shape = list(x.shape)
@@ -27,7 +27,7 @@ def _drop_out(context, action, func, x, *rest, **kwargs):
 
 
 def _mine(context, action, ids):
-    """Which of the ids in [0, action.units) are not this rank's, and those that are counted from its first (others are 0)."""
+    """Which of the ids in [0, action.units) are elsewhere, and this rank's counted from its first (others are 0)."""
     sizes = comm_ops.chunk_sizes(action.units, comm_ops.group_size(context.group))
     rank = comm_ops.group_rank(context.group)
     ids = ids - sum(sizes[:rank])
@@ -62,8 +62,8 @@ def _cross_entropy(
     reduction="mean",
     label_smoothing=0.0,
 ):
-    """The cross entropy of logits of which this rank has some classes (Megatron-LM, arXiv 1909.08053, section 3): the ranks exchange a maximum, a sum
-    of exponentials and the target's logit for each row, and not the logits.
+    """The cross entropy of logits of which this rank has some classes (Megatron-LM, arXiv 1909.08053, section 3): the
+    ranks exchange a maximum, a sum of exponentials and the target's logit for each row, and not the logits.
 
     input: (N, this rank's classes, ...) or (this rank's classes); target: (N, ...) or (), class indices.
     """

@@ -7,7 +7,7 @@ from ..axes.sharding import Action
 
 @dataclass
 class CallProgram:
-    """What is done around the call of a given number: actions on arguments and outputs, sizes replaced, what is run instead."""
+    """What is done around a call: actions on its arguments and outputs, sizes replaced, what is run instead."""
 
     inputs: dict = field(default_factory=dict)
     outputs: dict = field(default_factory=dict)

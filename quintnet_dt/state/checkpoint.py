@@ -1,7 +1,8 @@
-"""Sharded checkpoints of a training run: each rank writes and reads its own part, any layout loads what any other saved.
+"""Sharded checkpoints of a training run: each rank writes and reads its own part, any layout loads what any other
+saved.
 
-A checkpoint is a folder (see folder.py) of what torch.distributed.checkpoint writes (`*.distcp`, `.metadata`; it can load them too), and `state.pt` for all that is no
-tensor of the model or the optimizer.
+A checkpoint is a folder (see folder.py) of what torch.distributed.checkpoint writes (`*.distcp`, `.metadata`; it can
+load them too), and `state.pt` for all that is no tensor of the model or the optimizer.
 """
 
 import io
@@ -29,18 +30,23 @@ from .folder import STATE, begin, checksum, complete, finish, manifest_of, savin
 def save_checkpoint(path, model, optimizer=None, *, extra=None, async_=False):
     """Save a model, its optimizer and the ranks' random state; called on every rank.
 
-    Atomic: killed at any moment, `load_checkpoint(path)` finds this checkpoint or the one before it. All ranks must see the same file system.
+    Atomic: killed at any moment, `load_checkpoint(path)` finds this checkpoint or the one before it. All ranks must see
+    the same file system.
 
     Args:
-        path: the checkpoint's folder. A checkpoint that is there is replaced; anything else is left alone, with an error.
-        model: sharded by `apply_tensor_parallel`, by FSDP2 on top of it, or plain. What its `state_dict` holds is saved.
+        path: the checkpoint's folder. A checkpoint that is there is replaced; anything else is left alone, with an
+            error.
+        model: sharded by `apply_tensor_parallel`, by FSDP2 on top of it, or plain. What its `state_dict` holds is
+            saved.
         optimizer: a torch.optim.Optimizer of the model's parameters.
-        extra: what else the run needs, the same on every rank (rank 0's is saved): numbers, strings, tensors, in lists and dicts, such as the step and
-            the `state_dict` of a scheduler.
-        async_: copy everything now, and write while training goes on; call the result's `result()` before the next save.
+        extra: what else the run needs, the same on every rank (rank 0's is saved): numbers, strings, tensors, in lists
+            and dicts, such as the step and the `state_dict` of a scheduler.
+        async_: copy everything now, and write while training goes on; call the result's `result()` before the next
+            save.
 
     Returns: None, or with `async_` a concurrent.futures.Future, whose `result()` raises what went wrong.
-    Raises: ValueError, TypeError, OSError, RuntimeError, on every rank, also when only one failed; what was there before is then as it was.
+    Raises: ValueError, TypeError, OSError, RuntimeError, on every rank, also when only one failed; what was there
+    before is then as it was.
     """
     path, group = Path(os.path.abspath(path)), None
     with together(group):
@@ -64,8 +70,9 @@ def save_checkpoint(path, model, optimizer=None, *, extra=None, async_=False):
 def load_checkpoint(path, model, optimizer=None):
     """Load what `save_checkpoint` saved, in this or any other layout, bit for bit; called on every rank.
 
-    Everything is checked before anything is changed: the files against their checksums, names, shapes and dtypes against the model's. No code that a
-    checkpoint may hold is run. The random state is restored too: each rank gets that of the ranks with its data-parallel index.
+    Everything is checked before anything is changed: the files against their checksums, names, shapes and dtypes
+    against the model's. No code that a checkpoint may hold is run. The random state is restored too: each rank gets
+    that of the ranks with its data-parallel index.
 
     Args: as for `save_checkpoint`. The optimizer may be new, its groups hold the same parameters.
     Returns: `extra`.
@@ -168,7 +175,8 @@ def _packed(state):
         torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
     except UnpicklingError as e:
         raise TypeError(
-            f"extra, or the state of a module or optimizer: expected numbers, strings, tensors, lists and dicts, found something else: {e}"
+            "extra, or the state of a module or optimizer: expected numbers, strings, tensors, lists and dicts, "
+            f"found something else: {e}"
         ) from e
     return buffer.getvalue()
 
@@ -234,7 +242,7 @@ def _write(path, items, state, group):
 
 
 def _dcp(function, *args, **kwargs):
-    """Call torch.distributed.checkpoint. Its own exception is no Exception, and is raised on every rank with the ranks' own."""
+    """Call torch.distributed.checkpoint. Its exception is no Exception, and is raised on every rank with the ranks'."""
     alone = not dist.is_initialized()
     try:
         with warnings.catch_warnings():
@@ -291,7 +299,8 @@ def _optimizer_to_fill(path, model, optimizer, saved, kept):
 
 
 def _empty(p, key, like, options):
-    """A tensor of a parameter's state, to be filled: laid out as the parameter is, or a scalar on the device that torch.optim keeps it on."""
+    """A tensor of a parameter's state, to be filled: laid out as the parameter, or a scalar where torch.optim keeps
+    it."""
     dtype = like.properties.dtype
     if like.size == p.shape and key != "step":
         return torch.zeros_like(p, dtype=dtype, requires_grad=False)

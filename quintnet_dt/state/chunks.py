@@ -11,7 +11,7 @@ from ..private import _StridedShard
 
 @dataclass(frozen=True)
 class Chunk:
-    """A block of a whole tensor: where it starts in each dim, and this rank's memory of it (a view, of the block's shape)."""
+    """A block of a whole tensor: where it starts in each dim, and this rank's memory of it (a view of its shape)."""
 
     offsets: tuple
     tensor: torch.Tensor
@@ -20,9 +20,10 @@ class Chunk:
 def chunks(tensor):
     """The blocks of a tensor that this rank holds, as a list of Chunk; empty where it has none of it.
 
-    A plain or replicated tensor is one block at 0, a shard one block, a fused weight of k pieces (`_StridedShard(dim, k)`, which
-    torch.distributed.checkpoint cannot place) k blocks. Writing to a block writes to the tensor. Raises ValueError for a DTensor with a Partial placement, and for pieces that
-    are sharded again on the same dim (FSDP2 over a plan that is not `contiguous`), which no torch function places rightly.
+    A plain or replicated tensor is one block at 0, a shard one block, a fused weight of k pieces (`_StridedShard(dim,
+    k)`, which torch.distributed.checkpoint cannot place) k blocks. Writing to a block writes to the tensor. Raises
+    ValueError for a DTensor with a Partial placement, and for pieces that are sharded again on the same dim (FSDP2 over
+    a plan that is not `contiguous`), which no torch function places rightly.
     """
     if not isinstance(tensor, DTensor):
         return [Chunk((0,) * tensor.dim(), tensor.detach())]
@@ -38,7 +39,8 @@ def chunks(tensor):
         ]
         if again:
             raise ValueError(
-                f"found placements {tensor.placements}: pieces of a fused weight, sharded again on the same dim; give apply_tensor_parallel contiguous=True"
+                f"found placements {tensor.placements}: pieces of a fused weight, sharded again on the same dim; give "
+                "apply_tensor_parallel contiguous=True"
             )
     (block,) = tensor.__create_chunk_list__()
     offsets = tuple(block.offsets)

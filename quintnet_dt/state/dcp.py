@@ -1,7 +1,8 @@
-"""torch.distributed.checkpoint on chunks: what it writes and reads of a tensor is where the rank's blocks lie in the whole.
+"""torch.distributed.checkpoint on chunks: it writes and reads the blocks of a tensor that a rank holds.
 
-It does not place fused pieces (`_StridedShard`) by itself, and unpickles a checkpoint's index with nothing barred; both are mended here, at its points of
-extension. What is written is its own format: `torch.distributed.checkpoint.load` reads it.
+It does not place fused pieces (`_StridedShard`) by itself, and unpickles a checkpoint's index with nothing barred; both
+are mended here, at its points of extension. What is written is its own format: `torch.distributed.checkpoint.load`
+reads it.
 """
 
 import pathlib
@@ -20,7 +21,7 @@ from .chunks import chunks
 
 @dataclass
 class Item:
-    """A tensor to save or to fill: its path in the nested state dict, the whole's shape, and this rank's chunks of it."""
+    """A tensor to save or to fill: its path in the nested state dict, its whole shape, and this rank's chunks of it."""
 
     path: tuple
     shape: torch.Size

@@ -1,6 +1,7 @@
 """Files of safetensors: headers, indices, and where in a file the bytes of a block of a tensor are.
 
-The format (https://github.com/huggingface/safetensors#format): the length of the header in 8 bytes, the header as JSON, {name: {dtype, shape, data_offsets}}, the bytes.
+The format (https://github.com/huggingface/safetensors#format): the length of the header in 8 bytes, the header as JSON,
+{name: {dtype, shape, data_offsets}}, the bytes.
 """
 
 import json

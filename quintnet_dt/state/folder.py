@@ -1,5 +1,6 @@
-"""The folder of a checkpoint: complete or not there. It is written beside its place, as `<name>.saving`, and renamed when all is in it; what was there before is
-`<name>.old` for that moment. `manifest.json` holds the size and checksum of every other file."""
+"""The folder of a checkpoint: complete or not there. It is written beside its place, as `<name>.saving`, and renamed
+when all is in it; what was there before is `<name>.old` for that moment. `manifest.json` holds the size and checksum of
+every other file."""
 
 import json
 import os
@@ -66,7 +67,7 @@ def checksum(path):
 
 
 def complete(path):
-    """The complete checkpoint at a path: there, or set aside by a save that was killed while it put the next one there."""
+    """The complete checkpoint at a path: there, or set aside by a save that was killed as it put the next one there."""
     old, half = _old(path), saving(path)
     if path.exists():
         return path

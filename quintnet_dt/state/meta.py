@@ -1,4 +1,5 @@
-"""Start a model that was built on the meta device: each rank makes and keeps its shards only, with the values of the whole model."""
+"""Start a model that was built on the meta device: each rank makes its shards only, with the values of the whole
+model."""
 
 import torch
 import torch.distributed as dist
@@ -15,23 +16,27 @@ from .chunks import chunks
 def materialize(model, init=None, *, device=None):
     """Give every parameter and buffer of a model that is on the meta device its memory and its first values, in place.
 
-    `init(module)` is called on each module, children first, as `model.apply(init)` does. It sees the model's tensors whole: those that it touches are
-    whole for that long, then each rank keeps its shards. So the values are, bit for bit, those of the whole model, started by
-    `whole.to_empty(device=...).apply(init)` from rank 0's random state (which every rank is given first), and the memory at its peak is the shards and the
-    largest module. Tensors that are not on meta keep their values. Ties stay ties. It works under FSDP2 too.
+    `init(module)` is called on each module, children first, as `model.apply(init)` does. It sees the model's tensors
+    whole: those that it touches are whole for that long, then each rank keeps its shards. So the values are, bit for
+    bit, those of the whole model, started by `whole.to_empty(device=...).apply(init)` from rank 0's random state (which
+    every rank is given first), and the memory at its peak is the shards and the largest module. Tensors that are not on
+    meta keep their values. Ties stay ties. It works under FSDP2 too.
 
         with torch.device("meta"):
             model = MyModel()
         materialize(apply_tensor_parallel(model, tp_size=4))
 
     Args:
-        model: an nn.Module, before or after apply_tensor_parallel and fully_shard. Every rank of the world must make the call.
-        init: by default the `_init_weights` of the module or of the nearest one around it (that of transformers' models, with its order), and where there
-            is none or it leaves the module's own tensors alone, the module's `reset_parameters()`.
+        model: an nn.Module, before or after apply_tensor_parallel and fully_shard. Every rank of the world must make
+            the call.
+        init: by default the `_init_weights` of the module or of the nearest one around it (that of transformers'
+            models, with its order), and where there is none or it leaves the module's own tensors alone, the module's
+            `reset_parameters()`.
         device: of the values; that of the mesh, or the CPU, by default.
 
     Returns: the model. Its parameters are new objects: make optimizers afterwards.
-    Raises: RuntimeError that lists the parameters and buffers that `init` did not write. What `init` raises on one rank, raises on all. The model is then as it was.
+    Raises: RuntimeError that lists the parameters and buffers that `init` did not write. What `init` raises on one
+    rank, raises on all. The model is then as it was.
     """
     places = Places(model)
     device = torch.device(device or places.device())
@@ -54,8 +59,8 @@ def materialize(model, init=None, *, device=None):
             left = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if id(t) in whole.unset]
             if left:
                 raise RuntimeError(
-                    f"expected init to write every element of every parameter and buffer, found {len(left)} that it did not: {', '.join(left)}; "
-                    "give an init(module) that does"
+                    f"expected init to write every element of every parameter and buffer, found {len(left)} that it "
+                    f"did not: {', '.join(left)}; give an init(module) that does"
                 )
     except BaseException:
         places.undo()
@@ -64,7 +69,7 @@ def materialize(model, init=None, *, device=None):
 
 
 class Places:
-    """The parameters and buffers of a model, and the modules that hold each. One that is replaced is replaced everywhere: ties stay ties."""
+    """The parameters and buffers of a model, and the modules that hold each, so that ties stay ties."""
 
     def __init__(self, model):
         self.tensors, self.at = {}, {}  # (module, attribute) -> tensor; its id -> [(module, attribute), ...]
@@ -106,7 +111,8 @@ def own(module):
 
 
 class _Whole(TorchFunctionMode):
-    """While it is entered, torch's functions see the tensors of a model whole; `keep` then stores what was written to those that were on meta."""
+    """Within it, torch's functions see a model's tensors whole; `keep` then stores what was written to those on
+    meta."""
 
     def __init__(self, places, device):
         super().__init__()

@@ -1,6 +1,7 @@
-"""Weights in safetensors files, the form in which models are shared: each rank reads and writes its own shards' bytes only.
+"""Weights in safetensors files, as models are shared: each rank reads and writes its own shards' bytes only.
 
-torch.distributed.checkpoint has a reader and a writer of such files: they need the safetensors package, and their consolidation is silently wrong with several blocks a rank.
+torch.distributed.checkpoint has a reader and a writer of such files: they need the safetensors package, and their
+consolidation is silently wrong with several blocks a rank.
 """
 
 import contextlib
@@ -22,22 +23,27 @@ _BUFFER = 1 << 20  # bytes of a tensor that are in memory beside it
 
 
 def load_safetensors(source, model, *, strict=True, device=None, init=None, progress=True):
-    """Fill a model, whole or sharded, live or on the meta device, from safetensors files; each rank reads the bytes of its own shards.
+    """Fill a model, whole or sharded, live or on the meta device, from safetensors files; each rank reads the bytes of
+    its own shards.
 
-    Beside the shards a rank needs 1 MB. Values are cast to the model's dtype, as by `load_state_dict`. Of tied weights the file may hold any one (of several, the last
-    is read). Names are those of the model's state_dict; no prefix is guessed. Call it on every rank of the world.
+    Beside the shards a rank needs 1 MB. Values are cast to the model's dtype, as by `load_state_dict`. Of tied weights
+    the file may hold any one (of several, the last is read). Names are those of the model's state_dict; no prefix is
+    guessed. Call it on every rank of the world.
 
     Args:
         source: a .safetensors file, an index (.safetensors.index.json), or a folder with one of them.
-        model: an nn.Module. What is on the meta device is given memory, for its shards only; such parameters become new objects: make optimizers afterwards.
+        model: an nn.Module. What is on the meta device is given memory, for its shards only; such parameters become new
+            objects: make optimizers afterwards.
         strict: whether the file must have exactly the model's names.
         device: of tensors that were on meta; that of the mesh, or the CPU, by default.
-        init: for what is on meta and not in the file (non-persistent buffers; with strict=False, missing weights): see `materialize`.
+        init: for what is on meta and not in the file (non-persistent buffers; with strict=False, missing weights): see
+            `materialize`.
         progress: a bar on rank 0, if tqdm is installed.
 
     Returns: (missing, unexpected), lists of names as load_state_dict has them.
-    Raises: on every rank, before anything is written to the model: FileNotFoundError; ValueError for files that are not safetensors, or that lists every
-    name that is missing or unexpected and every shape that differs. OSError where reading fails later.
+    Raises: on every rank, before anything is written to the model: FileNotFoundError; ValueError for files that are not
+    safetensors, or that lists every name that is missing or unexpected and every shape that differs. OSError where
+    reading fails later.
     """
     with together():
         entries, wanted, missing = entries_of(Path(source)), [], []
@@ -72,15 +78,18 @@ def load_safetensors(source, model, *, strict=True, device=None, init=None, prog
 
 
 def export_safetensors(folder, model, *, max_shard_size="5GB", progress=True):
-    """Write a model, whole or sharded, as safetensors files that `load_state_dict` of the whole model and transformers' `from_pretrained` read.
+    """Write a model, whole or sharded, as safetensors files that `load_state_dict` of the whole model and transformers'
+    `from_pretrained` read.
 
-    No rank gathers anything: each writes its own shards' bytes, so the folder must be on a file system that all ranks share. Makes `model.safetensors`, or beyond
-    `max_shard_size` (bytes, or a text such as "500MB" or "2GiB") `model-00001-of-0000N.safetensors` and an index. Tied weights are written once, under their
-    first name. A model with a `config` that has `save_pretrained` gets its config.json too. Files have their final names when all is written: an
-    export that fails leaves the folder as it was. One of an earlier export there is replaced. Call it on every rank of the world.
+    No rank gathers anything: each writes its own shards' bytes, so the folder must be on a file system that all ranks
+    share. Makes `model.safetensors`, or beyond `max_shard_size` (bytes, or a text such as "500MB" or "2GiB")
+    `model-00001-of-0000N.safetensors` and an index. Tied weights are written once, under their first name. A model with
+    a `config` that has `save_pretrained` gets its config.json too. Files have their final names when all is written: an
+    export that fails leaves the folder as it was. One of an earlier export there is replaced. Call it on every rank of
+    the world.
 
-    Raises: on every rank, ValueError for tensors without values (on meta) or without a safetensors dtype, or for a wrong max_shard_size; OSError where the folder cannot be written or the
-    disk is full.
+    Raises: on every rank, ValueError for tensors without values (on meta) or without a safetensors dtype, or for a
+    wrong max_shard_size; OSError where the folder cannot be written or the disk is full.
     """
     folder, first = Path(folder), not dist.is_initialized() or dist.get_rank() == 0
     files = {}
@@ -155,7 +164,7 @@ def _split(state, limit):
 
 
 def _finish(folder, files, config):
-    """Give the files their names, the index last; those of an earlier export go, which would be read instead or mixed with these."""
+    """Give the files their names, the index last. Those of an earlier export go: they would be mixed with these."""
     if hasattr(config, "save_pretrained"):
         config.save_pretrained(folder)
     new = [*files, INDEX] if len(files) > 1 else [*files]

@@ -9,10 +9,12 @@ from torch.distributed.tensor import DTensor
 
 @contextlib.contextmanager
 def whole_shapes(model):
-    """Within it, plain parameters of the whole shapes (with no memory and no values: all NaN) stand for the DTensors of a split model.
+    """Within it, plain parameters of the whole shapes (with no memory and no values: all NaN) stand for the DTensors of
+    a split model.
 
-    For libraries that add modules to it: peft makes adapters for the local shape where it finds a DTensor in a Linear. Afterwards the DTensors are back, wherever their
-    stand-ins have been moved, with the stand-ins' requires_grad; apply_tensor_parallel then splits what was added.
+    For libraries that add modules to it: peft makes adapters for the local shape where it finds a DTensor in a Linear.
+    Afterwards the DTensors are back, wherever their stand-ins have been moved, with the stand-ins' requires_grad;
+    apply_tensor_parallel then splits what was added.
 
         with whole_shapes(model):
             model = peft.get_peft_model(model, config)

@@ -1,1 +1,1 @@
-"""A model's forward, recorded: model -> Graph. trace.py runs it once on a copy (ghost.py) and fills a Graph (graph.py)."""
+"""A model's forward, recorded: model -> Graph. trace.py runs it once on a copy (ghost.py), and fills the Graph."""

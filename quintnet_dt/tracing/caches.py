@@ -1,4 +1,4 @@
-"""Results that a model's code keeps with functools.lru_cache: a fake tensor must not stay there, nor a copy share them."""
+"""What a model's code keeps by functools.lru_cache: no fake tensor must stay there, and no copy share it."""
 
 import contextlib
 import functools
@@ -10,7 +10,7 @@ _Cache = type(functools.lru_cache(lambda: None))
 
 
 def unshare(model, copied):
-    """Methods with a cache that the modules of a deep copy share with the original's: made the copy's own, without a cache."""
+    """Methods with a cache that a deep copy's modules share with the original's: made its own, without a cache."""
     for module, twin in zip(model.modules(), copied.modules()):
         for name, cached in vars(module).items():
             if isinstance(cached, _Cache) and inspect.ismethod(cached.__wrapped__):
@@ -19,7 +19,8 @@ def unshare(model, copied):
 
 @contextlib.contextmanager
 def forgotten(model):
-    """What runs inside adds nothing to the caches in the code of the model's classes and their files: those that it adds to are cleared."""
+    """What runs inside adds nothing to the caches in the code of the model's classes and their files: those that it
+    adds to are cleared."""
     before = {cache: cache.cache_info().misses for cache in _caches(model)}
     try:
         yield

@@ -1,7 +1,8 @@
 """What torch.nn computes in one piece, said again in pieces that can be sharded.
 
-A torch-function mode sees `F.multi_head_attention_forward` as one call, in which no head can be split. Our modes run what is here instead, with
-themselves on, so that the calls within are the model's: in the trace, in the proof, and at run time where a module is watched.
+A torch-function mode sees `F.multi_head_attention_forward` as one call, in which no head can be split. Our modes run
+what is here instead, with themselves on, so that the calls within are the model's: in the trace, in the proof, and at
+run time where a module is watched.
 """
 
 import warnings
@@ -28,9 +29,11 @@ def restated(func, args, kwargs):
 def attention(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False, safe=True
 ):
-    """F.scaled_dot_product_attention, and its weights, with a dropout that is a call of its own: each rank takes its part of the whole mask.
+    """F.scaled_dot_product_attention, and its weights, with a dropout that is a call of its own: each rank takes its
+    part of the whole mask.
 
-    query: (..., heads, L, d); key, value: (..., heads, S, d); attn_mask broadcasts to (..., heads, L, S). `safe`: zeros where all is masked, not NaN.
+    query: (..., heads, L, d); key, value: (..., heads, S, d); attn_mask broadcasts to (..., heads, L, S). `safe`: zeros
+    where all is masked, not NaN.
     """
     if enable_gqa:
         group = query.shape[-3] // key.shape[-3]
@@ -53,8 +56,9 @@ def attention(
 def multi_head_attention(
     query, key, value, width, heads, weight, bias, bias_k, bias_v, zero, dropout, out_weight, out_bias, **options
 ):
-    """F.multi_head_attention_forward: query (L, batch, E) or (L, E), key and value (S, ...), packed weight [q | k | v] (3 E, E), masks that are
-    True, or -inf, where nothing is attended to; returns (output like query, weights or None). Torch gives the `options` by keyword, all of them.
+    """F.multi_head_attention_forward: query (L, batch, E) or (L, E), key and value (S, ...), packed weight [q | k | v]
+    (3 E, E), masks that are True, or -inf, where nothing is attended to; returns (output like query, weights or None).
+    Torch gives the `options` by keyword, all of them.
     """
     itself, batched = query is key is value, query.dim() == 3
     mask, padding, causal = (options[name] for name in ("attn_mask", "key_padding_mask", "is_causal"))
@@ -69,9 +73,11 @@ def multi_head_attention(
     fits &= key.shape[:2] == value.shape[:2] and key.shape[1] == batch
     if not fits or found != width or width % heads or (causal and mask is None):
         raise RuntimeError(
-            f"multi_head_attention_forward: expected a query (L, batch, {width}), key and value (S, batch, ...), {heads} heads that divide the features, "
-            f"attn_mask (L, S) or (batch * heads, L, S), not None if is_causal, key_padding_mask (batch, S); found {[tuple(x.shape) for x in (query, key, value)]}, "
-            f"attn_mask {mask if mask is None else tuple(mask.shape)}, key_padding_mask {padding if padding is None else tuple(padding.shape)}"
+            f"multi_head_attention_forward: expected a query (L, batch, {width}), key and value (S, batch, ...), "
+            f"{heads} heads that divide the features, attn_mask (L, S) or (batch * heads, L, S), not None if "
+            f"is_causal, key_padding_mask (batch, S); found {[tuple(x.shape) for x in (query, key, value)]}, attn_mask "
+            f"{mask if mask is None else tuple(mask.shape)}, key_padding_mask "
+            f"{padding if padding is None else tuple(padding.shape)}"
         )
 
     separate = options["use_separate_proj_weight"] and [options[f"{x}_proj_weight"] for x in "qkv"]
@@ -152,8 +158,9 @@ def plain(module):
 
 
 def adapt(model):
-    """Do otherwise what `plain` turned off. Without gradients nn.TransformerEncoder packs what is not padding in nested tensors, and gives zeros for padding;
-    an embedding with max_norm writes to its weight. (And with sparse=True makes gradients that a DTensor cannot have.)
+    """Do otherwise what `plain` turned off. Without gradients nn.TransformerEncoder packs what is not padding in nested
+    tensors, and gives zeros for padding; an embedding with max_norm writes to its weight. (And with sparse=True makes
+    gradients that a DTensor cannot have.)
     """
     for path, module in model.named_modules():
         if setting := plain(module):

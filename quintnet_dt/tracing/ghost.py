@@ -19,8 +19,9 @@ class StrayParameter(ValueError):
 
     def __init__(self, names):
         super().__init__(
-            f"{', '.join(names)}: expected every parameter to be read as an attribute of its module, found one that something else holds (a list, "
-            "a partial, a lambda, an optimizer kept in the model), which would keep the old one: read it as self.name, and make optimizers afterwards"
+            f"{', '.join(names)}: expected every parameter to be read as an attribute of its module, found one that "
+            "something else holds (a list, a partial, a lambda, an optimizer kept in the model), which would keep the "
+            "old one: read it as self.name, and make optimizers afterwards"
         )
 
 
@@ -39,8 +40,9 @@ class _Memo(dict):
 def ghost(model, fake_mode=None, local_shape=None, device=None):
     """A deep copy of `model` that owns no memory: parameters and buffers are fake tensors of `fake_mode`.
 
-    `local_shape(name, param)` gives the shape of a parameter; its whole shape by default. Without `fake_mode` the copy shares the
-    parameters (which a forward does not write to) and copies the buffers, for a forward that must see values.
+    `local_shape(name, param)` gives the shape of a parameter; its whole shape by default. Without `fake_mode` the copy
+    shares the parameters (which a forward does not write to) and copies the buffers, for a forward that must see
+    values.
     """
     memo = _Memo()
     with copyable(model, memo) as dtypes:
@@ -65,8 +67,9 @@ def _ghost(model, fake_mode, local_shape, device, memo, dtypes):
                 p.device_mesh.ndim > 1
             ):  # the ranks of a dp group may be called in different ways, and would wait for each other
                 raise RuntimeError(
-                    "this call takes a path that was not traced before, through a forward that reads values; under FSDP it cannot be traced: call the "
-                    "model in this way once (same arguments, same mode) before fully_shard"
+                    "this call takes a path that was not traced before, through a forward that reads values; under "
+                    "FSDP it cannot be traced: call the model in this way once (same arguments, same mode) before "
+                    "fully_shard"
                 )
             memo[id(p)] = nn.Parameter(p.full_tensor().to(dtypes.get(id(p), p.dtype)), p.requires_grad)
         else:
@@ -86,7 +89,8 @@ def _ghost(model, fake_mode, local_shape, device, memo, dtypes):
         copied = strip(copy.deepcopy(model, memo))
     except Exception as e:
         raise RuntimeError(
-            f"{type(model).__name__} cannot be deep-copied, which planning needs so that the model itself stays untouched: {e}"
+            f"{type(model).__name__} cannot be deep-copied, which planning needs so that the model itself stays "
+            f"untouched: {e}"
         ) from e
     if stray := [name for name, p in model.named_parameters() if id(p) in free and memo.met[id(p)] > own[id(p)]]:
         raise StrayParameter(stray)
@@ -132,15 +136,17 @@ def strip(model):
 
 
 def put_last(module):
-    """A forward hook was registered on a copy, in the place of this library's: what the user added after that runs after it."""
+    """A forward hook was registered on a copy, in the place of this library's: what the user added later runs after
+    it."""
     for key in vars(module).get("_tp_later", ()):
         if key in module._forward_hooks:
             module._forward_hooks.move_to_end(key)
 
 
 def fake_inputs(fake_mode, args, kwargs, known=None):
-    """The inputs with a fake tensor for each tensor, and copies of objects that hold tensors (a cache, which the forward may fill). With
-    `known`, which is told the real tensor behind each fake one, a shard that an object keeps gets its whole shape; else it stays one.
+    """The inputs with a fake tensor for each tensor, and copies of objects that hold tensors (a cache, which the
+    forward may fill). With `known`, which is told the real tensor behind each fake one, a shard that an object keeps
+    gets its whole shape; else it stays one.
     """
     memo = {}
     for _, holder, place, t in held((args, kwargs)) if known is not None else ():

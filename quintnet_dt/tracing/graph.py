@@ -98,8 +98,8 @@ class Graph:
     # What it read of values: (call index, a scalar or the shape of a tensor, whether it follows from the inputs alone).
     readings: list = field(default_factory=list)
     stored: list = field(default_factory=list)  # Values that modules keep when the forward is over
-    # Those that objects among the inputs and outputs keep: (path of the object in (args, kwargs, output), place there, Value); and which of them
-    # were shards when they were given: {value id: Action}.
+    # Those that objects among the inputs and outputs keep: (path of the object in (args, kwargs, output), place there,
+    # Value); and which of them were shards when they were given: {value id: Action}.
     held: list = field(default_factory=list)
     given: dict = field(default_factory=dict)
     random: bool = False  # whether it draws random numbers
@@ -120,7 +120,7 @@ class Graph:
 
     @cached_property
     def seen(self):
-        """Values by id that hooks of the user's see, or code with a backward of its own: whole, with whole gradients."""
+        """Values by id that hooks of the user's see, or code with a backward of its own: they are whole."""
         runs = [m for m in self.modules if m.watched] + [c for c in self.calls if c.opaque]
         return {v.id: v for x in runs for v in (*x.inputs.values(), *x.outputs.values())}
 
@@ -131,7 +131,8 @@ class Graph:
 
     @cached_property
     def made_of(self):
-        """Value id -> the parameters that it is made of, if of them (and constants) alone: a weight that is standardised before its use."""
+        """Value id -> the parameters that it is made of, if of them (and constants) alone: a weight that is
+        standardised."""
         given = {v.id for v in self.modules[0].inputs.values()}
         made = {v.id: {name} for name, v in self.params.items()}
         for call in self.calls:
@@ -153,6 +154,7 @@ class Graph:
 
     @cached_property
     def unsteady(self):
-        """Ids of the module runs that read values which do not follow from the inputs alone: their calls may differ from run to run."""
+        """Ids of the module runs that read values which do not follow from the inputs alone: their calls may differ
+        from run to run."""
         at = [i for i, _, known in self.readings if not known and i < len(self.calls)]
         return {id(m) for i in at for m in self.calls[i].module.chain()}

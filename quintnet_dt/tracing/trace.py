@@ -1,9 +1,9 @@
 """A model's forward, recorded: one run on a ghost of the model gives the Graph that all else is inferred from.
 
-The ghost is a deep copy whose parameters and buffers are fake tensors, so nothing is allocated or computed and the user's
-model, its buffers and its random state stay untouched. Two levels are recorded at once: *calls*, the torch functions that Python code
-called (`F.linear`, `x.view`), which are what can be intercepted later; and *nodes*, the ATen operators inside them,
-few and regular, which are what the axis rules read.
+The ghost is a deep copy whose parameters and buffers are fake tensors, so nothing is allocated or computed and the
+user's model, its buffers and its random state stay untouched. Two levels are recorded at once: *calls*, the torch
+functions that Python code called (`F.linear`, `x.view`), which are what can be intercepted later; and *nodes*, the ATen
+operators inside them, few and regular, which are what the axis rules read.
 """
 
 import contextlib
@@ -25,7 +25,8 @@ from .graph import Call, Graph, ModuleCall, Node, Value
 
 # What a forward may read of its values: on fake tensors these have no answer.
 READS_VALUES = (
-    "aten::_local_scalar_dense aten::nonzero aten::nonzero_static aten::unique_dim aten::_unique2 aten::unique_consecutive "
+    "aten::_local_scalar_dense aten::nonzero aten::nonzero_static aten::unique_dim aten::_unique2 "
+    "aten::unique_consecutive "
     "aten::masked_select aten::bincount aten::equal aten::is_nonzero aten::repeat_interleave"
 ).split()
 
@@ -50,11 +51,12 @@ KNOWN_SIZE = 1 << 16
 def trace(model, args=(), kwargs=None, *, device=None):
     """Run the model's forward once on a ghost and record it.
 
-    Args: model, whole (its parameters have their whole shapes); `args`, `kwargs`: example inputs; `device`: where a model on
-    the meta device is imagined to be. Returns: Graph.
+    Args: model, whole (its parameters have their whole shapes); `args`, `kwargs`: example inputs; `device`: where a
+    model on the meta device is imagined to be. Returns: Graph.
 
-    What a forward reads of values that follow from its inputs alone (is there padding?) is known. One that reads values which depend on
-    parameters (which expert is hit?), or asks what a fake tensor cannot answer, is run again on the parameters themselves.
+    What a forward reads of values that follow from its inputs alone (is there padding?) is known. One that reads values
+    which depend on parameters (which expert is hit?), or asks what a fake tensor cannot answer, is run again on the
+    parameters themselves.
     """
     kwargs = kwargs or {}
     fake_mode, recorder = FakeTensorMode(allow_non_fake_inputs=True), Recorder()
@@ -133,7 +135,8 @@ class Recorder:
                 self.graph.given[self.value(t).id] = action
 
     def keep(self, model, objects):
-        """Note the values that the forward left in buffers and attributes, and in objects that it was given or returns."""
+        """Note the values that the forward left in buffers, in attributes, and in objects among its inputs and
+        outputs."""
         inside = [x for m in model.modules() for x in [*m._buffers.values(), *vars(m).values()]]
         values = [self._values.get(id(t)) for _, t in tensors(inside)]
         self.graph.stored = [v for v in values if v is not None and v.producer is not None]
@@ -289,7 +292,7 @@ def draws(func, args, kwargs):
 
 @cache
 def _aliases(func):
-    """(position, name) of the arguments whose memory an operator's outputs share, and of those that it writes to, by its schema."""
+    """(position, name) of the arguments whose memory an operator's outputs share, and of those that it writes to."""
     marked = [(i, a) for i, a in enumerate(func._schema.arguments) if a.alias_info is not None]
     views = any(r.alias_info is not None for r in func._schema.returns)
     return [(i, a.name) for i, a in marked if views], [(i, a.name) for i, a in marked if a.alias_info.is_write]

@@ -24,15 +24,17 @@ def rule_of(node):
 def register_axis_rule(op, rule):
     """Tell which dims of an operator of your own are one axis, so that what is sharded can stay so through it.
 
-    An operator without a rule is taken to need its inputs whole: right, but gathered. (One of torch.Tag.pointwise has one.)
+    An operator without a rule is taken to need its inputs whole: right, but gathered. (One of torch.Tag.pointwise has
+    one.)
 
     Args:
-        op: `torch.ops.mylib.op`, one of its overloads (all share the rule), what torch.library.custom_op made, or its name,
-            "mylib::op".
-        rule: a line that names the dims of each tensor argument and, after `->`, of each result. A dim on both sides is one
-            axis: the operator does the same at each place along it. One on the left alone is summed over, so that the sum
-            over shards is the whole. `k!`: dim k is needed whole. `+k`, before an input's first dim: an addend, to be added
-            once when something is summed. `...`: any further dims. Or a function (node, axes), as in quintnet_dt/axes/rules.
+        op: `torch.ops.mylib.op`, one of its overloads (all share the rule), what torch.library.custom_op made, or its
+            name, "mylib::op".
+        rule: a line that names the dims of each tensor argument and, after `->`, of each result. A dim on both sides is
+            one axis: the operator does the same at each place along it. One on the left alone is summed over, so that
+            the sum over shards is the whole. `k!`: dim k is needed whole. `+k`, before an input's first dim: an addend,
+            to be added once when something is summed. `...`: any further dims. Or a function (node, axes), as in
+            quintnet_dt/axes/rules.
 
     Raises: TypeError, ValueError where `op` is no operator or the rule does not fit it.
 

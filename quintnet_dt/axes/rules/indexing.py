@@ -37,7 +37,8 @@ def index_select(node, axes):
 
 @rule("gather scatter scatter_ scatter_add scatter_add_ scatter_reduce scatter_reduce_ index_add index_add_")
 def along(node, axes):
-    """Reads or writes along one dim by index: the dim is needed whole; so is one that is cut, where an index or a source is smaller."""
+    """Reads or writes along one dim by index: it is needed whole; so is one that is cut, where an index or a source is
+    smaller."""
     value, out = node.inputs[0], node.outputs[0]
     dim = arg(node, "dim") % max(len(value.shape), 1)
     alike = [v for v in node.inputs if len(v.shape) == len(value.shape)]

@@ -1,8 +1,8 @@
 """Rules of one line, in an einsum-like notation.
 
-Each input's dims are letters. A letter in an input and the output is one axis; one that the output lacks is contracted (summed over, so that a shard
-of it gives a Partial); `!` marks what the operator needs whole, `~` what is looked up by index, `+` an addend, to be added once when something is contracted;
-`...` is any further dims.
+Each input's dims are letters. A letter in an input and the output is one axis; one that the output lacks is contracted
+(summed over, so that a shard of it gives a Partial); `!` marks what the operator needs whole, `~` what is looked up by
+index, `+` an addend, to be added once when something is contracted; `...` is any further dims.
 """
 
 import re
@@ -66,7 +66,7 @@ def faults(text, schema):
 
 
 def from_notation(text, user=None):
-    """The rule function of one line of notation. A line of a `user`, named so in errors, must fit the shapes that it meets."""
+    """The rule function of one line of notation. One of a `user`, named so in errors, must fit the shapes it meets."""
     patterns, outs = _parse(text)
     named = {t for p in outs for t in p}
 

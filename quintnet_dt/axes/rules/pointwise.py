@@ -5,10 +5,25 @@ import torch
 from ..factors import unify
 from .table import arg, dims_of, every, fresh, pass_but, rule, unknown
 
-SAME = "clone _to_copy detach alias lift_fresh contiguous zeros_like ones_like full_like empty_like zero_ fill_ masked_fill_ masked_fill copy_ hardswish hardswish_ log_sigmoid_forward _prelu_kernel"
-CHANNELS = "max_pool2d_with_indices avg_pool2d max_pool3d_with_indices avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d upsample_bilinear2d upsample_bicubic2d upsample_nearest2d upsample_linear1d upsample_nearest1d upsample_nearest3d upsample_trilinear3d reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d reflection_pad3d replication_pad3d _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa adaptive_max_pool3d"
-REDUCE = "amax amin var std var_mean std_mean argmax argmin any all prod logsumexp linalg_vector_norm max min median norm nansum"
-WHOLE_DIM = "_softmax _log_softmax _safe_softmax cumsum cumprod logcumsumexp cummax cummin sort topk flip roll argsort _fft_r2c _fft_c2r _fft_c2c"
+SAME = (
+    "clone _to_copy detach alias lift_fresh contiguous zeros_like ones_like full_like empty_like zero_ fill_ "
+    "masked_fill_ masked_fill copy_ hardswish hardswish_ log_sigmoid_forward _prelu_kernel"
+)
+CHANNELS = (
+    "max_pool2d_with_indices avg_pool2d max_pool3d_with_indices avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d "
+    "adaptive_max_pool2d upsample_bilinear2d upsample_bicubic2d upsample_nearest2d upsample_linear1d "
+    "upsample_nearest1d upsample_nearest3d upsample_trilinear3d reflection_pad1d reflection_pad2d replication_pad1d "
+    "replication_pad2d reflection_pad3d replication_pad3d _upsample_nearest_exact1d _upsample_nearest_exact2d "
+    "_upsample_nearest_exact3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa adaptive_max_pool3d"
+)
+REDUCE = (
+    "amax amin var std var_mean std_mean argmax argmin any all prod logsumexp linalg_vector_norm max min median norm "
+    "nansum"
+)
+WHOLE_DIM = (
+    "_softmax _log_softmax _safe_softmax cumsum cumprod logcumsumexp cummax cummin sort topk flip roll argsort "
+    "_fft_r2c _fft_c2r _fft_c2c"
+)
 
 
 @rule(SAME)
@@ -80,7 +95,8 @@ def layer_norm(node, axes):
 
 
 @rule(
-    "native_batch_norm cudnn_batch_norm miopen_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training _native_batch_norm_legit_functional _batch_norm_with_update"
+    "native_batch_norm cudnn_batch_norm miopen_batch_norm _native_batch_norm_legit "
+    "_native_batch_norm_legit_no_training _native_batch_norm_legit_functional _batch_norm_with_update"
 )
 def batch_norm(node, axes):
     """Channels (dim 1) pass; the statistics are taken over all other dims."""

@@ -1,7 +1,8 @@
 """What every rule is made with: the table of rules, and the few things that they say of a node.
 
-A rule is a function (node, axes) that sets the dims of the node's outputs (`axes.set`), and says which factors of its inputs the operator sums over
-(`axes.contract`) or needs whole (`axes.whole`). An operator without a rule is assumed to need every dim whole, which is always right, never fast.
+A rule is a function (node, axes) that sets the dims of the node's outputs (`axes.set`), and says which factors of its
+inputs the operator sums over (`axes.contract`) or needs whole (`axes.whole`). An operator without a rule is assumed to
+need every dim whole, which is always right, never fast.
 """
 
 import functools
