@@ -18,7 +18,7 @@ from .plan import EXCHANGED, GATHERED, LOCAL, REPLICATED, WEIGHT_GATHERED, Entry
 from .planning.cost import cost
 from .planning.paths import Paths, device_of, sharding_of, signature
 from .planning.planner import Planner, settle
-from .private import broadcasts_state
+from .private import STRIDED, broadcasts_state
 from .processgroup import ProcessGroupManager
 from .running.context import Context
 from .running.hooks import changed_modules, hooks_on, parameter_owners, unhook
@@ -81,7 +81,7 @@ def apply_tensor_parallel(
         contiguous: whether each rank's part of a fused weight ([q | k | v]) is one block of it, a plain Shard, of which
             the ranks exchange rows before its use; else it is a part of each piece, a _StridedShard, which sends
             nothing, but which FSDP2 and torch's own checkpoint functions do not handle. By default it is where the
-            world is larger than the tp group, as it then will be split again.
+            world is larger than the tp group, as it then will be split again, and before torch 2.13.
         src_data_rank: the rank of each tp group whose weights are used; None if every rank holds the same: then each
             takes its slices with no communication.
 
@@ -92,7 +92,8 @@ def apply_tensor_parallel(
     if mesh is not None and not isinstance(mesh, DeviceMesh):
         raise TypeError(f"mesh: expected a 1-D DeviceMesh or a ProcessGroupManager, found {type(mesh).__name__}")
     mesh = ProcessGroupManager(tp_size, mesh=mesh).mesh
-    contiguous = mesh.size() < dist.get_world_size() if contiguous is None else contiguous
+    if contiguous is None:
+        contiguous = mesh.size() < dist.get_world_size() or not STRIDED
     with together(mesh.get_group()):
         kept = _kept(model, mesh) if isinstance(model, nn.Module) else {}
         plan, known = _make_plan(model, mesh.size(), example_inputs, plan, loss_parallel, contiguous, kept)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import os
 import sys
 
@@ -133,18 +134,27 @@ def source_line():
 
 
 _CHECKPOINT = os.path.join(_TORCH, "utils", "checkpoint.py")
-_APPLY = torch.autograd.Function.apply.__code__
 
 
 def callers():
     """Of the code that runs: whether it is in the forward of an autograd.Function that is not torch's own, which has a
     backward of its own; and how many frames of torch.utils.checkpoint it is in, which run it again."""
     frame, custom, checkpoints = sys._getframe(1), False, 0
-    while (caller := frame.f_back) is not None:
-        custom |= caller.f_code is _APPLY and not frame.f_code.co_filename.startswith(_TORCH)
+    while frame is not None:
+        custom |= _own_backward(frame.f_code)
         checkpoints += frame.f_code.co_filename == _CHECKPOINT
-        frame = caller
+        frame = frame.f_back
     return custom, checkpoints
+
+
+@functools.cache
+def _own_backward(code):
+    """Whether this is the code of the forward, undecorated, of an autograd.Function that is not torch's own."""
+    kinds, forwards = [torch.autograd.Function], []
+    for kind in kinds:  # grows as it is read
+        kinds += kind.__subclasses__()
+        forwards += [] if kind.__module__.startswith("torch.") else [kind.forward]
+    return any(getattr(inspect.unwrap(f), "__code__", None) is code for f in forwards)
 
 
 OPERATORS = type(torch.ops.aten.add), type(torch.ops.aten.add.Tensor)

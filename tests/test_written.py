@@ -385,13 +385,15 @@ class Product(torch.autograd.Function):
 
 
 class Normed(torch.autograd.Function):
-    """A backward that looks at the whole gradient."""
+    """A backward that looks at the whole gradient; decorated, as for autocast."""
 
     @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")
     def forward(ctx, x):
         return x.view_as(x)
 
     @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx, grad):
         return grad / grad.norm() * grad.shape[-1]
 
