@@ -102,7 +102,7 @@ def test_blocks_share_one_graph_each(build, labels):
 @pytest.mark.parametrize("build", [llama, gpt2])
 def test_a_whole_model(build):
     def ranks(rank):
-        sharded, whole = pair(build, layers=2)
+        sharded, whole = pair(build, layers=1)
         backend = Counted("aot_eager")
         compiled = torch.compile(sharded, backend=backend, fullgraph=True)
         for length in (8, 12, 15):
@@ -134,7 +134,7 @@ def test_checkpoints(build, how):
             for block in blocks(sharded) if how == "blocks" else ():
                 block.compile(backend="aot_eager")
             compiled = torch.compile(sharded, backend="aot_eager") if how == "whole" else sharded
-            for length in (8, 12):
+            for length in (8,) if how == "whole" else (8, 12):
                 compare(compiled, sharded, whole, given(length))
 
     run_ranks(ranks, 2, timeout=200)

@@ -1,5 +1,7 @@
 """Example inputs: what a user may give, and what is made up."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -80,6 +82,18 @@ def test_an_image_that_fits_a_flattened_head():
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Flatten(), nn.Linear(4 * 32 * 32, 10))
     _, kwargs = fits(model)
     assert list(kwargs.values())[0].shape[-1] == 32
+
+
+DECLARED = {"config": SimpleNamespace(image_size=48)}, {"pretrained_cfg": {"input_size": (3, 48, 48)}}
+
+
+@pytest.mark.parametrize("declared", DECLARED)
+def test_an_image_of_the_size_that_the_model_declares(declared):
+    """As timm's models and those of transformers do: with another size a forward may take another path."""
+    model = Model(nn.Conv2d(3, 4, 3))
+    vars(model).update(declared)
+    _, kwargs = first(model)
+    assert kwargs["x"].shape[-2:] == (48, 48)
 
 
 def test_other_required_arguments_are_filled_and_optional_ones_left():

@@ -62,8 +62,9 @@ def made_up(model, device):
 
 
 def _image_sizes(model, layer):
-    size = getattr(getattr(model, "config", None), "image_size", None)
-    size = size[0] if isinstance(size, (tuple, list)) and size else size
+    size, timm = getattr(getattr(model, "config", None), "image_size", None), getattr(model, "pretrained_cfg", None)
+    size = timm.get("input_size") if size is None and isinstance(timm, dict) else size
+    size = size[-1] if isinstance(size, (tuple, list)) and size else size
     known = [size] if isinstance(size, int) else []
     return dict.fromkeys(known + ([64, 224, 32] if isinstance(layer, nn.Conv2d) else [64, 16]))
 
