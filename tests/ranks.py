@@ -12,10 +12,12 @@
 
 The processes are forked, so the function may be a closure and torch is not imported
 again (0.3 s a call). The calling process must not have initialised a default process
-group itself.
+group itself, nor run a backward: torch for CUDA then refuses one in a fork of it.
+Tests that need one take `own_process`.
 """
 
 import faulthandler
+import functools
 import os
 import pickle
 import selectors
@@ -102,6 +104,27 @@ def run_ranks(fn, n, *args, timeout=60, init=True, expect_failure=False):
             if report is None:
                 reports[rank] = ("lost", _where(folder, rank))
     return _verdict(reports, timeout, expect_failure)
+
+
+def alone(fn, timeout=60):
+    """``fn()``, on a process of its own that no launcher started."""
+
+    def ranks(rank):
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            del os.environ[name]
+        return fn()
+
+    return run_ranks(ranks, 1, timeout=timeout, init=False)[0]
+
+
+def own_process(test):
+    """A test that runs a backward itself, on a process of its own."""
+
+    @functools.wraps(test)
+    def wrapped(*args, **kwargs):
+        alone(functools.partial(test, *args, **kwargs))
+
+    return wrapped
 
 
 def _child(fn, rank, n, args, timeout, folder, port, out, release):

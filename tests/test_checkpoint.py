@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from ranks import run_ranks
+from ranks import alone, run_ranks
 from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.device_mesh import init_device_mesh
@@ -89,7 +89,7 @@ def same(found, expected):
 
 def on(layout, fn):
     """fn() on the ranks of a layout; rank 0's result."""
-    return fn() if LAYOUTS[layout] == 1 else run_ranks(lambda rank: fn(), LAYOUTS[layout])[0]
+    return alone(fn) if LAYOUTS[layout] == 1 else run_ranks(lambda rank: fn(), LAYOUTS[layout])[0]
 
 
 def test_every_layout_into_every_other(tmp_path):
@@ -118,7 +118,7 @@ def test_every_layout_into_every_other(tmp_path):
 
     expected = {layout: on(layout, lambda: save(layout, async_=layout in ("tp2", "dp2 x tp2"))) for layout in LAYOUTS}
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(LAYOUTS)  # nothing half-written is left
-    load(["one"], expected)
+    alone(lambda: load(["one"], expected))
     run_ranks(lambda rank: load(["tp2"], expected), 2)
     run_ranks(lambda rank: load(["tp3"], expected), 3)
     run_ranks(lambda rank: load(["tp4", "dp2 x tp2", "hsdp 2 x 1 x 2"], expected), 4)

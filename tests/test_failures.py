@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import compare, pair
-from ranks import run_ranks
+from ranks import own_process, run_ranks
 from torch import nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
@@ -306,8 +306,8 @@ def test_plan_edited_then_applied():
     run_ranks(ranks, 2)
 
 
+@own_process
 def test_one_rank_needs_no_launcher():
-
     with ProcessGroupManager(1) as pgm:
         sharded, whole = pair(mlp, pgm)
         compare(sharded, whole, (torch.ones(3, 16),))

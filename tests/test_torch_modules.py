@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import close, compare, double, pair, run, same_output, share_of
-from ranks import run_ranks
+from ranks import own_process, run_ranks
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -63,6 +63,7 @@ SWITCHES = "batched separate bias bias_kv zero need average training".split()
 @pytest.mark.filterwarnings("ignore:Support for mismatched")
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("of", ["self", "memory", "all apart"])
+@own_process
 def test_restated_attention(of, mask):
     e, heads, length = 12, 3, 4
     for i, bits in enumerate(itertools.product((0, 1), repeat=len(SWITCHES))):
@@ -104,6 +105,7 @@ def test_restated_attention(of, mask):
         both(function, list({id(x): x for x in given if x is not None and x.requires_grad}.values()))
 
 
+@own_process
 def test_restated_dropout_in_attention():
     torch.manual_seed(0)
     q, k, v = (randn(2, h, 5, 8, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2))
