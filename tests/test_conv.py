@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from helpers import compare, double, pair, share_of
 from ranks import run_ranks
 from torch import nn
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import Replicate, Shard
 
 from quintnet_dt import apply_tensor_parallel, comm_ops, plan_tensor_parallel
 
@@ -325,6 +325,29 @@ def test_outputs_gradients_and_running_statistics(n, part):
                 raise
 
     run_ranks(ranks, n)
+
+
+IN_GROUPS = ["ResNeXt", "U-Net with groups", "transposed", "1-D and 3-D", "shuffled", "Swin", "pairs"]
+
+
+def test_weights_in_one_block():
+    """Each rank holds one block of a weight, also where parts of groups or of pieces are its own; then by a plan that
+    says otherwise of a bias than the weight's use would."""
+
+    def ranks(rank):
+        for name in IN_GROUPS:
+            build, given, _ = MODELS[name]
+            torch.manual_seed(3)
+            inputs = double(given())
+            models = pair(build, 2, example_inputs=copy.deepcopy(inputs), contiguous=True)
+            plan = models[0].tensor_parallel_plan
+            assert all(type(p) in (Shard, Replicate) for p in plan.placements.values())
+            compare(*models, inputs)
+            if name == "U-Net with groups":
+                plan["up1.weight"], plan["up1.bias"] = Shard(1), Shard(0)  # together: parts of groups, and a block
+                compare(*pair(build, 2, example_inputs=copy.deepcopy(inputs), plan=plan), inputs)
+
+    run_ranks(ranks, 2)
 
 
 @pytest.mark.parametrize("name", [name for name, (_, _, local) in MODELS.items() if local])

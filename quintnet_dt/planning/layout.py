@@ -45,9 +45,12 @@ class _Pass:
         self.now = {}  # value id -> state after the actions on it
         self.pending = {}  # value id -> Partial value, not yet summed or passed on
         self.use_count = graph.use_count
-        for name, (_, axis) in sharding.params.items():
+        for name, (dim, axis) in sharding.params.items():
             if name in graph.params:
-                self.now[graph.params[name].id] = axis
+                v, outer = graph.params[name], sharding.outer.get(name, 1)
+                self.now[v.id] = axis
+                if name not in sharding.whole and type(outer) is int and (axis.find(axes, v) or ())[:2] != (dim, outer):
+                    raise LayoutError(f"{name} lies otherwise in memory than its axis does in it", axis=axis)
         self.gathered = {graph.params[name].id for name in sharding.whole if name in graph.params}
         for i, action in graph.given.items():
             self.now[i] = self.layout.states[i] = self.given_axis(graph.values[i], action)

@@ -156,7 +156,8 @@ def sharding_of(plan, graph, axes):
                 if len(e.shape) == 1
                 and a not in sharding.through
                 and calls <= indices(graph.users.get(p, ()))
-                and a.find(axes, v)
+                and (at := a.find(axes, v))
+                and at[1] == e.pieces
             )
             axis, sharding.outer[name] = next(shared, None) or own_axis(graph, name, e.dim), e.pieces
             if e.how in (WEIGHT_GATHERED, EXCHANGED) or e.pieces > 1:

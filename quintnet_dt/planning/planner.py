@@ -232,7 +232,7 @@ class Planner:
         partners = {}
         for x in (x for call in calls for x in call.inputs.values() if x.param and len(x.shape) == 1):
             free = x.param not in taken and x.param not in self.fixed and indices(self.users[x.param]) <= indices(calls)
-            if free and axis.find(self.axes, x):
+            if free and (at := axis.find(self.axes, x)) and at[1] == 1:
                 partners[x.param] = 0
         try:
             split = {p: (d, axis) for p, d in {name: dim, **partners}.items()}
