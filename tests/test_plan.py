@@ -1,14 +1,16 @@
 """The plan: a table, JSON, a user's entries, and planning in one process."""
 
+import copy
 import json
 
 import pytest
 import torch
+from ranks import run_ranks
 from test_axes import IDS, Attention, Block, Decoder
 from torch import nn
 from torch.distributed.tensor import Partial, Replicate, Shard
 
-from quintnet_dt import TensorParallelPlan, plan_tensor_parallel
+from quintnet_dt import TensorParallelPlan, apply_tensor_parallel, plan_tensor_parallel
 from quintnet_dt.planning import planner
 
 
@@ -274,3 +276,33 @@ def test_experts_whose_shards_are_aligned_in_their_own_dtype():
     assert {n: (e.how, e.dim) for n, e in plan.entries.items()} == {"up": ("local", 2), "down": ("local", 1)}, plan
     plan = plan_tensor_parallel(Experts().bfloat16(), 2, example_inputs=(torch.randn(8, 16).bfloat16(),))
     assert plan["up"].how == "weight gathered", plan
+
+
+@pytest.mark.parametrize("n, how", [(2, "local"), (3, "weight gathered")])
+def test_experts_whose_gradients_are_not_aligned(n, how):
+    """Weights stored transposed, as transformers has them, are aligned in the forward; what comes back is not: 22 floats
+    a rank of 64."""
+
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Parameter(torch.randn(4, 64, 16)), nn.Parameter(torch.randn(4, 16, 64))
+
+        def forward(self, x):
+            ends = torch.arange(2, 10, 2, dtype=torch.int32, device=x.device)
+            x = torch._grouped_mm(x, self.up.transpose(1, 2), offs=ends).relu()
+            return torch._grouped_mm(x, self.down.transpose(1, 2), offs=ends)
+
+    def ranks(rank):
+        x = torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
+        torch.manual_seed(0)
+        model = Experts()
+        whole = copy.deepcopy(model)
+        apply_tensor_parallel(model, n, example_inputs=(x,))
+        assert model.tensor_parallel_plan["up"].how == how, model.tensor_parallel_plan
+        for m in model, whole:
+            m(x).square().sum().backward()
+        for p, q in zip(model.parameters(), whole.parameters()):
+            assert torch.allclose(p.grad.full_tensor(), q.grad, rtol=1e-4, atol=1e-3)
+
+    run_ranks(ranks, n)

@@ -29,6 +29,11 @@ def copes(node):
     return torch.Tag.pointwise in node.op.tags or op_name(node) in LINEAR | FIRST | {"mm", "addmm", "bmm", "embedding"}
 
 
+def aligned_only(node):
+    """Whether a node's kernel wants every tensor's rows to begin at multiples of 16 bytes."""
+    return op_name(node) == "_grouped_mm"
+
+
 class Analysis:
     """One call on a shard of one axis: which inputs must be split, entered or added once, and what comes out; or the
     reason why it needs the whole."""

@@ -17,7 +17,7 @@ from ..running.hooks import install
 from ..tracing.ghost import fake_inputs, ghost
 from ..tracing.trace import UNSEEN, Recorder, reads_values, record
 from ..utils import leaves, lookup, silence, tensors
-from .analysis import copes
+from .analysis import aligned_only, copes
 from .compile import compile_programs
 
 # Calls whose integers are sizes: they may differ between the whole and the shard when what comes out is as expected.
@@ -131,6 +131,11 @@ class _Checker(Recorder):
         axis = self.layout.axis_of.get(call.index)
         if axis is not None and not chunk_sizes(axis.size, self.n)[-1] and not all(map(copes, call.nodes)):
             self.note("the last rank would hold nothing of the axis, which this operator cannot work on")
+        if axis is not None and any(aligned_only(node) for node in call.nodes):
+            sizes = chunk_sizes(axis.size, self.n)  # its backward wants rows of 16 bytes of each of its tensors
+            found = [(v, axis.find(self.axes, v)) for v in (*call.inputs.values(), *call.outputs.values())]
+            if any(at and at[2] * size * v.dtype.itemsize % 16 for v, at in found for size in sizes):
+                self.note("a rank's rows would not be of multiples of 16 bytes, which this operator wants")
         self._call = call
         try:
             out, found = self.attempt(func, args, kwargs, expected)
