@@ -29,8 +29,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.distributed import ProcessGroup
 
-# 2.13 has new names for these and warns of the old ones; 2.11 has only the old, and compiled gives zeros.
-_COMPILES = hasattr(dist, "all_gather_single")
+from .private import SINCE_2_13
+
+# 2.13 has new names for these and warns of the old ones; 2.11 has only the old.
 _gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
@@ -67,7 +68,7 @@ def group_size(group: Group) -> int:
     if not isinstance(group, ProcessGroup):  # new_group gives outsiders an int
         found = f"found {group!r}; of a DeviceMesh pass mesh.get_group()"
         raise ValueError(f"expected a ProcessGroup that this rank is in, or a SimulatedGroup, {found}")
-    if not _COMPILES and torch.compiler.is_compiling():
+    if not SINCE_2_13 and torch.compiler.is_compiling():
         raise RuntimeError(f"torch.compile of collectives: expected torch 2.13 or newer, found {torch.__version__}")
     return group.size()
 

@@ -9,11 +9,11 @@ import torch
 # One fake forward gives every shape with no memory and no arithmetic; torch has no public way to it.
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode, unset_fake_temporarily  # noqa: F401
 
-# A dim that holds k fused pieces, each sharded ([q | k | v]): DTensor knows it, under a private name. Before 2.13 it
-# cannot gather one on a 1-D mesh.
+# A dim that holds k fused pieces, each sharded ([q | k | v]): DTensor knows it, under a private name.
 from torch.distributed.tensor.placement_types import _StridedShard  # noqa: F401
 
-STRIDED = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+# Before it, DTensor cannot gather a _StridedShard of a 1-D mesh, and compiled collectives lose what they write.
+SINCE_2_13 = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 
 try:  # how DTensor runs fused Adam on lists of tensors, each as it is placed; it forgot fused SGD
     from torch.distributed.tensor._ops._pointwise_ops import _register_single_dim_pointwise

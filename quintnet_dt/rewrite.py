@@ -18,7 +18,7 @@ from .plan import EXCHANGED, GATHERED, LOCAL, REPLICATED, WEIGHT_GATHERED, Entry
 from .planning.cost import cost
 from .planning.paths import Paths, device_of, sharding_of, signature
 from .planning.planner import Planner, settle
-from .private import STRIDED, broadcasts_state
+from .private import SINCE_2_13, broadcasts_state
 from .processgroup import ProcessGroupManager
 from .running.context import Context
 from .running.hooks import changed_modules, hooks_on, parameter_owners, unhook
@@ -44,7 +44,7 @@ def plan_tensor_parallel(model, tp_size, *, example_inputs=None, plan=None, loss
     """
     if isinstance(tp_size, bool) or not isinstance(tp_size, int) or tp_size < 1:
         raise ValueError(f"tp_size: expected an int of at least 1, found {tp_size!r}")
-    return _make_plan(model, tp_size, example_inputs, plan, loss_parallel, contiguous)[0]
+    return _make_plan(model, tp_size, example_inputs, plan, loss_parallel, contiguous, {})[0]
 
 
 def apply_tensor_parallel(
@@ -93,7 +93,7 @@ def apply_tensor_parallel(
         raise TypeError(f"mesh: expected a 1-D DeviceMesh or a ProcessGroupManager, found {type(mesh).__name__}")
     mesh = ProcessGroupManager(tp_size, mesh=mesh).mesh
     if contiguous is None:
-        contiguous = mesh.size() < dist.get_world_size() or not STRIDED
+        contiguous = mesh.size() < dist.get_world_size() or not SINCE_2_13
     with together(mesh.get_group()):
         kept = _kept(model, mesh) if isinstance(model, nn.Module) else {}
         plan, known = _make_plan(model, mesh.size(), example_inputs, plan, loss_parallel, contiguous, kept)
@@ -106,7 +106,7 @@ def apply_tensor_parallel(
 
 
 @torch.enable_grad()
-def _make_plan(model, n, example_inputs, user, loss_parallel, contiguous, kept={}):
+def _make_plan(model, n, example_inputs, user, loss_parallel, contiguous, kept):
     """(plan, {signature: programs}) for a model. `kept`: Entries of parameters that are split already."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, found {type(model).__name__}")

@@ -7,7 +7,7 @@ from torch import nn
 
 from quintnet_dt.axes.axes import Axes
 from quintnet_dt.axes.factors import Factor, leaves, take, unify
-from quintnet_dt.axes.sharding import Axis, Sharding
+from quintnet_dt.axes.sharding import Axis, LayoutError, Sharding
 from quintnet_dt.planning.layout import lay_out
 from quintnet_dt.tracing.trace import trace
 
@@ -325,3 +325,14 @@ def test_rows_of_a_table_that_are_a_part_of_its_dim_are_not_looked_up_as_if_they
     assert axis.find(axes, v) == (0, 1, 4)
     layout = lay_out(graph, axes, Sharding({"e.weight": (0, axis)}, {axis}))
     assert all(a.size == 16 for a in layout.instead.values())  # a program keeps the axis's size as the number of rows
+
+
+def test_a_parameter_that_lies_otherwise_than_its_axis_is_refused():
+    """The bias of a convolution in groups has parts of each group, which no block of it is."""
+    graph, axes = axes_of(nn.Sequential(nn.ConvTranspose2d(12, 24, 2, groups=6)), torch.randn(1, 12, 3, 3))
+    weight = axes.final(graph.params["0.weight"])[1]
+    axis = Axis(tuple(weight))
+    placed = {"0.weight": (1, axis), "0.bias": (0, axis)}
+    lay_out(graph, axes, Sharding(placed, outer={"0.bias": 6}))
+    with pytest.raises(LayoutError, match="0.bias lies otherwise"):
+        lay_out(graph, axes, Sharding(placed))

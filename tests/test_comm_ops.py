@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from quintnet_dt import comm_ops
 from quintnet_dt.comm_ops import (
     SimulatedGroup,
     all_gather,
@@ -358,6 +359,25 @@ def test_compiles_into_one_graph():
             found.append((y, *torch.autograd.grad(y, x)))
         for eager, compiled in zip(*found):
             assert torch.allclose(eager, compiled)
+
+    run_ranks(ranks, 2)
+
+
+def test_compiled_before_torch_2_13_they_raise_or_break_the_graph(monkeypatch):
+    """There a compiled collective loses what it writes."""
+    import torch._dynamo  # noqa: F401
+
+    monkeypatch.setattr(comm_ops, "SINCE_2_13", False)
+
+    def ranks(rank):
+        def f(x):
+            return all_gather(x.sin(), 0, dist.group.WORLD).sum()
+
+        x = randn((2, 4), 0)
+        assert torch.allclose(torch.compile(f, backend="aot_eager")(x), f(x))
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match="expected torch 2.13"):
+            torch.compile(f, backend="aot_eager", fullgraph=True)(x)
 
     run_ranks(ranks, 2)
 

@@ -89,7 +89,7 @@ def test_blocks_share_one_graph_each(build, labels):
         backend = Counted("aot_eager")
         for block in blocks(sharded):
             block.compile(fullgraph=True, backend=backend)
-        for length in (8, 12, 15):
+        for length in (8, 12, 15, 8):
             compare(sharded, sharded, whole, given(length, labels))
         assert backend.graphs <= 4, backend.graphs  # two lengths (then any), and perhaps a first layer that differs
         sharded.eval(), whole.eval()
@@ -99,9 +99,10 @@ def test_blocks_share_one_graph_each(build, labels):
     run_ranks(ranks, 2, timeout=200)
 
 
-def test_a_whole_model():
+@pytest.mark.parametrize("build", [llama, gpt2])
+def test_a_whole_model(build):
     def ranks(rank):
-        sharded, whole = pair(llama, layers=1)
+        sharded, whole = pair(build, layers=2)
         backend = Counted("aot_eager")
         compiled = torch.compile(sharded, backend=backend, fullgraph=True)
         for length in (8, 12, 15):
@@ -133,7 +134,7 @@ def test_checkpoints(build, how):
             for block in blocks(sharded) if how == "blocks" else ():
                 block.compile(backend="aot_eager")
             compiled = torch.compile(sharded, backend="aot_eager") if how == "whole" else sharded
-            for length in (8,) if how == "whole" else (8, 12):
+            for length in (8, 12):
                 compare(compiled, sharded, whole, given(length))
 
     run_ranks(ranks, 2, timeout=200)

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from quintnet_dt import apply_tensor_parallel, plan_tensor_parallel
+from quintnet_dt import apply_tensor_parallel, plan_tensor_parallel, rewrite
 
 
 class Attention(nn.Module):
@@ -401,6 +401,17 @@ def test_a_whole_state_that_one_rank_has(contiguous):
         compare(sharded, whole, given())
 
     both(ranks, contiguous=contiguous)
+
+
+def test_fused_weights_are_blocks_before_torch_2_13(monkeypatch):
+    """There DTensor cannot gather the other kind."""
+    monkeypatch.setattr(rewrite, "SINCE_2_13", False)
+
+    def ranks(sharded, whole):
+        assert sharded.tensor_parallel_plan["qkv.weight"].pieces == 1
+        compare(sharded, whole, given())
+
+    both(ranks)
 
 
 class Scaled(Attention):

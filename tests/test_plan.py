@@ -259,22 +259,27 @@ def test_axes_that_cannot_be_shown_are_given_up_together(monkeypatch):
     assert len(runs) == 2
 
 
+class Experts(nn.Module):
+    """`width` hidden units each; `transposed`: as transformers stores them."""
+
+    def __init__(self, width, transposed=False):
+        super().__init__()
+        up, down = torch.randn(4, 16, width), torch.randn(4, width, 16)
+        self.transposed = transposed
+        self.up, self.down = (nn.Parameter(w.transpose(1, 2).contiguous() if transposed else w) for w in (up, down))
+
+    def forward(self, x):
+        ends = torch.arange(2, 10, 2, dtype=torch.int32, device=x.device)
+        up, down = (w.transpose(1, 2) if self.transposed else w for w in (self.up, self.down))
+        return torch._grouped_mm(torch._grouped_mm(x, up, offs=ends).relu(), down, offs=ends)
+
+
 def test_experts_whose_shards_are_aligned_in_their_own_dtype():
     """A product in groups wants strides of 16 bytes: 4 floats a rank have them, though 4 of bfloat16, which alone fakes
     know, have not."""
-
-    class Experts(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.up, self.down = nn.Parameter(torch.randn(4, 16, 8)), nn.Parameter(torch.randn(4, 8, 16))
-
-        def forward(self, x):
-            ends = torch.arange(2, 10, 2, dtype=torch.int32, device=x.device)
-            return torch._grouped_mm(torch._grouped_mm(x, self.up, offs=ends).relu(), self.down, offs=ends)
-
-    plan = plan_tensor_parallel(Experts(), 2, example_inputs=(torch.randn(8, 16),))
+    plan = plan_tensor_parallel(Experts(8), 2, example_inputs=(torch.randn(8, 16),))
     assert {n: (e.how, e.dim) for n, e in plan.entries.items()} == {"up": ("local", 2), "down": ("local", 1)}, plan
-    plan = plan_tensor_parallel(Experts().bfloat16(), 2, example_inputs=(torch.randn(8, 16).bfloat16(),))
+    plan = plan_tensor_parallel(Experts(8).bfloat16(), 2, example_inputs=(torch.randn(8, 16).bfloat16(),))
     assert plan["up"].how == "weight gathered", plan
 
 
@@ -283,20 +288,10 @@ def test_experts_whose_gradients_are_not_aligned(n, how):
     """Weights stored transposed, as transformers has them, are aligned in the forward; what comes back is not: 22 floats
     a rank of 64."""
 
-    class Experts(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.up, self.down = nn.Parameter(torch.randn(4, 64, 16)), nn.Parameter(torch.randn(4, 16, 64))
-
-        def forward(self, x):
-            ends = torch.arange(2, 10, 2, dtype=torch.int32, device=x.device)
-            x = torch._grouped_mm(x, self.up.transpose(1, 2), offs=ends).relu()
-            return torch._grouped_mm(x, self.down.transpose(1, 2), offs=ends)
-
     def ranks(rank):
         x = torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
         torch.manual_seed(0)
-        model = Experts()
+        model = Experts(64, transposed=True)
         whole = copy.deepcopy(model)
         apply_tensor_parallel(model, n, example_inputs=(x,))
         assert model.tensor_parallel_plan["up"].how == how, model.tensor_parallel_plan

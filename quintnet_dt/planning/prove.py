@@ -111,10 +111,8 @@ class _Checker(Recorder):
         state = self.layout.states.get(v.id)
         if not isinstance(state, Axis):
             return v.shape
-        dim, outer, inner = state.find(self.axes, v)
-        shape = list(v.shape)
-        width = sum(o * i for o, i in outer) if isinstance(outer, tuple) else outer * inner
-        shape[dim] = width * chunk_sizes(state.size, self.n)[0]
+        at, shape = state.find(self.axes, v), list(v.shape)
+        shape[at[0]] = width(at) * chunk_sizes(state.size, self.n)[0]
         return tuple(shape)
 
     def run_call(self, name, func, args, kwargs):
@@ -134,7 +132,7 @@ class _Checker(Recorder):
         if axis is not None and any(aligned_only(node) for node in call.nodes):
             sizes = chunk_sizes(axis.size, self.n)  # its backward wants rows of 16 bytes of each of its tensors
             found = [(v, axis.find(self.axes, v)) for v in (*call.inputs.values(), *call.outputs.values())]
-            if any(at and at[2] * size * v.dtype.itemsize % 16 for v, at in found for size in sizes):
+            if any(at and width(at) * size * v.dtype.itemsize % 16 for v, at in found for size in sizes):
                 self.note("a rank's rows would not be of multiples of 16 bytes, which this operator wants")
         self._call = call
         try:
@@ -200,6 +198,12 @@ class _Checker(Recorder):
     def value(self, tensor, producer=None, new=False):
         self.graph.values.append(tensor)  # keep it alive
         return tensor
+
+
+def width(at):
+    """How long a dim is in which an axis lies so (see `Axis.find`), for each unit of the axis."""
+    _, outer, inner = at
+    return sum(o * i for o, i in outer) if isinstance(outer, tuple) else outer * inner
 
 
 def groups_at(call, args):

@@ -15,9 +15,8 @@ class Value:
         self.id, self.tensor = id, tensor
         self.producer, self.param = producer, param
         self.shape, self.dtype = tuple(tensor.shape), tensor.dtype
-        self.trainable = (
-            tensor.requires_grad
-        )  # whether it could ever need a gradient: made from a parameter or an input that could
+        # Whether it could ever need a gradient: made from a parameter or an input that could.
+        self.trainable = tensor.requires_grad
         self.memory = self  # the value whose memory it shares, if it is a view
 
     @property
@@ -55,9 +54,8 @@ class Call:
     nodes: list = field(default_factory=list)
     source: str = "?"
     opaque: str = ""  # why it must get whole tensors, with whole gradients
-    checkpoints: int = (
-        0  # as `utils.callers` counts them; more than its module's: it is run again when that is not running
-    )
+    # As `utils.callers` counts them; more than its module's: it is run again when that is not running.
+    checkpoints: int = 0
 
     def __str__(self):
         return f"{self.name} in {self.module.path or 'the root'} ({self.source})"
