@@ -7,7 +7,7 @@ load them too), and `state.pt` for all that is no tensor of the model or the opt
 
 import io
 import os
-import shutil
+import secrets
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,14 +17,18 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from ..agreement import random_state, set_random_state
-from ..together import together
+from ..together import gather, together
 from ..utils import tensors
 from .chunks import Chunk
 from .dcp import Item, LoadPlanner, Reader, SavePlanner
-from .folder import STATE, begin, checksum, complete, finish, manifest_of, saving, verify, write_file
+from .folder import INDEX, STATE, begin, checksum, finish, marked, remove, saving, write_file
+from .given import check_model, check_optimizer, path_of
+from .index import faults, read_index
+from .opened import opened
 
 
 def save_checkpoint(path, model, optimizer=None, *, extra=None, async_=False):
@@ -34,8 +38,8 @@ def save_checkpoint(path, model, optimizer=None, *, extra=None, async_=False):
     the same file system.
 
     Args:
-        path: the checkpoint's folder. A checkpoint that is there is replaced; anything else is left alone, with an
-            error.
+        path: the checkpoint's folder, or a link to one. A checkpoint that is there is replaced (files that you put into
+            it stay there); anything else is left alone, with an error.
         model: sharded by `apply_tensor_parallel`, by FSDP2 on top of it, or plain. What its `state_dict` holds is
             saved.
         optimizer: a torch.optim.Optimizer of the model's parameters.
@@ -48,12 +52,13 @@ def save_checkpoint(path, model, optimizer=None, *, extra=None, async_=False):
     Raises: ValueError, TypeError, OSError, RuntimeError, on every rank, also when only one failed; what was there
     before is then as it was.
     """
-    path, group = Path(os.path.abspath(path)), None
+    group = None
     with together(group):
+        path = _checked(path, model, optimizer)
         items, state = _collect(model, optimizer)
         state["extra"] = extra
     mine = _dp_leader(model), random_state(torch.cuda.is_initialized())
-    state["random"] = dict(reversed(_gather(mine)))  # by tp group, that of its first rank
+    state["random"] = dict(reversed(gather(mine)))  # by tp group, that of its first rank
     if not async_:
         return _write(path, items, state, group)
     with together(group):
@@ -74,36 +79,24 @@ def load_checkpoint(path, model, optimizer=None):
     against the model's. No code that a checkpoint may hold is run. The random state is restored too: each rank gets
     that of the ranks with its data-parallel index.
 
+    A save that runs meanwhile does no harm: what is loaded is one checkpoint, or an error is raised.
+
     Args: as for `save_checkpoint`. The optimizer may be new, its groups hold the same parameters.
     Returns: `extra`.
-    Raises: FileNotFoundError, ValueError, RuntimeError, on every rank, also when only one failed.
+    Raises: FileNotFoundError, TypeError, ValueError, RuntimeError, on every rank, also when only one failed.
     """
-    path = Path(os.path.abspath(path))
     with together():
-        path = complete(path)
-        manifest = manifest_of(path)
-    with together():
-        verify(path, manifest)
-        reader = Reader(path)
-        saved = reader.read_metadata().state_dict_metadata
-        state = torch.load(path / STATE, weights_only=True, map_location="cpu")
-        items = {_name(("model", k)): Item.of(("model", k), t) for k, t in _model_state(model)[0].items()}
-        names = {n for n in saved if n.startswith("model.")}
-        _check(path, items, saved, names)
-        new_state, groups = {}, None
-        if optimizer is not None:
-            optimizer_items, new_state, groups = _optimizer_to_fill(path, model, optimizer, saved, state["optimizer"])
-            items |= optimizer_items
-    _dcp(dcp.load, items, storage_reader=reader, planner=LoadPlanner())
-    if optimizer is not None:
-        optimizer.state.clear()
-        optimizer.state.update(new_state)
-        for group, options in zip(optimizer.param_groups, groups):
-            group.update(options)
-    if state["objects"]:
-        model.load_state_dict(state["objects"], strict=False)
-    _restore_random(model, state["random"])
-    return state["extra"]
+        path = _checked(path, model, optimizer)
+    with opened(path) as checkpoint:
+        return _load(checkpoint, model, optimizer)
+
+
+def _checked(path, model, optimizer):
+    """The folder that is meant, where a link leads to."""
+    path = path_of("path", path)
+    check_model(model)
+    check_optimizer(optimizer)
+    return Path(os.path.realpath(path))
 
 
 # ---- what is saved
@@ -192,53 +185,53 @@ def _dp_leader(model):
 
 def _restore_random(model, saved):
     """Ranks take the state of those that had their place among the tp groups."""
-    leaders = sorted(set(_gather(_dp_leader(model))))
+    leaders = sorted(set(gather(_dp_leader(model))))
     set_random_state(saved[sorted(saved)[leaders.index(_dp_leader(model)) % len(saved)]])
-
-
-def _gather(x):
-    """Every rank's x."""
-    if not dist.is_initialized():
-        return [x]
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, x)
-    return everyone
 
 
 # ---- writing
 
 
 def _write(path, items, state, group):
-    temporary = saving(path)
     rank = dist.get_rank(group) if dist.is_initialized() else 0
-    first = rank == 0
+    first, token = rank == 0, gather(secrets.token_hex(8), group)[0]
+    temporary = saving(path, token)
     try:
         with together(group):
             if first:
-                begin(path)
+                begin(path, token)
                 write_file(temporary / STATE, _packed(state))
+        with together(group):
+            if not marked(temporary, path, token):
+                raise FileNotFoundError(
+                    f"{temporary}: expected the folder that rank 0 made, found none: all ranks must save to one file "
+                    "system, by the same path"
+                )
         _dcp(
             dcp.save, items, storage_writer=dcp.FileSystemWriter(temporary), planner=SavePlanner(), process_group=group
         )
-        sums = {}
         with together(group):
-            own = [*temporary.glob(f"__{rank}_*")] + ([temporary / STATE, temporary / ".metadata"] if first else [])
-            sums = {file.name: checksum(file) for file in own}
-        everyone = [sums]
-        if dist.is_initialized():
-            everyone = [None] * dist.get_world_size(group)
-            dist.all_gather_object(everyone, sums, group=group)
+            sums = _sums([*temporary.glob(f"__{rank}_*")] + [temporary / STATE, temporary / INDEX] * first)
+        files = {name: found for sums in gather(sums, group) for name, found in sums.items()}
         with together(group):
             if first:
-                files = {name: found for sums in everyone for name, found in sums.items()}
-                finish(path, files)
+                finish(path, token, files)
     except BaseException:
-        if first:
-            shutil.rmtree(temporary, ignore_errors=True)
+        if first and marked(temporary, path, token):
+            remove(temporary)
         raise
     finally:
         if group is not None:
             dist.destroy_process_group(group)
+
+
+def _sums(files):
+    """{name: [size, CRC-32]} of files."""
+    found = {}
+    for path in files:
+        with open(path, "rb") as file:
+            found[path.name] = checksum(file)
+    return found
 
 
 def _dcp(function, *args, **kwargs):
@@ -257,19 +250,76 @@ def _dcp(function, *args, **kwargs):
 # ---- reading
 
 
+def _load(checkpoint, model, optimizer):
+    with together():
+        checkpoint.verify()
+    with together():  # only now: what a damaged file is read as, is no matter
+        index, state = _index(checkpoint), _state(checkpoint)
+        saved, path = index.state_dict_metadata, checkpoint.path
+        items = {_name(("model", k)): Item.of(("model", k), t) for k, t in _model_state(model)[0].items()}
+        _check(path, items, saved, {n for n in saved if n.startswith("model.")})
+        new_state, groups = {}, None
+        if optimizer is not None:
+            optimizer_items, new_state, groups = _optimizer_to_fill(path, model, optimizer, saved, state["optimizer"])
+            items |= optimizer_items
+        if wrong := [found for n in items if (found := faults(index, n, checkpoint.files))]:
+            raise ValueError("\n  ".join([f"{path / INDEX}: {len(wrong)} of its tensors are not whole:", *wrong[:20]]))
+    _dcp(dcp.load, items, storage_reader=Reader(checkpoint, index), planner=LoadPlanner())
+    if optimizer is not None:
+        optimizer.state.clear()
+        optimizer.state.update(new_state)
+        for group, options in zip(optimizer.param_groups, groups):
+            group.update(options)
+    if state["objects"]:
+        model.load_state_dict(state["objects"], strict=False)
+    _restore_random(model, state["random"])
+    return state["extra"]
+
+
+def _index(checkpoint):
+    try:
+        return read_index(checkpoint.read(INDEX))
+    except ValueError as e:
+        raise ValueError(f"{checkpoint.path / INDEX}: expected the index of a checkpoint: {e}") from e
+
+
+def _state(checkpoint):
+    """All that is no tensor of the model or the optimizer."""
+    path, data = checkpoint.path / STATE, checkpoint.read(STATE)
+    try:
+        state = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+    except Exception as e:
+        raise ValueError(
+            f"{path}: expected what save_checkpoint writes, cannot be read: {type(e).__name__}: {e}"
+        ) from e
+    if not isinstance(state, dict) or _PARTS - state.keys():
+        raise ValueError(f"{path}: expected {sorted(_PARTS)}, found something else")
+    return state
+
+
+_PARTS = {"objects", "optimizer", "random", "extra"}
+
+
 def _check(path, items, saved, names):
     """Names, shapes and dtypes of a model and a checkpoint agree."""
     wrong = [f"{n}: not in the checkpoint" for n in items if n not in names]
     wrong += [f"{n}: not in the model" for n in sorted(names) if n not in items]
     for n, item in items.items():
         if n in names:
-            mine, theirs = (item.shape, item.dtype), (saved[n].size, saved[n].properties.dtype)
+            mine, theirs = (item.shape, item.dtype), _size_of(saved[n])
             if mine != theirs:
                 (a, b), (c, d) = mine, theirs
                 wrong.append(f"{n}: expected {tuple(a)} {b}, found {tuple(c)} {d}")
     if wrong:
         more = [f"and {len(wrong) - 20} more"] if len(wrong) > 20 else []
         raise ValueError("\n  ".join([f"{path} does not fit the model:", *wrong[:20], *more]))
+
+
+def _size_of(entry):
+    """(shape, dtype) of an entry of the index."""
+    if not isinstance(entry, TensorStorageMetadata):
+        return (), type(entry).__name__
+    return entry.size, entry.properties.dtype
 
 
 def _optimizer_to_fill(path, model, optimizer, saved, kept):
