@@ -9,6 +9,7 @@ from .processgroup import ProcessGroupManager
 from .running.context import Context
 from .running.hooks import hook, parameter_owners
 from .running.program import CallProgram, Program
+from .state.loading import place_on_load
 
 
 class ShardedModule(ParallelStyle):
@@ -33,6 +34,7 @@ class ShardedModule(ParallelStyle):
                 self.made[id(p)] = (p, p if isinstance(p, DTensor) else self.distribute(p, mesh, placement))
             setattr(module, attr, self.made[id(p)][1])
         hook(module, self.context, self.path, self.owners)
+        place_on_load(module)
         return module
 
     def distribute(self, p, mesh, placement):

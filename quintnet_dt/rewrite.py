@@ -18,7 +18,7 @@ from .plan import EXCHANGED, GATHERED, LOCAL, REPLICATED, WEIGHT_GATHERED, Entry
 from .planning.cost import cost
 from .planning.paths import Paths, device_of, sharding_of, signature
 from .planning.planner import Planner, settle
-from .private import SINCE_2_13, broadcasts_state
+from .private import SINCE_2_13
 from .processgroup import ProcessGroupManager
 from .running.context import Context
 from .running.hooks import changed_modules, hooks_on, parameter_owners, unhook
@@ -234,7 +234,7 @@ def _kept(model, mesh):
 
 
 def _apply(model, mesh, plan, known, src_data_rank):
-    context, again = Context(mesh), "tensor_parallel_plan" in vars(model)
+    context = Context(mesh)
     for module in model.modules():
         unhook(module)
         for attr in "tensor_parallel_plan", "tensor_parallel_mesh":
@@ -252,20 +252,7 @@ def _apply(model, mesh, plan, known, src_data_rank):
             if buffer.device.type != "meta" and buffer.numel():
                 dist.broadcast(buffer, source, group=mesh.get_group())
     adapt(model)
-    if not again:
-        model.register_load_state_dict_pre_hook(_refuse_broadcast)
     model.tensor_parallel_plan, model.tensor_parallel_mesh = plan, mesh
-
-
-def _refuse_broadcast(model, *_):
-    plan = getattr(model, "tensor_parallel_plan", None)  # none in a model that was split again as a part of another
-    fused = [name for name, e in plan.entries.items() if e.pieces > 1] if plan and broadcasts_state() else []
-    if fused:
-        raise RuntimeError(
-            f"set_model_state_dict(broadcast_from_rank0=True) has filled {', '.join(fused[:5])} wrongly: torch cannot "
-            "place fused pieces; use load_checkpoint or load_safetensors, leave broadcast_from_rank0 out, or give "
-            "apply_tensor_parallel contiguous=True"
-        )
 
 
 def _default_programs(model, plan):

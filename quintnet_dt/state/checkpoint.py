@@ -11,19 +11,15 @@ import secrets
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.tensor import DTensor
 
 from ..agreement import random_state, set_random_state
 from ..together import gather, together
-from ..utils import tensors
-from .chunks import Chunk
+from .contents import check_fit, collect, copied, model_state, name_of, optimizer_to_fill, packed, plain
 from .dcp import Item, LoadPlanner, Reader, SavePlanner
 from .folder import INDEX, STATE, begin, checksum, finish, marked, remove, saving, write_file
 from .given import check_model, check_optimizer, path_of
@@ -55,15 +51,15 @@ def save_checkpoint(path, model, optimizer=None, *, extra=None, async_=False):
     group = None
     with together(group):
         path = _checked(path, model, optimizer)
-        items, state = _collect(model, optimizer)
+        items, state = collect(model, optimizer)
         state["extra"] = extra
     mine = _dp_leader(model), random_state(torch.cuda.is_initialized())
     state["random"] = dict(reversed(gather(mine)))  # by tp group, that of its first rank
     if not async_:
         return _write(path, items, state, group)
     with together(group):
-        items = {name: Item(i.path, i.shape, i.dtype, [_copied(c) for c in i.chunks]) for name, i in items.items()}
-        state = torch.load(io.BytesIO(_packed(state)), weights_only=True)  # a copy
+        items = {name: Item(i.path, i.shape, i.dtype, [copied(c) for c in i.chunks]) for name, i in items.items()}
+        state = torch.load(io.BytesIO(packed(state)), weights_only=True)  # a copy
     if dist.is_initialized():
         group = dist.new_group(backend="gloo")  # the thread's collectives must not meet those of the training
     pool = ThreadPoolExecutor(1, "save_checkpoint")
@@ -99,87 +95,12 @@ def _checked(path, model, optimizer):
     return Path(os.path.realpath(path))
 
 
-# ---- what is saved
-
-
-def _name(path):
-    return ".".join(path)
-
-
-def _plain(model):
-    """The module behind torch.compile's wrapper."""
-    return getattr(model, "_orig_mod", model)
-
-
-def _model_state(model):
-    """(tensors, other objects) by name. FSDP2 reshards here, so that the model's parameters are then its shards."""
-    state = _plain(model).state_dict()
-    found = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
-    if meta := [k for k, v in found.items() if v.device.type == "meta"]:
-        raise ValueError(f"{', '.join(meta[:5])}: expected storage, found the meta device: materialize the model first")
-    return found, {k: v for k, v in state.items() if k not in found}
-
-
-def _collect(model, optimizer):
-    """(Items by name, the rest) of a model and its optimizer."""
-    found, objects = _model_state(model)
-    found = {("model", k): t for k, t in found.items()}
-    rest = {"objects": objects, "optimizer": None}
-    if optimizer is not None:
-        names, state = _names(model, optimizer), {}
-        for p, values in optimizer.state.items():
-            kept = state[names[id(p)]] = {}
-            for k, v in values.items():
-                kept[k] = None if isinstance(v, torch.Tensor) else v
-                if isinstance(v, torch.Tensor):
-                    found["optimizer", "state", names[id(p)], k] = v
-                if isinstance(v, DTensor) and v.shape != p.shape:
-                    what = f"{k} of shape {tuple(v.shape)} for {names[id(p)]} of shape {tuple(p.shape)}"
-                    raise ValueError(
-                        f"{type(optimizer).__name__}: expected a state of the parameter's shape, found {what}"
-                    )
-        groups = [{**g, "params": [names[id(p)] for p in g["params"]]} for g in optimizer.param_groups]
-        rest["optimizer"] = {"state": state, "groups": groups}
-    return {_name(path): Item.of(path, t) for path, t in found.items()}, rest
-
-
-def _names(model, optimizer):
-    """id of each parameter of an optimizer -> its name in the model."""
-    names = {id(p): name for name, p in _plain(model).named_parameters()}
-    if any(id(p) not in names for g in optimizer.param_groups for p in g["params"]):
-        expected = "expected an optimizer of the model's parameters, found one with others"
-        raise ValueError(f"{type(optimizer).__name__}: {expected}: make it after apply_tensor_parallel and fully_shard")
-    return names
-
-
-def _copied(chunk):
-    return Chunk(chunk.offsets, chunk.tensor.to("cpu", copy=True))
-
-
-def _packed(state):
-    """`state` as bytes that torch.load reads without running code."""
-    if any(isinstance(t, DTensor) for _, t in tensors(state["extra"])):
-        raise TypeError(
-            "extra: expected whole tensors, found a DTensor: save what is sharded in a checkpoint of its own"
-        )
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    try:
-        torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
-    except UnpicklingError as e:
-        raise TypeError(
-            "extra, or the state of a module or optimizer: expected numbers, strings, tensors, lists and dicts, "
-            f"found something else: {e}"
-        ) from e
-    return buffer.getvalue()
-
-
 # ---- random state
 
 
 def _dp_leader(model):
     """The first rank of this rank's tp group: what is random is the same in all of it."""
-    mesh = getattr(_plain(model), "tensor_parallel_mesh", None)
+    mesh = getattr(plain(model), "tensor_parallel_mesh", None)
     return int(mesh.mesh.min()) if mesh is not None else dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -200,7 +121,7 @@ def _write(path, items, state, group):
         with together(group):
             if first:
                 begin(path, token)
-                write_file(temporary / STATE, _packed(state))
+                write_file(temporary / STATE, packed(state))
         with together(group):
             if not marked(temporary, path, token):
                 raise FileNotFoundError(
@@ -256,11 +177,11 @@ def _load(checkpoint, model, optimizer):
     with together():  # only now: what a damaged file is read as, is no matter
         index, state = _index(checkpoint), _state(checkpoint)
         saved, path = index.state_dict_metadata, checkpoint.path
-        items = {_name(("model", k)): Item.of(("model", k), t) for k, t in _model_state(model)[0].items()}
-        _check(path, items, saved, {n for n in saved if n.startswith("model.")})
+        items = {name_of(("model", k)): Item.of(("model", k), t) for k, t in model_state(model)[0].items()}
+        check_fit(path, items, saved, {n for n in saved if n.startswith("model.")})
         new_state, groups = {}, None
         if optimizer is not None:
-            optimizer_items, new_state, groups = _optimizer_to_fill(path, model, optimizer, saved, state["optimizer"])
+            optimizer_items, new_state, groups = optimizer_to_fill(path, model, optimizer, saved, state["optimizer"])
             items |= optimizer_items
         if wrong := [found for n in items if (found := faults(index, n, checkpoint.files))]:
             raise ValueError("\n  ".join([f"{path / INDEX}: {len(wrong)} of its tensors are not whole:", *wrong[:20]]))
@@ -298,61 +219,3 @@ def _state(checkpoint):
 
 
 _PARTS = {"objects", "optimizer", "random", "extra"}
-
-
-def _check(path, items, saved, names):
-    """Names, shapes and dtypes of a model and a checkpoint agree."""
-    wrong = [f"{n}: not in the checkpoint" for n in items if n not in names]
-    wrong += [f"{n}: not in the model" for n in sorted(names) if n not in items]
-    for n, item in items.items():
-        if n in names:
-            mine, theirs = (item.shape, item.dtype), _size_of(saved[n])
-            if mine != theirs:
-                (a, b), (c, d) = mine, theirs
-                wrong.append(f"{n}: expected {tuple(a)} {b}, found {tuple(c)} {d}")
-    if wrong:
-        more = [f"and {len(wrong) - 20} more"] if len(wrong) > 20 else []
-        raise ValueError("\n  ".join([f"{path} does not fit the model:", *wrong[:20], *more]))
-
-
-def _size_of(entry):
-    """(shape, dtype) of an entry of the index."""
-    if not isinstance(entry, TensorStorageMetadata):
-        return (), type(entry).__name__
-    return entry.size, entry.properties.dtype
-
-
-def _optimizer_to_fill(path, model, optimizer, saved, kept):
-    """(Items, the state to fill, the options of each group) for an optimizer."""
-    if kept is None:
-        raise ValueError(f"{path}: expected a checkpoint with an optimizer, found one without")
-    names, options = _names(model, optimizer), {n: g for g in kept["groups"] for n in g["params"]}
-    mine = {names[id(p)] for g in optimizer.param_groups for p in g["params"]}
-    if mine != options.keys():
-        differ = ", ".join(sorted(mine ^ options.keys())[:5])
-        raise ValueError(f"{path}: expected an optimizer of the same parameters, found one that differs in {differ}")
-    items, state, groups = {}, {}, []
-    for group in optimizer.param_groups:
-        found = [{k: v for k, v in options[names[id(p)]].items() if k != "params"} for p in group["params"]]
-        if any(f != found[0] for f in found):
-            raise ValueError(f"{path}: expected the parameters of one group to have been in groups alike: {found[0]}")
-        groups.append(found[0] if found else {})
-        for p in group["params"]:
-            name = names[id(p)]
-            for k, value in kept["state"].get(name, {}).items():
-                at = ("optimizer", "state", name, k)
-                if value is None and _name(at) in saved:
-                    value = _empty(p, k, saved[_name(at)], groups[-1])
-                    items[_name(at)] = Item.of(at, value)
-                state.setdefault(p, {})[k] = value
-    return items, state, groups
-
-
-def _empty(p, key, like, options):
-    """A tensor of a parameter's state, to be filled: laid out as the parameter, or a scalar where torch.optim keeps
-    it."""
-    dtype = like.properties.dtype
-    if like.size == p.shape and key != "step":
-        return torch.zeros_like(p, dtype=dtype, requires_grad=False)
-    device = p.device if options.get("capturable") or options.get("fused") else "cpu"
-    return torch.zeros(like.size, dtype=dtype, device=device)
