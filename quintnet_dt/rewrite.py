@@ -13,6 +13,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 from .axes.axes import Axes
 from .axes.sharding import Action, pieces
+from .carried import carried
 from .layers import ShardedModule
 from .plan import EXCHANGED, GATHERED, LOCAL, REPLICATED, WEIGHT_GATHERED, Entry, TensorParallelPlan, check_user_plan
 from .planning.cost import cost
@@ -250,7 +251,7 @@ def _apply(model, mesh, plan, known, src_data_rank):
         source = dist.get_global_rank(mesh.get_group(), src_data_rank)
         for buffer in model.buffers():
             if buffer.device.type != "meta" and buffer.numel():
-                dist.broadcast(buffer, source, group=mesh.get_group())
+                dist.broadcast(carried(buffer), source, group=mesh.get_group())
     adapt(model)
     model.tensor_parallel_plan, model.tensor_parallel_mesh = plan, mesh
 

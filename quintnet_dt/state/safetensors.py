@@ -8,7 +8,6 @@ import contextlib
 import json
 import os
 import re
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -17,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from ..together import together
 from .chunks import chunks
 from .files import INDEX, NAMES, SINGLE, entries_of, header_of, move, pieces, runs, start_file
+from .given import check_device, check_function, check_model, path_of
 from .meta import Places, materialize
 
 _BUFFER = 1 << 20  # bytes of a tensor that are in memory beside it
@@ -41,12 +41,15 @@ def load_safetensors(source, model, *, strict=True, device=None, init=None, prog
         progress: a bar on rank 0, if tqdm is installed.
 
     Returns: (missing, unexpected), lists of names as load_state_dict has them.
-    Raises: on every rank, before anything is written to the model: FileNotFoundError; ValueError for files that are not
+    Raises: on every rank, before anything is written to the model: FileNotFoundError; TypeError; ValueError for files that are not
     safetensors, or that lists every name that is missing or unexpected and every shape that differs. OSError where
     reading fails later.
     """
     with together():
-        entries, wanted, missing = entries_of(Path(source)), [], []
+        check_model(model)
+        check_function("init", init)
+        device = check_device(device)
+        entries, wanted, missing = entries_of(path_of("source", source)), [], []
         names = _named_tensors(model)
         places = Places(model)
         wrong = []
@@ -91,12 +94,13 @@ def export_safetensors(folder, model, *, max_shard_size="5GB", progress=True):
     Raises: on every rank, ValueError for tensors without values (on meta) or without a safetensors dtype, or for a
     wrong max_shard_size; OSError where the folder cannot be written or the disk is full.
     """
-    folder, first = Path(folder), not dist.is_initialized() or dist.get_rank() == 0
-    files = {}
+    first, files = not dist.is_initialized() or dist.get_rank() == 0, {}
     try:
         with together():
+            folder = path_of("folder", folder)
+            check_model(model)
             state = {tied[0]: t for t, tied in _named_tensors(model)}
-            bad = [n for n, t in state.items() if t.is_meta or t.dtype not in NAMES]
+            bad = [f"{n} ({_kind(t)})" for n, t in state.items() if t.is_meta or t.dtype not in NAMES]
             if bad:
                 raise ValueError(
                     f"expected tensors with values, of safetensors' dtypes, found others: {', '.join(bad)}"
@@ -123,6 +127,10 @@ def export_safetensors(folder, model, *, max_shard_size="5GB", progress=True):
             with contextlib.suppress(OSError):
                 _partial(folder / name).unlink()
         raise
+
+
+def _kind(t):
+    return "on meta" if t.is_meta else str(t.dtype)
 
 
 def _partial(path):
