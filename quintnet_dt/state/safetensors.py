@@ -95,10 +95,11 @@ def export_safetensors(folder, model, *, max_shard_size="5GB", progress=True):
     wrong max_shard_size; OSError where the folder cannot be written or the disk is full.
     """
     first, files = not dist.is_initialized() or dist.get_rank() == 0, {}
+    with together():
+        folder = path_of("folder", folder)
+        check_model(model)
     try:
         with together():
-            folder = path_of("folder", folder)
-            check_model(model)
             state = {tied[0]: t for t, tied in _named_tensors(model)}
             bad = [f"{n} ({_kind(t)})" for n, t in state.items() if t.is_meta or t.dtype not in NAMES]
             if bad:
