@@ -388,7 +388,9 @@ def test_exports_that_fail(tmp_path):
     (tmp_path / "file").write_text("")
     big = tmp_path / "full"
     export_safetensors(big, make(Odd), progress=False)
+    (big / "model.safetensors.partial").write_text("a download of the user's")
     before = written(big)
+    (big / "model.safetensors.partial-0123456789abcdef").write_text("of an export that was killed")
 
     def ranks(rank):
         model = split(make(Odd, 1), Odd, "tp")

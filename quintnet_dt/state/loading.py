@@ -1,4 +1,4 @@
-"""`load_state_dict` of a split model: whole tensors are placed as its parameters are, each rank taking its own share."""
+"""`load_state_dict` of a split model: whole tensors are placed as its parameters are, each rank taking its share."""
 
 import torch
 from torch import nn
@@ -10,8 +10,8 @@ from ..running.hooks import hooks_on
 from .chunks import chunks
 
 ELSEWHERE = (
-    "what torch.save(model.state_dict()) writes is one rank's own part: load each rank's own file in the same layout, or "
-    "use save_checkpoint, or export_safetensors for the whole model"
+    "what torch.save(model.state_dict()) writes is one rank's own part: load each rank's own file in the same layout, "
+    "or use save_checkpoint, or export_safetensors for the whole model"
 )
 
 
@@ -29,14 +29,14 @@ def _place(module, state_dict, prefix, local_metadata, strict, missing, unexpect
         module.reshard()  # after a forward its parameters may be gathered
     params = {prefix + name: (name, p) for name, p in module._parameters.items() if isinstance(p, DTensor)}
     given = {key: state_dict[key] for key in params if isinstance(state_dict.get(key), torch.Tensor)}
-    refuse_broadcast(given, params)
+    _refuse_broadcast(given, params)
     assign = local_metadata.get("assign_to_params_buffers", False)
     for key, value in given.items():
         name, p = params[key]
         if isinstance(value, DTensor):
-            wrong = list(_misplaced(value, p, assign))
-            errors += [f"{key}: {what}" for what in wrong]
-            state_dict[key] = p if wrong else value
+            if wrong := _misplaced(value, p, assign):
+                errors.append(f"{key}: {wrong}")
+                state_dict[key] = p  # which stays
         elif value.shape == p.shape or value.shape == (1,) and p.dim() == 0:
             state_dict[key] = placed(value.view(p.shape), p, assign)
             if assign:
@@ -68,19 +68,18 @@ def _assign(module, name, value):
 
 
 def _misplaced(value, p, assign):
-    """What is wrong with a DTensor that is given for a parameter."""
-    mesh = value.device_mesh
-    if mesh == p.device_mesh and mesh.get_coordinate() != p.device_mesh.get_coordinate():
-        yield f"expected this rank's part, at {p.device_mesh.get_coordinate()} of its mesh, found that at " + (
-            f"{mesh.get_coordinate()}: {ELSEWHERE}"
-        )
-    elif assign and value.shape == p.shape and (mesh != p.device_mesh or value.placements != p.placements):
-        yield f"assign=True: expected a whole tensor, or {p.placements} on {p.device_mesh}, found {value.placements} " + (
-            f"on {mesh}"
-        )
+    """What is wrong with a DTensor that is given for a parameter, None where nothing is."""
+    mesh, own = value.device_mesh, p.device_mesh
+    if mesh == own and mesh.get_coordinate() != own.get_coordinate():
+        expected = f"expected this rank's part, at {own.get_coordinate()} of its mesh"
+        return f"{expected}, found that at {mesh.get_coordinate()}: {ELSEWHERE}"
+    if assign and (mesh != own or value.placements != p.placements):
+        expected = f"assign=True: expected a whole tensor, or {p.placements} on {own}"
+        return f"{expected}, found {value.placements} on {mesh}"
+    return None
 
 
-def refuse_broadcast(given, params):
+def _refuse_broadcast(given, params):
     """torch fills `_StridedShard` parameters wrongly from a broadcast and tells nobody."""
     fused = [k for k in given if any(isinstance(p, _StridedShard) for p in params[k][1].placements)]
     if fused and broadcasting():
