@@ -92,8 +92,8 @@ def export_safetensors(folder, model, *, max_shard_size="5GB", progress=True):
     export that fails leaves the folder as it was. One of an earlier export there is replaced. Call it on every rank of
     the world.
 
-    Raises: on every rank, TypeError; ValueError for tensors without values (on meta) or without a safetensors dtype, or for a
-    wrong max_shard_size; OSError where the folder cannot be written or the disk is full.
+    Raises: on every rank, TypeError; ValueError for tensors without values (on meta) or without a safetensors dtype, or
+    for a wrong max_shard_size; OSError where the folder cannot be written or the disk is full.
     """
     first, files = not dist.is_initialized() or dist.get_rank() == 0, {}
     with together():
