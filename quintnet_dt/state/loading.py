@@ -2,9 +2,9 @@
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from ..fsdp import is_fsdp
 from ..private import _StridedShard, broadcasting
 from ..running.hooks import hooks_on
 from .chunks import chunks
@@ -25,8 +25,9 @@ def place_on_load(module):
 def _place(module, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
     """Replace whole tensors in a state dict by DTensors, for the parameters that a module itself holds. Shapes that
     differ are left to torch, which reports them with their keys."""
-    if isinstance(module, FSDPModule):
-        module.reshard()  # after a forward its parameters may be gathered
+    for hook in module._load_state_dict_pre_hooks.values():
+        if is_fsdp(hook):  # it comes after this one: what a forward left gathered is sharded again
+            hook()
     params = {prefix + name: (name, p) for name, p in module._parameters.items() if isinstance(p, DTensor)}
     given = {key: state_dict[key] for key in params if isinstance(state_dict.get(key), torch.Tensor)}
     _refuse_broadcast(given, params)
