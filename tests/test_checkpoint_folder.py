@@ -169,6 +169,17 @@ def test_ranks_on_different_file_systems(tmp_path):
     run_ranks(ranks, 2)
 
 
+def test_a_folder_that_cannot_be_marked(tmp_path, monkeypatch):
+    def full(path, data):
+        path.write_bytes(data[:5])
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(folders, "write_file", full)
+    with pytest.raises(OSError, match="No space"):
+        save_checkpoint(tmp_path / "c", nn.Linear(2, 2))
+    assert names(tmp_path) == []
+
+
 # ---- damaged
 
 

@@ -51,7 +51,11 @@ def begin(path, token):
     settle(path)
     check_replaceable(path)
     saving(path, token).mkdir()
-    mark(saving(path, token), path, token)
+    try:
+        mark(saving(path, token), path, token)
+    except OSError:  # the disk is full
+        remove(saving(path, token))
+        raise
 
 
 def check_replaceable(path):
