@@ -121,6 +121,8 @@ def test_refused():
         for assign in False, True:
             with pytest.raises(RuntimeError, match="(?s)norm.weight.*qkv.weight|qkv.weight.*qkv.bias.*norm.weight"):
                 model.load_state_dict(short, strict=False, assign=assign)
+        empty = {"qkv.weight": torch.empty(72, 24, device="meta")}
+        everywhere(lambda: model.load_state_dict(empty, strict=False), "qkv.weight: its share cannot be taken: ")
         everywhere(lambda: model.load_state_dict({}), "Missing key.*qkv.weight")
         everywhere(lambda: model.load_state_dict({"qkv.weight": 3}, strict=False), "qkv.weight.*expected torch.Tensor")
         same(model, before)

@@ -39,9 +39,12 @@ def _place(module, state_dict, prefix, local_metadata, strict, missing, unexpect
                 errors.append(f"{key}: {wrong}")
                 state_dict[key] = p  # which stays
         elif value.shape == p.shape or value.shape == (1,) and p.dim() == 0:
-            state_dict[key] = placed(value.view(p.shape), p, assign)
-            if assign:
-                state_dict[key] = _assign(module, name, state_dict[key])
+            try:
+                share = placed(value.view(p.shape), p, assign)
+            except Exception as e:  # a tensor on meta, a layout that has no blocks
+                errors.append(f"{key}: its share cannot be taken: {type(e).__name__}: {e}")
+                share = p
+            state_dict[key] = _assign(module, name, share) if assign and share is not p else share
 
 
 def placed(whole, like, own_dtype=False):
