@@ -1,9 +1,7 @@
 """What functions of state are given that they cannot take: an error that says what was expected, on every rank, also
 where one rank alone is wrong; and parameters of every dtype."""
 
-import pytest
 import torch
-import torch.distributed as dist
 from ranks import run_ranks
 from test_checkpoint import everywhere
 from torch import nn
