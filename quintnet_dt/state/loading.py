@@ -85,7 +85,7 @@ def _misplaced(value, p, assign):
 
 def _refuse_broadcast(given, params):
     """torch fills `_StridedShard` parameters wrongly from a broadcast and tells nobody."""
-    fused = [k for k in given if any(isinstance(p, _StridedShard) for p in params[k][1].placements)]
+    fused = [k for k in given if isinstance(params[k][1].placements[-1], _StridedShard)]  # FSDP2's own are not the last
     if fused and broadcasting():
         raise RuntimeError(
             f"set_model_state_dict(broadcast_from_rank0=True) has filled {', '.join(fused[:5])} wrongly: torch cannot "
