@@ -1,0 +1,2 @@
+def shrink(program, verdict, tp, timeout):
+    return program, verdict
