@@ -10,7 +10,6 @@ not all come to an end. The exit code is 1 where one was WRONG or HUNG.
 """
 
 import argparse
-import re
 import sys
 import time
 from collections import Counter, defaultdict
@@ -20,14 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fuzzing.judge import GOOD, HUNG, RAISED, WRONG  # noqa: E402
 from fuzzing.pool import Worker, make_programs, run  # noqa: E402
-from fuzzing.shrink import shrink  # noqa: E402
-
-
-def grouped(text):
-    """An error's first line without what differs from program to program."""
-    line = re.sub(r"^(apply_tensor_parallel|call \d+): ", "", text.split("\n")[0])
-    line = re.sub(r"\b(s\.)?[a-zA-Z_]*\d+(\.\w+)*", "#", line)
-    return re.sub(r"[\[(][^\])]*[\])]|\d+", "#", line)[:160]
+from fuzzing.shrink import grouped, shrink  # noqa: E402
 
 
 def report(outcome, tp, shrinks, timeout):
@@ -47,6 +39,8 @@ def parse(args):
     parser.add_argument("--timeout", type=float, default=20, help="seconds for a program")
     parser.add_argument("--shrink", action="store_true", help="make what fails as short as it goes")
     parser.add_argument("--quiet", action="store_true", help="no programs, only the summary")
+    parser.add_argument("--only", default="", help="kinds of statements and ways of calls, by comma, and no others")
+    parser.add_argument("--without", default="", help="all but these")
     parser.add_argument("--show", action="store_true", help="print the programs, and run none")
     return parser.parse_args(args)
 
@@ -54,14 +48,15 @@ def parse(args):
 def main(args=None):
     args = parse(args)
     seeds = range(args.start, args.start + args.seeds)
+    choice = [set(filter(None, names.split(","))) for names in (args.only, args.without)]
     if args.show:
         maker = Worker(make_programs)
         for seed in seeds:
-            maker.ask("make", seed)
+            maker.ask("make", seed, *choice)
             print(maker.answer(), "\n")
         return 0
     counts, messages, bad, began, said = Counter(), defaultdict(list), defaultdict(list), time.time(), time.time()
-    for outcome in run(seeds, args.tp, args.timeout):
+    for outcome in run(seeds, args.tp, args.timeout, *choice):
         word, seed = outcome.verdict.word, outcome.program.seed
         counts[word] += 1
         if word != GOOD:

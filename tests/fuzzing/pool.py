@@ -167,20 +167,20 @@ class Outcome:
     verdict: Verdict
 
 
-def run(seeds, n, timeout=20):
+def run(seeds, n, timeout=20, only=(), without=()):
     """Yields the Outcome of each seed's program over n ranks. Programs are made while ranks judge the one before."""
     maker, ranks = Worker(make_programs), Ranks(n, timeout)
     try:
         waiting = iter(seeds)
         seed = next(waiting, None)
         if seed is not None:
-            maker.ask("make", seed)
+            maker.ask("make", seed, only, without)
         while seed is not None:
             program = maker.answer()
             ranks.ask(program)
             seed = next(waiting, None)
             if seed is not None:
-                maker.ask("make", seed)
+                maker.ask("make", seed, only, without)
             yield Outcome(program, ranks.answer())
     finally:
         maker.stop()

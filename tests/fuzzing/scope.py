@@ -1,7 +1,6 @@
 """How the fuzzer writes a program: statement by statement, each one run at once on three sizes of input, so that the
 shapes that the next one needs are known, and what does not run is not written."""
 
-import copy
 import random
 import re
 
@@ -135,7 +134,7 @@ class Scope:
         shapes = [frame[name].shape for frame in self.frames]
         if len({len(s) for s in shapes}) > 1:
             raise Unsuited
-        return tuple(_dim(dims, self.sizes) for dims in zip(*shapes))
+        return tuple(dim_of(dims, self.sizes) for dims in zip(*shapes))
 
     def attempt(self, kind):
         """Writes a statement of a kind, or leaves everything as it was."""
@@ -171,7 +170,9 @@ class Scope:
     def child(self, h, name, attr):
         """A scope for a module that is called on `h`."""
         given = {"x": [frame[h] for frame in self.frames]}
-        return Scope(self.rng, name, f"{self.path}{attr}.", self.sizes, self.later, given)
+        child = Scope(self.rng, name, f"{self.path}{attr}.", self.sizes, self.later, given)
+        child.choice = self.choice
+        return child
 
     def close(self, returned):
         """Ends the class: its lines are compiled, so that it can be made. Returns the class."""
@@ -195,7 +196,7 @@ def _no_bias(d, n):
     return f"nn.Linear({d}, {n}, bias=False)"
 
 
-def _dim(dims, sizes):
+def dim_of(dims, sizes):
     if len(set(dims)) == 1:
         return dims[0]
     for letter in "B", "T":
@@ -226,13 +227,27 @@ def _inputs(rng):
     return [x, *more]
 
 
-def _calls(rng, scope):
+WAYS = {
+    "backward": 3,
+    "no_grad": 1,
+    "inference": 1,
+    "checkpoint": 1.5,
+    "second": 1,
+    "refill": 1,
+    "eval": 1,
+    "later": 3,
+    "step": 1,
+}
+
+
+def _calls(rng, scope, ways):
     """The traced call again, then others."""
-    calls = [Call(seed=1), Call(seed=2)]
-    ways = ["backward", "no_grad", "inference", "checkpoint", "second", "refill", "eval", "later", "step"]
-    weights = [3, 1, 1, 1.5, 1, 1, 1.5, 2 if scope.later else 0, 1]
-    for i in range(3, 3 + rng.randint(2, 4)):
-        how, size = rng.choices(ways, weights)[0], rng.choice([0, 0, 1, 2])
+    calls = [Call(seed=1), Call(seed=2)] if rng.random() < 0.4 else [Call(seed=1)]
+    ways = {way: weight for way, weight in ways.items() if way != "later" or scope.later}
+    for i in range(3, 3 + rng.choice([0, 1, 1, 2, 2, 3])):
+        if not ways:
+            break
+        how, size = rng.choices(list(ways), list(ways.values()))[0], rng.choice([0, 0, 1, 2])
         if how == "refill":
             detail = rng.choice(["inference", "data", "numpy", "copy_"])
             calls += [Call(how, size, seed=10 * i + j, detail=detail) for j in range(3)]
@@ -250,8 +265,18 @@ def _calls(rng, scope):
     return calls
 
 
-def write(seed, attempt=0, kinds=KINDS):
+def chosen(only, without):
+    """({kind of statement: weight}, {way of a call: weight}) but those that a user does not want."""
+    kinds = {k: w for k, w in KINDS.items() if k.__name__ not in without}
+    ways = {k: w for k, w in WAYS.items() if k not in without}
+    some_kinds = {k: w for k, w in kinds.items() if k.__name__ in only}
+    some_ways = {k: w for k, w in ways.items() if k in only}
+    return some_kinds or kinds, some_ways if only else ways
+
+
+def write(seed, attempt=0, only=(), without=()):
     """A program of a seed, unchecked; None where nothing could be written."""
+    kinds, ways = chosen(only, without)
     rng = random.Random(f"{seed}/{attempt}")
     torch.manual_seed(rng.randrange(1 << 30))
     sizes, inputs = _sizes(rng), _inputs(rng)
@@ -263,14 +288,14 @@ def write(seed, attempt=0, kinds=KINDS):
     torch.set_default_dtype(torch.float64)
     try:
         scope = Scope(rng, "Net", "", sizes, [], given)
-        fill(scope, rng.randint(2, 9), kinds)
+        fill(scope, rng.choice([1, 2, 2, 3, 3, 4, 5, 7]), kinds)
         if not list(scope.holder.parameters()):
             return None
         scope.close(_returned(scope))
     finally:
         torch.set_default_dtype(default)
     program = Program(seed, scope.source(), inputs, sizes, [], contiguous=rng.random() < 0.2, kinds=_kinds(scope))
-    program.calls = _calls(rng, scope)
+    program.calls = _calls(rng, scope, ways)
     if any(c.how == "step" for c in program.calls):
         program.optimizer = rng.choice(["before", "after"])
     if rng.random() < 0.12:
@@ -279,8 +304,9 @@ def write(seed, attempt=0, kinds=KINDS):
     return program
 
 
-def fill(scope, n, kinds=KINDS):
-    """Writes n statements, of kinds chosen at random, where they fit."""
+def fill(scope, n, kinds=None):
+    """Writes n statements, of kinds chosen at random, where they fit; by default those of the scope around."""
+    scope.choice = kinds = kinds or scope.choice
     tries = 0
     while len(scope.kinds) < n and tries < 6 * n:
         scope.attempt(scope.rng.choices(list(kinds), list(kinds.values()))[0])
@@ -305,36 +331,40 @@ def _returned(scope):
     return ", ".join(returned) + ("," if len(returned) == 1 else "")
 
 
-def works(program):
-    """Whether the whole model makes all the calls: those that it does not make are taken out. Not on a process that
-    forks later: it runs backwards."""
-    for _ in range(4):
+def fitting(program):
+    """The calls of a program, in their order, that the whole model makes with finite results; none where it cannot be
+    built. Not on a process that forks later: it runs backwards."""
+    try:
         runner, calls = Runner(program, build(program)), []
         runner.make_optimizer()
-        for i, call in enumerate(program.calls):
-            try:
-                seen = runner.call(call)
-            except Exception:
-                if i == 0:
-                    return False
-                continue
-            if not all(_sound(x) for x in seen.values()):
-                return False
-            calls.append(call)
-        if len(calls) == len(program.calls):
-            return True
-        program.calls = copy.deepcopy(calls)
-    return False
+    except Exception:  # whatever is wrong with it
+        return []
+    for call in program.calls:
+        try:
+            if all(_sound(x) for x in runner.call(call).values()):
+                calls.append(call)
+        except Exception:
+            continue
+    return calls
+
+
+def works(program):
+    return len(fitting(program)) == len(program.calls)
 
 
 def _sound(x):
     return not torch.is_tensor(x) or not x.is_floating_point() or bool(x.isfinite().all() and (x.abs() < 1e6).all())
 
 
-def program_of(seed, kinds=KINDS):
+def program_of(seed, only=(), without=()):
     """The program of a seed, on which the whole model runs."""
     for attempt in range(50):
-        program = write(seed, attempt, kinds)
-        if program is not None and works(program):
-            return program
+        program = write(seed, attempt, only, without)
+        for _ in range(3 if program else 0):
+            fit = fitting(program)
+            if fit and fit == program.calls:
+                return program
+            if fit[:1] != program.calls[:1]:
+                break
+            program.calls = fit
     raise RuntimeError(f"seed {seed}: none of 50 programs runs on the whole model")
