@@ -318,14 +318,18 @@ def branch(g):
 
 
 @kind(1)
-def kept_on_the_module(g):
+def kept(g):
+    """A tensor that is kept: in a list on the module, in one of the file, on an object."""
     h = g.let(project(g, g.pick(), g.size()))
+    h = g.let(f"{h}.{g.one_of('tanh()', 'softmax(-1)')}") if g.coin() else h
+    value = f"{h}{'.detach()' if g.coin() else ''}"
+    if g.coin():
+        g.run(f"SEEN.append({value})")
+        return
     if not hasattr(g.holder, "kept"):
         g.init.append("s.kept = []")
         g.holder.kept = []
-    g.run(f"s.kept = [{h}{'.detach()' if g.coin() else ''}]")
-    if g.coin():
-        g.let(f"{h}.{g.one_of('tanh()', 'softmax(-1)')}")
+    g.run(g.one_of(f"s.kept = [{value}]", f"s.kept.clear()\ns.kept.append({value})", f"s.kept = {{'h': {value}}}"))
 
 
 @kind(0.7)

@@ -60,6 +60,7 @@ class Program:
     calls: list
     contiguous: bool = False
     plan: dict = field(default_factory=dict)  # {parameter: the dim it must be split on}
+    first: str = ""  # a statement that changes the module `m` before it is split
     optimizer: str = ""  # "before" or "after": when it is made
     kinds: list = field(default_factory=list)  # of statements: for statistics
 
@@ -69,6 +70,7 @@ class Program:
 
     def __str__(self):
         options = {"contiguous": self.contiguous, "plan": self.plan, "optimizer made": self.optimizer}
+        options["before the split"] = self.first
         used = ", ".join(f"{k}: {v}" for k, v in options.items() if v)
         about = [f"# inputs: {', '.join(f'{i.name} {i.shape}' for i in self.inputs)}; sizes: {self.sizes}"]
         about += [f"# {used}"] if used else []
@@ -79,13 +81,15 @@ class Program:
 def build(program):
     """The module, in train mode, from a fixed seed. Tensors are float64."""
     linecache.cache[program.file] = len(program.source), None, program.source.splitlines(True), program.file
-    names = {**NAMES, "__name__": f"program{program.seed}"}
+    names = {**NAMES, "SEEN": [], "__name__": f"program{program.seed}"}
     kept = torch.get_default_dtype()
     torch.manual_seed(program.seed)
     torch.set_default_dtype(torch.float64)
     try:
         exec(compile(program.source, program.file, "exec"), names)
-        return names["Net"]()
+        model = names["Net"]()
+        exec(program.first, {**NAMES, "m": model})
+        return model
     finally:
         torch.set_default_dtype(kept)
 
@@ -122,6 +126,8 @@ class Runner:
         if call.before:
             exec(call.before, {**NAMES, "m": self.model})
         self.model.zero_grad()
+        kept = type(self.model).forward.__globals__["SEEN"]
+        kept.clear()
         given, seen = inputs_of(self.program, call), {}
         if call.how in ("no_grad", "inference", "refill"):
             output = self._without_gradients(call, given)
@@ -131,6 +137,7 @@ class Runner:
             self._backward(call, output, given, seen)
         seen.update({f"output {path}": x for path, x in leaves(output)})
         seen.update({f"buffer {name}": x for name, x in self.model.named_buffers()})
+        seen.update({f"kept in the file{path}": x for path, x in leaves(kept)})
         for name, m in self.model.named_modules():
             seen.update({f"kept {name}{path}": x for path, x in leaves(getattr(m, "kept", None))})
         return {what: x.detach().clone() if torch.is_tensor(x) else x for what, x in seen.items()}

@@ -49,7 +49,8 @@ class Scope:
         self.init, self.body, self.vars, self.layers, self.classes, self.kinds = [], [], [], [], [], []
         self.later = later  # statements that a later call may start with
         self.holder, self.given, self.count = nn.Module(), list(given), 0
-        self.frames = [{**NAMES, "s": self.holder, **{k: v[i] for k, v in given.items()}} for i in range(len(sizes))]
+        names = {**NAMES, "s": self.holder, "SEEN": []}
+        self.frames = [{**names, **{k: v[i] for k, v in given.items()}} for i in range(len(sizes))]
         for x in given:
             if self.frames[0][x].is_floating_point():
                 self.vars.append(Var(x, self.shape_of(x)))
@@ -244,7 +245,7 @@ def _calls(rng, scope, ways):
     """The traced call again, then others."""
     calls = [Call(seed=1), Call(seed=2)] if rng.random() < 0.4 else [Call(seed=1)]
     ways = {way: weight for way, weight in ways.items() if way != "later" or scope.later}
-    for i in range(3, 3 + rng.choice([0, 1, 1, 2, 2, 3])):
+    for i in range(3, 3 + rng.choice([0, 1, 1, 1, 2])):
         if not ways:
             break
         how, size = rng.choices(list(ways), list(ways.values()))[0], rng.choice([0, 0, 1, 2])
@@ -263,6 +264,15 @@ def _calls(rng, scope, ways):
         else:
             calls.append(Call(how, size, seed=i))
     return calls
+
+
+FIRST = [
+    "list(m.parameters())[{i}].register_hook(lambda g: g * 0.5)",
+    "list(m.parameters())[{i}].register_post_accumulate_grad_hook(lambda p: p.grad.mul_(0.5))",
+    "list(m.parameters())[{i}].requires_grad_(False)",
+    "list(m.modules())[{j}].register_forward_hook(lambda s, i, o: (o * 2) if torch.is_tensor(o) else None)",
+    "m.apply(lambda s: [p.requires_grad_(p.dim() > 1) for p in s.parameters(recurse=False)])",
+]
 
 
 def chosen(only, without):
@@ -287,18 +297,21 @@ def write(seed, attempt=0, only=(), without=()):
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        scope = Scope(rng, "Net", "", sizes, [], given)
-        fill(scope, rng.choice([1, 2, 2, 3, 3, 4, 5, 7]), kinds)
+        scope = Scope(rng, "Net", "", sizes, ["[p.data.mul_(0.9) for p in m.parameters()]"], given)
+        fill(scope, rng.choice([1, 1, 2, 2, 2, 3, 3, 4, 6]), kinds)
         if not list(scope.holder.parameters()):
             return None
         scope.close(_returned(scope))
     finally:
         torch.set_default_dtype(default)
     program = Program(seed, scope.source(), inputs, sizes, [], contiguous=rng.random() < 0.2, kinds=_kinds(scope))
+    if rng.random() < 0.12 and "backward" in ways:
+        counts = {"i": len(list(scope.holder.parameters())), "j": len(list(scope.holder.modules()))}
+        program.first = rng.choice(FIRST).format(**{k: rng.randrange(n) for k, n in counts.items()})
     program.calls = _calls(rng, scope, ways)
     if any(c.how == "step" for c in program.calls):
         program.optimizer = rng.choice(["before", "after"])
-    if rng.random() < 0.12:
+    if rng.random() < 0.15:
         fit = [(n, d) for n, p in build(program).named_parameters() for d, k in enumerate(p.shape) if k > 4]
         program.plan = dict([rng.choice(fit)]) if fit else {}
     return program

@@ -93,7 +93,7 @@ def fewer_calls(program):
     for i in range(len(program.calls)):
         if len(program.calls) > 1:
             yield replace(program, calls=program.calls[:i] + program.calls[i + 1 :])
-    for field, empty in ("contiguous", False), ("plan", {}), ("optimizer", ""):
+    for field, empty in ("contiguous", False), ("plan", {}), ("first", ""), ("optimizer", ""):
         steps = field == "optimizer" and any(c.how == "step" for c in program.calls)
         if getattr(program, field) != empty and not steps:
             yield replace(program, **{field: empty})
