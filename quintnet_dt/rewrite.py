@@ -241,7 +241,7 @@ def _apply(model, mesh, plan, known, src_data_rank):
         for attr in "tensor_parallel_plan", "tensor_parallel_mesh":
             vars(module).pop(attr, None)
     defaults = _default_programs(model, plan)
-    context.paths = Paths(plan, defaults, {("", key): programs for key, programs in known.items()}, mesh)
+    context.paths = Paths(plan, defaults, known, mesh)
     context.programs = next(iter(context.paths.known.values()), [defaults])[0]
     owners, made = parameter_owners(model), {}
     for path, module in model.named_modules():

@@ -12,6 +12,7 @@ from ..utils import call_name, lookup, quiet, replace, silence, tensors
 from .memory import laid_out
 from .on_shard import on_shard
 from .program import NOTHING
+from .shown import put_back
 
 
 class _Calls(TorchFunctionMode):
@@ -55,16 +56,25 @@ class _Calls(TorchFunctionMode):
             self.__exit__(None, None, None)
         frames, self.frames, depth, silence.depth = self.frames, [], silence.depth, 0
         try:
-            for programs in context.paths.variants(*context.call) if context.call else ():
-                stack = again(context, programs, event)
-                if stack is not None:
-                    frames = [f for f in frames if f[0] is not context] + context.go_on(programs, stack)
-                    return
+            with put_back(context):
+                programs, stack = self.other(context, event)
+            if stack is not None:
+                frames = [f for f in frames if f[0] is not context] + context.go_on(programs, stack)
+                return
         finally:
             self.frames, silence.depth = frames, depth
             if outside and self.frames:
                 self.__enter__()
         self.refuse(frame, what)
+
+    def other(self, context, event):
+        """(Programs for the path that the forward takes, the frames of what runs by them); (None, None) where there are
+        none."""
+        for programs in context.paths.variants(*context.call) if context.call else ():
+            stack = again(context, programs, event)
+            if stack is not None:
+                return programs, stack
+        return None, None
 
     def refuse(self, frame, what):
         where = "the model" if frame is None else f"{frame[2] or 'the model'}: call {frame[3]} of its forward"
