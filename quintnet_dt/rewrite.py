@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 
+from .adopt import adopt
 from .axes.axes import Axes
 from .axes.sharding import Action, pieces
 from .layers import ShardedModule
@@ -240,12 +241,14 @@ def _apply(model, mesh, plan, known, src_data_rank):
         for attr in "tensor_parallel_plan", "tensor_parallel_mesh":
             vars(module).pop(attr, None)
     defaults = _default_programs(model, plan)
-    context.paths = Paths(plan, defaults, {("", key): programs for key, programs in known.items()}, mesh)
+    context.paths = Paths(plan, defaults, known, mesh)
     context.programs = next(iter(context.paths.known.values()), [defaults])[0]
     owners, made = parameter_owners(model), {}
     for path, module in model.named_modules():
         style = ShardedModule(context, path, owners, plan.placements, made)
         parallelize_module(module, mesh, style, src_data_rank=src_data_rank)
+    with together(mesh.get_group()):
+        adopt(list(made.values()))
     if src_data_rank is not None and mesh.size() > 1:
         source = dist.get_global_rank(mesh.get_group(), src_data_rank)
         for buffer in model.buffers():

@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import replace
 from itertools import combinations
+from typing import NamedTuple
 
 import torch
 
@@ -16,6 +17,9 @@ from ..tracing.trace import trace
 from ..utils import leaves, opaque
 from .planner import Planner, divides, indices, settle, spans
 
+VALUES = 2  # numbers of a kind of call that have programs of their own; all others share theirs
+KEPT = 64  # kinds of calls whose programs are kept
+VARIANTS = 16  # paths of one kind of call that are kept
 CHECKED = 2  # the first calls of a kind, in which a wrong sampler shows
 
 
@@ -29,20 +33,35 @@ class Paths:
     def __init__(self, plan, defaults, known, mesh):
         self.plan, self.defaults, self.mesh = plan, defaults, mesh
         self.checked = Counter()  # calls of each kind whose batch was compared
-        self.known = {key: [{**defaults, **programs}] for key, programs in known.items()}
+        self.numbers = {}  # (module path, kind) -> the first numbers that such calls were given
+        self.known = {}
+        for given, programs in known.items():
+            self.known[self.key_of("", given)] = [{**defaults, **programs}]
 
     def programs(self, path, owners, module, args, kwargs, compiled=False):
         """The programs for this call of `module`; raises RuntimeError where it cannot be shown right, ValueError where
         ranks are given different batches. `compiled`: by torch.compile, of which models ask and then take other
         paths."""
-        self.key = key = (path, signature(module, args, kwargs), *(["compiled"] if compiled else ()))
+        self.key = key = self.key_of(path, signature(module, args, kwargs), compiled)
+        self.grad = torch.is_grad_enabled()
         self.fresh = self.checked[key] < CHECKED
         if self.fresh and self.mesh.size() > 1:
             self.checked[key] += 1
             check_batch((args, kwargs), self.mesh)
         if key not in self.known:
+            if len(self.known) >= KEPT:
+                del self.known[next(iter(self.known))]
             self.known[key] = [self.learn(path, owners, module, args, kwargs, compiled)]
         return self.known[key][0]
+
+    def key_of(self, path, given, compiled=False):
+        """Under which key the programs of a call with this Signature are known. After some values of its numbers, any
+        other is one: what a call computes with a number that indexes shards is checked as it runs."""
+        kind = (path, given.kind, compiled)
+        known = self.numbers.setdefault(kind, [])
+        if given.numbers not in known and len(known) < VALUES:
+            known.append(given.numbers)
+        return kind, given.numbers if given.numbers in known else None
 
     def random(self, path, module, programs):
         """Whether the ranks need one random state: this call may draw random numbers, or one may sample from its
@@ -59,14 +78,18 @@ class Paths:
         """Other programs for this call, whose forward has turned out to take another path than the one that was shown:
         those that are known, then one learned from this call itself."""
         known = self.known[self.key]  # the modes may have changed within the forward
-        yield from list(known)
-        known.append(self.learn(*call))
-        yield known[-1]
+        for programs in list(known):
+            known.remove(programs)  # the latest is tried first
+            known.insert(0, programs)
+            yield programs
+        del known[VARIANTS - 1 :]
+        known.insert(0, self.learn(*call))
+        yield known[0]
 
     def learn(self, *call):
         """Programs for this call, shown right in the gradient mode that it was made in."""
         *call, compiled = call
-        with torch.set_grad_enabled(self.key[1][1]), as_compiled(compiled):
+        with torch.set_grad_enabled(self.grad), as_compiled(compiled):
             return self.show(*call)
 
     def show(self, path, owners, module, args, kwargs):
@@ -100,7 +123,9 @@ class Paths:
             ) from e
 
         def renamed(program):
-            return replace(program, params={names[inner]: actions for inner, actions in program.params.items()})
+            params = {names[inner]: actions for inner, actions in program.params.items()}
+            optional, written = ({names[inner] for inner in x} for x in (program.optional, program.written))
+            return replace(program, params=params, optional=optional, written=written)
 
         return {**self.defaults, **{".".join(filter(None, (path, inner))): renamed(p) for inner, p in programs.items()}}
 
@@ -111,23 +136,35 @@ def device_of(model):
     return torch.device("cpu") if device.type == "meta" else device
 
 
+class Signature(NamedTuple):
+    """What tells one path through a forward from another. `kind`: the mode, which arguments are there, their kinds,
+    dtypes, ranks and dims of size 1. `numbers`: the ints and floats among them, which may vary."""
+
+    kind: tuple
+    numbers: tuple
+
+
 def signature(model, args, kwargs):
-    """What tells one path through a forward from another: which arguments are there, their kinds, dtypes, ranks and
-    dims of size 1, and the mode."""
-    return (model.training, torch.is_grad_enabled(), *_kinds((args, kwargs), 0, {}))
+    """The Signature of a call."""
+    numbers = []
+    kinds = tuple(_kinds((args, kwargs), 0, {}, numbers))
+    return Signature((model.training, torch.is_grad_enabled(), *kinds), tuple(numbers))
 
 
-def _kinds(obj, depth, seen):
+def _kinds(obj, depth, seen, numbers):
     for path, x in leaves(obj):
         if isinstance(x, torch.Tensor):
             same = seen.setdefault(id(x), len(seen))  # query, key and value may be one tensor
             yield path, same, x.dtype, x.requires_grad, tuple(s == 1 for s in x.shape)
-        elif isinstance(x, (bool, int, float, str, type(None))):
+        elif isinstance(x, (bool, str, type(None))):
             yield path, x
+        elif isinstance(x, (int, float)):
+            numbers.append(x)
+            yield path, type(x)
         elif opaque(x) and depth < 4:  # a cache: empty or filled
             sizes = [v for v in vars(x).values() if type(v) in (int, float)]
             yield path, type(x), tuple((a > b) - (a < b) for a, b in combinations(sizes, 2))  # of lengths: is it full?
-            yield from _kinds([v for v in vars(x).values() if type(v) not in (int, float)], depth + 1, seen)
+            yield from _kinds([v for v in vars(x).values() if type(v) not in (int, float)], depth + 1, seen, numbers)
         else:
             yield path, type(x)
 
