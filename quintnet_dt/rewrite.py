@@ -24,6 +24,7 @@ from .processgroup import ProcessGroupManager
 from .running.context import Context
 from .running.hooks import changed_modules, hooks_on, parameter_owners, unhook
 from .running.program import Program
+from .running.weights import Weights
 from .together import together
 from .tracing import inputs
 from .tracing.composites import adapt
@@ -255,6 +256,7 @@ def _apply(model, mesh, plan, known, src_data_rank):
             if buffer.device.type != "meta" and buffer.numel():
                 dist.broadcast(buffer, source, group=mesh.get_group())
     adapt(model)
+    context.weights = Weights(owners, mesh)
     if not again:
         model.register_load_state_dict_pre_hook(_refuse_broadcast)
     model.tensor_parallel_plan, model.tensor_parallel_mesh = plan, mesh

@@ -33,6 +33,7 @@ class Paths:
     def __init__(self, plan, defaults, known, mesh):
         self.plan, self.defaults, self.mesh = plan, defaults, mesh
         self.checked = Counter()  # calls of each kind whose batch was compared
+        self.key = None  # that of the latest call
         self.numbers = {}  # (module path, kind) -> the first numbers that such calls were given
         self.known = {}
         for given, programs in known.items():
@@ -42,7 +43,8 @@ class Paths:
         """The programs for this call of `module`; raises RuntimeError where it cannot be shown right, ValueError where
         ranks are given different batches. `compiled`: by torch.compile, of which models ask and then take other
         paths."""
-        self.key = key = self.key_of(path, signature(module, args, kwargs), compiled)
+        before, key = self.key, self.key_of(path, signature(module, args, kwargs), compiled)
+        self.key, self.other_kind = key, key != before
         self.grad = torch.is_grad_enabled()
         self.fresh = self.checked[key] < CHECKED
         if self.fresh and self.mesh.size() > 1:

@@ -104,7 +104,7 @@ class _Calls(TorchFunctionMode):
             with self:
                 return inner(*args, **kwargs)
         frame = watching(self.frames)
-        if frame is not None and not is_next(frame[1], frame[3], name, args, kwargs):
+        if frame is not None and not is_next(frame[1], frame[3], name, args, kwargs, compiling(frame[0])):
             self.change(frame[0], Calls(name, args, kwargs), difference(frame[1], frame[3], name), frame)
             frame = watching(self.frames)
         if frame is None:
@@ -171,13 +171,13 @@ class Ends:
     """What comes next: the innermost module ends."""
 
 
-def is_next(program, number, name, args, kwargs):
+def is_next(program, number, name, args, kwargs, compiled=False):
     """Whether a call is the one that was shown under this number."""
     names = program.names
     if number >= len(names) or names[number] != name:
         return False
     kind, call = program.kinds.get(number), program.calls.get(number)
-    if kind is not None and not kind.fits(args, kwargs):
+    if kind is not None and not kind.fits(args, kwargs, compiled):
         return False
     if call is None or not call.bounds:
         return True

@@ -99,6 +99,10 @@ class ModuleHooks:
                 quieten(module)
                 self.settled = True
             context.programs = context.paths.programs(*context.call)
+            if context.weights is not None and (context.paths.fresh or context.paths.other_kind):
+                context.weights.check_assigned()
+            if context.weights is not None and context.paths.fresh:
+                context.weights.check_shared()
             context.random_is_shared = False
             if context.paths.random(self.path, module, context.programs):
                 context.share_random()
