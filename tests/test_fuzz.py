@@ -11,10 +11,14 @@ def failure(outcome, tp):
     program, verdict = outcome.program, outcome.verdict
     if verdict.word == GOOD or verdict.word == RAISED and verdict.placed:
         return None
-    return f"{verdict.word} python tests/fuzz.py --start {program.seed} --seeds 1 --tp {tp} --shrink: {verdict.text[:500]}"
+    return (
+        f"{verdict.word} python tests/fuzz.py --start {program.seed} --seeds 1 --tp {tp} --shrink: {verdict.text[:500]}"
+    )
 
 
-@pytest.mark.parametrize("tp, start, seeds", [(2, 0, 60), (2, 1000, 60), (2, 2000, 60), (2, 3000, 60), (3, 0, 25), (4, 0, 20)])
+@pytest.mark.parametrize(
+    "tp, start, seeds", [(2, 0, 60), (2, 1000, 60), (2, 2000, 60), (2, 3000, 60), (3, 0, 25), (4, 0, 20)]
+)
 def test_random_programs(tp, start, seeds):
     outcomes = list(run(range(start, start + seeds), tp))
     failures = [f for f in (failure(o, tp) for o in outcomes) if f]

@@ -61,7 +61,9 @@ def judge(program, mesh):
 
 def differences(expected, found):
     """What is not the same in two results of Runner.call."""
-    if list(expected) != list(found):
+    if expected.keys() == found.keys() and list(expected) != list(found):
+        yield "parameters, outputs or buffers come in another order"
+    if expected.keys() != found.keys():
         missing = [*(expected.keys() - found.keys()), *(found.keys() - expected.keys())]
         yield f"only one has {sorted(missing)[:3]}"
         return

@@ -137,7 +137,7 @@ class Runner:
             self._backward(call, output, given, seen)
         seen.update({f"output {path}": x for path, x in leaves(output)})
         seen.update({f"buffer {name}": x for name, x in self.model.named_buffers()})
-        seen.update({f"kept in the file{path}": x for path, x in leaves(kept)})
+        seen.update({"kept in the file": x for x in kept[-1:]})  # what came before may be of a trace
         for name, m in self.model.named_modules():
             seen.update({f"kept {name}{path}": x for path, x in leaves(getattr(m, "kept", None))})
         return {what: x.detach().clone() if torch.is_tensor(x) else x for what, x in seen.items()}

@@ -311,7 +311,7 @@ def write(seed, attempt=0, only=(), without=()):
     program.calls = _calls(rng, scope, ways)
     if any(c.how == "step" for c in program.calls):
         program.optimizer = rng.choice(["before", "after"])
-    if rng.random() < 0.15:
+    if rng.random() < (0.5 if any(c.how == "refill" for c in program.calls) else 0.15):
         fit = [(n, d) for n, p in build(program).named_parameters() for d, k in enumerate(p.shape) if k > 4]
         program.plan = dict([rng.choice(fit)]) if fit else {}
     return program
