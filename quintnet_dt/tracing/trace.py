@@ -21,7 +21,7 @@ from ..utils import call_name, callers, held, is_float, replace, shard_kept, sou
 from .caches import forgotten
 from .composites import restated
 from .escapes import let_go
-from .ghost import StrayParameter, fake_inputs, ghost, put_last, real_inputs, user_hooks
+from .ghost import StrayParameter, fake_inputs, ghost, put_last, real_inputs, user_hooks, user_hooks_of_all
 from .graph import Call, Graph, ModuleCall, Node, Value
 
 # What a forward may read of its values: on fake tensors these have no answer.
@@ -135,9 +135,9 @@ class Recorder:
                 if id(p) not in self._values:
                     v = self.graph.params[name] = self.value(p)
                     v.param, v.trainable = name, is_float(v)
-            steady, watched = type(module).forward in STEADY, bool(
-                user_hooks(module).keys() - vars(module).get("_tp_later", [])
-            )
+            steady = type(module).forward in STEADY
+            seen = user_hooks(module).keys() - vars(module).get("_tp_later", [])
+            watched = bool(seen or user_hooks_of_all())
             module.register_forward_pre_hook(partial(self.enter, path, steady, watched), with_kwargs=True, prepend=True)
             module.register_forward_hook(self.leave, with_kwargs=True, always_call=True)
             put_last(module)
