@@ -122,6 +122,12 @@ def constant(function):
     return function
 
 
+def hooks_of_all_modules():
+    """The hooks that run on every module of the process: torch has no public way to see them."""
+    names = "_global_forward_pre_hooks _global_forward_hooks _global_backward_pre_hooks _global_backward_hooks".split()
+    return [hook for name in names for hook in getattr(torch.nn.modules.module, name, {}).values()]
+
+
 def share_hooks(old, new):
     """The hooks on one parameter's gradient become another's, with the handles that their user has: torch has no public
     way to either."""

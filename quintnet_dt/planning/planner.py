@@ -94,7 +94,7 @@ class Planner:
                     self.touch.setdefault(f, {})[call.index] = call
 
     def numel(self, name):
-        return self.params[name].tensor.numel()
+        return self.params[name].numel
 
     def note(self, names, why):
         for name in names:

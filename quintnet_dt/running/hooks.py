@@ -91,6 +91,7 @@ class ModuleHooks:
     def choose(self, module, args, kwargs, compiled):
         """The programs for a call that the user makes."""
         context = self.context
+        context.check_hooks()
         if not in_backward():
             context.call, context.log = (self.path, self.owners, module, args, kwargs, compiled), []
             context.first_hook, context.compiled, context.recomputing = RemovableHandle.next_id, False, False

@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..fsdp import copyable, is_fsdp
-from ..private import FakeCopyMode
+from ..private import FakeCopyMode, hooks_of_all_modules
 from ..utils import held, leaves, opaque, replace, shard_kept, tensors
 from .caches import unshare
 from .composites import plain
@@ -109,7 +109,16 @@ def is_ours(hook):
 def user_hooks(module):
     """A module's hooks that are neither torch's nor this library's, by the ids of their handles."""
     found = [item for hooks in hooks_of(module) for item in hooks.items()]
-    return {k: h for k, h in found if not str(getattr(h, "__module__", "")).startswith(("torch.", _OURS))}
+    return {k: h for k, h in found if _is_users(h)}
+
+
+def user_hooks_of_all():
+    """Those that the user registered for every module."""
+    return [h for h in hooks_of_all_modules() if _is_users(h)]
+
+
+def _is_users(hook):
+    return not str(getattr(hook, "__module__", "")).startswith(("torch.", _OURS))
 
 
 def hooks_of(module):

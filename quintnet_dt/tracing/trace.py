@@ -20,7 +20,8 @@ from ..private import FakeTensor, FakeTensorMode, TorchDispatchMode, hidden_fake
 from ..utils import call_name, callers, held, is_float, replace, shard_kept, source_line, tensors
 from .caches import forgotten
 from .composites import restated
-from .ghost import StrayParameter, fake_inputs, ghost, put_last, real_inputs, user_hooks
+from .escapes import let_go
+from .ghost import StrayParameter, fake_inputs, ghost, put_last, real_inputs, user_hooks, user_hooks_of_all
 from .graph import Call, Graph, ModuleCall, Node, Value
 
 # What a forward may read of its values: on fake tensors these have no answer.
@@ -62,20 +63,32 @@ def trace(model, args=(), kwargs=None, *, device=None):
     fake_mode, recorder = FakeTensorMode(allow_non_fake_inputs=True), Recorder()
     try:
         copied = ghost(model, fake_mode, device=device)
-        fakes = fake_inputs(fake_mode, args, kwargs, recorder.known)
-        graph = record(copied, *fakes, modes=[fake_mode], recorder=recorder)
+        given = fake_inputs(fake_mode, args, kwargs, recorder.known)
+        graph = record(copied, *given, modes=[fake_mode], recorder=recorder)
     except StrayParameter:
         raise
     except Exception:
         shards = any(shard_kept(holder, place) for _, holder, place, _ in held((args, kwargs)))
         if shards or any(p.device.type == "meta" for p in model.parameters()):
             raise
-        graph = record(ghost(model, device=device), *real_inputs(args, kwargs))
+        copied, given = ghost(model, device=device), real_inputs(args, kwargs)
+        graph = record(copied, *given)
     read = {id(v.tensor) for v in graph.values}  # of the model itself, not of its copy: through a lambda
     captured = [(name, gc.get_referrers(p)) for name, p in model.named_parameters() if id(p) in read]
     if stray := [name for name, holders in captured if any(type(x) is CellType for x in holders)]:
         raise StrayParameter(stray)
+    let_go_of_graph(graph)
     return graph
+
+
+def let_go_of_graph(graph):
+    """A Graph keeps no tensors; the values that something else keeps are noted as stored."""
+    given = {id(v.tensor) for v in graph.values if v.producer is None} | {id(v.tensor) for _, _, v in graph.held if v}
+    made = [v for v in graph.values if id(v.tensor) not in given]
+    tensors = [v.tensor for v in made]
+    for v in graph.values:
+        v.tensor = None
+    graph.stored += [made[i] for i in let_go(tensors)]
 
 
 def record(model, args, kwargs, modes=(), recorder=None):
@@ -95,6 +108,7 @@ def record(model, args, kwargs, modes=(), recorder=None):
         recorder.give((args, kwargs))
         out = model(*args, **kwargs)
     recorder.keep(model, (args, kwargs, out))
+    recorder.end()
     return recorder.graph
 
 
@@ -121,9 +135,9 @@ class Recorder:
                 if id(p) not in self._values:
                     v = self.graph.params[name] = self.value(p)
                     v.param, v.trainable = name, is_float(v)
-            steady, watched = type(module).forward in STEADY, bool(
-                user_hooks(module).keys() - vars(module).get("_tp_later", [])
-            )
+            steady = type(module).forward in STEADY
+            seen = user_hooks(module).keys() - vars(module).get("_tp_later", [])
+            watched = bool(seen or user_hooks_of_all())
             module.register_forward_pre_hook(partial(self.enter, path, steady, watched), with_kwargs=True, prepend=True)
             module.register_forward_hook(self.leave, with_kwargs=True, always_call=True)
             put_last(module)
@@ -141,6 +155,12 @@ class Recorder:
         values = [self._values.get(id(t)) for _, t in tensors(inside)]
         self.graph.stored = [v for v in values if v is not None and v.producer is not None]
         self.graph.held = [(path, place, self._values.get(id(t))) for path, _, place, t in held(objects)]
+
+    def end(self):
+        """The forward is over: only the graph is left."""
+        for v in self.graph.values:
+            v.differentiable = v.tensor.requires_grad
+        self._values, self.known = {}, {}
 
     def value(self, tensor, producer=None, new=False):
         if new or id(tensor) not in self._values:
