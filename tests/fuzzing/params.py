@@ -221,7 +221,7 @@ def vocabulary(g):
     """A table, a head tied to it or not, a padded vocabulary that is masked, a loss."""
     ids = [name for name in g.given if not g.frames[0][name].is_floating_point()]
     if ids and ids[0] == "ids":
-        v = max(30, int(g.frames[0]["ids"].max()) + 1) + g.one_of(0, 2, 6)
+        v = g.one_of(30, 32, 36, 40, 50, 64)
         e = g.own(f"nn.Embedding({v}, {g.one_of(8, 9, 12, 15, 16)})", "emb")
         h = g.let(f"{e}(ids)")
         if g.coin():
@@ -246,7 +246,7 @@ def vocabulary(g):
         which = g.let(f"{h} + {table}((({h}.mean(-1) * 7).long() % {v}))") if g.coin(0.3) else h
         logits = g.let(g.one_of(f"{g.linear(h.d, v)}({which})", f"{which} @ {table}.weight.t()"), "logits")
     if g.coin():
-        real = v - g.rng.randint(1, v // 2)
+        real = g.one_of(v - g.rng.randint(1, v // 2), v - 2, v - 4, v - 8, v // 4 * 3, v // 2)
         value = g.one_of(-1e2, -50.0, 0.0)
         g.run(
             g.one_of(
@@ -257,7 +257,7 @@ def vocabulary(g):
             )
         )
         logits = g.keep(str(logits))
-    if g.coin():
+    if g.coin(0.7):
         loss(g, logits, ids)
 
 
