@@ -2,9 +2,7 @@
 
 import pytest
 from fuzzing.judge import GOOD, RAISED
-from fuzzing.pool import Ranks, run
-from fuzzing.programs import Call, Input, Program
-from fuzzing.shrink import shrink
+from fuzzing.pool import run
 
 
 def failure(outcome, tp):
@@ -16,9 +14,10 @@ def failure(outcome, tp):
     )
 
 
-@pytest.mark.parametrize(
-    "tp, start, seeds", [(2, 0, 60), (2, 1000, 60), (2, 2000, 60), (2, 3000, 60), (3, 0, 25), (4, 0, 20)]
-)
+CHUNKS = [*((2, start, 50) for start in (0, 1000, 2000, 3000)), (3, 0, 20), (4, 0, 15)]
+
+
+@pytest.mark.parametrize("tp, start, seeds", CHUNKS)
 def test_random_programs(tp, start, seeds):
     outcomes = list(run(range(start, start + seeds), tp))
     failures = [f for f in (failure(o, tp) for o in outcomes) if f]

@@ -244,8 +244,10 @@ def vocabulary(g):
             raise Unsuited
         table = g.own(f"nn.Embedding({v}, {h.d})", "emb")
         which = g.let(f"{h} + {table}((({h}.mean(-1) * 7).long() % {v}))") if g.coin(0.3) else h
-        logits = g.let(g.one_of(f"{g.linear(h.d, v)}({which})", f"{which} @ {table}.weight.t()"), "logits")
-    if g.coin():
+        logits = g.let(
+            g.one_of(f"{g.linear(h.d, v, bias=g.coin(0.4))}({which})", f"{which} @ {table}.weight.t()"), "logits"
+        )
+    if g.coin(0.65):
         real = g.one_of(v - g.rng.randint(1, v // 2), v - 2, v - 4, v - 8, v // 4 * 3, v // 2)
         value = g.one_of(-1e2, -50.0, 0.0)
         g.run(

@@ -98,7 +98,7 @@ class Scope:
         return self.own(f"nn.Parameter(torch.randn({', '.join(map(str, shape))}) * {scale})", "w")
 
     def linear(self, d, n, bias=None):
-        layer = self.own(f"nn.Linear({d}, {n})" if bias or bias is None and self.coin(0.7) else _no_bias(d, n))
+        layer = self.own(f"nn.Linear({d}, {n})" if bias or bias is None and self.coin(0.6) else _no_bias(d, n))
         self.layers.append((layer, d))
         return layer
 

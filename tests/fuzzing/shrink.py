@@ -261,7 +261,9 @@ def _written(statement):
 
 def _is_read(name, text, attribute, forward):
     if attribute:
-        return len(re.findall(rf"\.{name}\b", text)) > 1 or "parameters()" in text
+        return len(re.findall(rf"\.{name}\b", text)) > 1 or bool(
+            re.search(r"\bs\.(named_parameters|parameters|modules)\(\)", text)
+        )
     return any(isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Load) for n in ast.walk(forward))
 
 
