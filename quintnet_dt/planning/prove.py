@@ -257,7 +257,7 @@ class _Checker(Recorder):
         states = [*model.parameters(), *model.buffers(), *(t for _, t in tensors(inputs))]
         others = set(map(id, states))
         made = {id(t): t for t in self.graph.values if id(t) not in others}
-        self.graph.values.clear()
+        self.graph = None
         left = list(made.values())
         made.clear()
         let_go(left)
