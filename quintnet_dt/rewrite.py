@@ -1,6 +1,5 @@
 """apply_tensor_parallel: trace, plan, prove, apply. The one call, and the plan without it."""
 
-import hashlib
 import warnings
 from dataclasses import replace
 
@@ -11,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 
+from .agreement import agree
 from .axes.axes import Axes
 from .axes.sharding import Action, pieces
 from .layers import ShardedModule
@@ -95,10 +95,13 @@ def apply_tensor_parallel(
     if contiguous is None:
         contiguous = mesh.size() < dist.get_world_size() or not SINCE_2_13
     with together(mesh.get_group()):
+        if src_data_rank is not None and src_data_rank not in range(mesh.size()):
+            raise ValueError(f"src_data_rank: expected None or a rank of the tp group, found {src_data_rank!r}")
         kept = _kept(model, mesh) if isinstance(model, nn.Module) else {}
         plan, known = _make_plan(model, mesh.size(), example_inputs, plan, loss_parallel, contiguous, kept)
-    _agree(model, plan, known, mesh)
-    _apply(model, mesh, plan, known, src_data_rank)
+    options = {"src_data_rank": src_data_rank, "contiguous": contiguous, "loss_parallel": plan.loss_parallel}
+    split_id = agree(model, options, (plan.to_json(), known), mesh)
+    _apply(model, mesh, plan, known, src_data_rank, split_id)
     return model
 
 
@@ -199,26 +202,6 @@ def _describe(planner, sharding, layout, fixed):
 # ---- applying
 
 
-def _agree(model, plan, known, mesh):
-    """Every rank must have planned the same for the same model, and be about to run it alike; else all raise."""
-    mine = {n: f"{tuple(p.shape)} {p.dtype} requires_grad={p.requires_grad}" for n, p in model.named_parameters()}
-    made = plan.to_json(), list(known.values())
-    digests = [hashlib.sha256(repr((sorted(mine.items()), made)).encode()).hexdigest()] * mesh.size()
-    dist.all_gather_object(digests, digests[0], group=mesh.get_group())
-    if len(set(digests)) == 1:
-        return
-    all_params = [None] * mesh.size()
-    dist.all_gather_object(all_params, mine, group=mesh.get_group())
-    for rank, other in enumerate(all_params):
-        for name in {**all_params[0], **other}:
-            a, b = all_params[0].get(name, "absent"), other.get(name, "absent")
-            if a != b:
-                found = f"{name} is {a} on rank 0 and {b} on rank {rank}"
-                raise RuntimeError(f"the model differs between ranks: {found}; build the same model on every rank")
-    found = "the ranks made different plans for one model"
-    raise RuntimeError(f"{found}; pass the same example_inputs and plan, and register the same hooks, on every rank")
-
-
 def _kept(model, mesh):
     """{name: Entry} of the parameters that this library has split already."""
     splits = {id(h.context): h for m in model.modules() if (h := hooks_on(m)) and h.context.paths is not None}
@@ -233,7 +216,7 @@ def _kept(model, mesh):
     return {name: replace(entries[id(p)], name=name) for name, p in params.items() if id(p) in entries}
 
 
-def _apply(model, mesh, plan, known, src_data_rank):
+def _apply(model, mesh, plan, known, src_data_rank, split_id):
     context, again = Context(mesh), "tensor_parallel_plan" in vars(model)
     for module in model.modules():
         unhook(module)

@@ -113,8 +113,9 @@ def device_of(model):
 
 def signature(model, args, kwargs):
     """What tells one path through a forward from another: which arguments are there, their kinds, dtypes, ranks and
-    dims of size 1, and the mode."""
-    return (model.training, torch.is_grad_enabled(), *_kinds((args, kwargs), 0, {}))
+    dims of size 1, and the mode. The order of keyword arguments is none of it: each rank may have its own."""
+    ordered = dict(sorted(kwargs.items())) if len(kwargs) > 1 else kwargs
+    return (model.training, torch.is_grad_enabled(), *_kinds((args, ordered), 0, {}))
 
 
 def _kinds(obj, depth, seen):
