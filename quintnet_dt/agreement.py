@@ -77,7 +77,7 @@ def check_batch(batch, mesh):
     """
     mesh = mesh.mesh if isinstance(mesh, ProcessGroupManager) else mesh
     mine = {path: _digest(x) for path, x in leaves(batch)}
-    if _alike(zlib.crc32(repr(mine).encode()), mesh):
+    if mesh.size() == 1 or _alike(zlib.crc32(repr(mine).encode()), mesh):
         return
     everyone = [None] * mesh.size()
     dist.all_gather_object(everyone, mine, group=mesh.get_group())

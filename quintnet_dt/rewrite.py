@@ -69,7 +69,7 @@ def apply_tensor_parallel(
     Args:
         model: any nn.Module, live or on the meta device.
         tp_size: number of ranks to split over; with no mesh, the world is laid out as by
-            `ProcessGroupManager(tp_size)`.
+            `ProcessGroupManager(tp_size)`. In a process that no launcher started, 1 leaves no process group open.
         mesh: a 1-D DeviceMesh or a ProcessGroupManager, instead of tp_size.
         example_inputs: a tuple (positional) or dict (keyword) for the model's forward; made up from the first layer if
             left out.
@@ -91,7 +91,16 @@ def apply_tensor_parallel(
     mesh = mesh.mesh if isinstance(mesh, ProcessGroupManager) else mesh
     if mesh is not None and not isinstance(mesh, DeviceMesh):
         raise TypeError(f"mesh: expected a 1-D DeviceMesh or a ProcessGroupManager, found {type(mesh).__name__}")
-    mesh = ProcessGroupManager(tp_size, mesh=mesh).mesh
+    ranks = ProcessGroupManager(tp_size, mesh=mesh)
+    try:
+        _split(model, ranks.mesh, example_inputs, plan, loss_parallel, contiguous, src_data_rank)
+    finally:
+        if ranks.alone:  # nothing more will be communicated
+            ranks.close()
+    return model
+
+
+def _split(model, mesh, example_inputs, plan, loss_parallel, contiguous, src_data_rank):
     if contiguous is None:
         contiguous = mesh.size() < dist.get_world_size() or not SINCE_2_13
     with together(mesh.get_group()):
@@ -102,7 +111,6 @@ def apply_tensor_parallel(
     options = {"src_data_rank": src_data_rank, "contiguous": contiguous, "loss_parallel": plan.loss_parallel}
     split_id = agree(model, options, (plan.to_json(), known), mesh)
     _apply(model, mesh, plan, known, src_data_rank, split_id)
-    return model
 
 
 # ---- planning

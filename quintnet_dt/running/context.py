@@ -20,7 +20,7 @@ class Context:
     """What the hooks of one model share: the mesh, and which programs are in force. A copy of it shares the mesh."""
 
     def __init__(self, mesh=None, group=None):
-        self.mesh, self._group = mesh, group if mesh is None else mesh.get_group()
+        self.mesh, self._group = mesh, group if mesh is None else comm_ops.group_of(mesh)
         self.hooks = []  # every ModuleHooks
         self._programs = {}
         self.compiled = False  # whether a part of the call ran compiled, which the log does not tell of
@@ -40,7 +40,7 @@ class Context:
     @property
     def group(self):
         if self._group is None:
-            self._group = self.mesh.get_group()
+            self._group = comm_ops.group_of(self.mesh)
         return self._group
 
     @property
