@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import compare, double, pair
+from ranks import run_ranks
 from torch import nn
 
 from quintnet_dt import apply_tensor_parallel
@@ -13,7 +14,6 @@ from quintnet_dt.planning.cost import cost
 from quintnet_dt.planning.layout import lay_out
 from quintnet_dt.planning.planner import Planner
 from quintnet_dt.tracing.trace import trace
-from ranks import run_ranks
 
 
 class Cross(nn.Module):

@@ -7,9 +7,7 @@ operators inside them, few and regular, which are what the axis rules read.
 """
 
 import contextlib
-import gc
 from functools import cache, partial
-from types import CellType
 
 import torch
 from torch import nn
@@ -71,9 +69,8 @@ def trace(model, args=(), kwargs=None, *, device=None):
         if shards or any(p.device.type == "meta" for p in model.parameters()):
             raise
         graph = record(ghost(model, device=device), *real_inputs(args, kwargs))
-    read = {id(v.tensor) for v in graph.values}  # of the model itself, not of its copy: through a lambda
-    captured = [(name, gc.get_referrers(p)) for name, p in model.named_parameters() if id(p) in read]
-    if stray := [name for name, holders in captured if any(type(x) is CellType for x in holders)]:
+    read = {id(v.tensor) for v in graph.values}  # of the model itself, not of its copy
+    if stray := [name for name, p in model.named_parameters() if id(p) in read]:
         raise StrayParameter(stray)
     return graph
 
