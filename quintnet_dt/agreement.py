@@ -38,6 +38,18 @@ def agree(model, options, programs, mesh):
     )
 
 
+def agree_on(programs, mesh):
+    """Raise RuntimeError, on every rank, unless all are about to run a new kind of call by the same programs."""
+    digests = [None] * mesh.size()
+    mine = hashlib.sha256(canonical(programs).encode()).hexdigest()
+    dist.all_gather_object(digests, mine, group=mesh.get_group())
+    if len(set(digests)) > 1:
+        raise RuntimeError(
+            "the ranks of a tp group would run this call in different ways: give all of them the same arguments (and "
+            "dicts in the same order), and register the same hooks"
+        )
+
+
 def _held(model):
     """What a model holds, in its order: {name: a text}."""
     held = {}

@@ -231,7 +231,7 @@ def _apply(model, mesh, plan, known, src_data_rank, split_id):
         for attr in "tensor_parallel_plan", "tensor_parallel_mesh":
             vars(module).pop(attr, None)
     defaults = _default_programs(model, plan)
-    context.paths = Paths(plan, defaults, {("", key): programs for key, programs in known.items()}, mesh)
+    context.paths = Paths(plan, defaults, {("", key): programs for key, programs in known.items()}, mesh, split_id)
     context.programs = next(iter(context.paths.known.values()), [defaults])[0]
     owners, made = parameter_owners(model), {}
     for path, module in model.named_modules():

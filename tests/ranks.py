@@ -183,7 +183,7 @@ def _child(fn, rank, n, args, timeout, folder, port, out, release):
             )
         message = pickle.dumps(("returned", fn(rank, *args)))
     except BaseException as error:  # SystemExit and pytest's outcomes too
-        text = f"{type(error).__name__}: {error}"
+        text = "\n".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])])
         message = pickle.dumps(("raised", text, traceback.format_exc()))
     try:
         sys.stdout.flush(), sys.stderr.flush()

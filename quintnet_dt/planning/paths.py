@@ -1,22 +1,22 @@
 """The forwards that were shown right, by signature. A call with a new one is traced and shown before it runs, once."""
 
-from collections import Counter
+import copy
 from dataclasses import replace
 from itertools import combinations
 
 import torch
 
-from ..agreement import check_batch
+from ..agreement import agree_on, check_batch
 from ..axes.axes import Axes, own_axis
 from ..axes.sharding import Axis, LayoutError, Sharding
+from ..in_step import CHECKED, Apart, InStep
 from ..plan import EXCHANGED, LOCAL, WEIGHT_GATHERED, TensorParallelPlan
 from ..private import as_compiled
 from ..running.context import AGAIN
+from ..together import any_rank, together
 from ..tracing.trace import trace
 from ..utils import leaves, opaque
 from .planner import Planner, divides, indices, settle, spans
-
-CHECKED = 2  # the first calls of a kind, in which a wrong sampler shows
 
 
 class Paths:
@@ -26,23 +26,50 @@ class Paths:
     `defaults`: programs of modules that no traced forward reached.
     """
 
-    def __init__(self, plan, defaults, known, mesh):
+    def __init__(self, plan, defaults, known, mesh, split_id):
         self.plan, self.defaults, self.mesh = plan, defaults, mesh
-        self.checked = Counter()  # calls of each kind whose batch was compared
+        self.in_step = InStep(mesh, split_id)
+        self.learning = False  # whether all ranks learn a call now
         self.known = {key: [{**defaults, **programs}] for key, programs in known.items()}
 
     def programs(self, path, owners, module, args, kwargs, compiled=False):
         """The programs for this call of `module`; raises RuntimeError where it cannot be shown right, ValueError where
-        ranks are given different batches. `compiled`: by torch.compile, of which models ask and then take other
-        paths."""
-        self.key = key = (path, signature(module, args, kwargs), *(["compiled"] if compiled else ()))
-        self.fresh = self.checked[key] < CHECKED
+        ranks make different calls or are given different batches. `compiled`: by torch.compile, of which models ask and
+        then take other paths. All ranks compare their batches, and all learn, or none does."""
+        call, shapes = (path, owners, module, args, kwargs, compiled), []
+        self.key = key = (path, signature(module, args, kwargs, shapes), *(["compiled"] if compiled else ()))
+        try:
+            before, new = self.in_step.call(key, tuple(shapes), (path, module, args, kwargs), key not in self.known)
+        except Apart as e:
+            if e.batch:
+                check_batch((args, kwargs), self.mesh)  # says which argument it is
+            raise
+        self.fresh = before < CHECKED  # a wrong sampler shows in them
         if self.fresh and self.mesh.size() > 1:
-            self.checked[key] += 1
             check_batch((args, kwargs), self.mesh)
-        if key not in self.known:
-            self.known[key] = [self.learn(path, owners, module, args, kwargs, compiled)]
-        return self.known[key][0]
+        if not new:
+            return self.known[key][0]
+        if self.mesh.size() == 1:
+            return self.known.setdefault(key, [self.learn(*call)])[0]
+        with together(self.mesh.get_group()):
+            self.learning = True
+            try:
+                programs = self.learn(*call)
+            finally:
+                self.learning = False
+        agree_on(programs, self.mesh)
+        self.known[key] = [programs]
+        return programs
+
+    def any_rank(self, yes):
+        """Whether it is so on any rank, where all of them learn a call."""
+        return any_rank(yes, self.mesh.get_group()) if self.learning else yes
+
+    def apart(self):
+        """For a copy of the model, whose calls are its own."""
+        new = copy.copy(self)
+        new.in_step = copy.copy(self.in_step)
+        return new
 
     def random(self, path, module, programs):
         """Whether the ranks need one random state: this call may draw random numbers, or one may sample from its
@@ -78,7 +105,7 @@ class Paths:
         names = {inner: names[id(p)] for inner, p in module.named_parameters()}
         device = device_of(module)
         try:
-            graph = trace(module, args, kwargs, device=device)
+            graph = trace(module, args, kwargs, device=device, any_rank=self.any_rank)
         except Exception as e:
             if not any(opaque(x) for _, x in leaves((args, kwargs))):
                 raise
@@ -111,17 +138,20 @@ def device_of(model):
     return torch.device("cpu") if device.type == "meta" else device
 
 
-def signature(model, args, kwargs):
+def signature(model, args, kwargs, shapes=None):
     """What tells one path through a forward from another: which arguments are there, their kinds, dtypes, ranks and
-    dims of size 1, and the mode. The order of keyword arguments is none of it: each rank may have its own."""
+    dims of size 1, and the mode. The order of keyword arguments is none of it: each rank may have its own. `shapes`: a
+    list that is told the tensors' shapes."""
     ordered = dict(sorted(kwargs.items())) if len(kwargs) > 1 else kwargs
-    return (model.training, torch.is_grad_enabled(), *_kinds((args, ordered), 0, {}))
+    return (model.training, torch.is_grad_enabled(), *_kinds((args, ordered), 0, {}, shapes))
 
 
-def _kinds(obj, depth, seen):
+def _kinds(obj, depth, seen, shapes=None):
     for path, x in leaves(obj):
         if isinstance(x, torch.Tensor):
             same = seen.setdefault(id(x), len(seen))  # query, key and value may be one tensor
+            if shapes is not None:
+                shapes.append(x.shape)
             yield path, same, x.dtype, x.requires_grad, tuple(s == 1 for s in x.shape)
         elif isinstance(x, (bool, int, float, str, type(None))):
             yield path, x

@@ -63,7 +63,7 @@ class Context:
 
     def __deepcopy__(self, memo):
         new = Context(self.mesh, self._group)
-        new._programs, new.paths = self._programs, self.paths
+        new._programs, new.paths = self._programs, self.paths and self.paths.apart()
         return new
 
     def __getstate__(self):

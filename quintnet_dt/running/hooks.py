@@ -94,7 +94,8 @@ class ModuleHooks:
                 self.settled = True
             context.programs = context.paths.programs(*context.call)
             if context.mesh.size() > 1 and context.paths.random(self.path, module, context.programs):
-                share_random_state(context.mesh)
+                with context.paths.in_step.explained():
+                    share_random_state(context.mesh)
 
     def check(self, module, program):
         """Refuse hooks that the user added since, where they would see shards. Those that the model adds while it runs
@@ -168,6 +169,8 @@ class ModuleHooks:
         missing. They are looked at where another number of them ran than in the forward that was shown, or something
         failed."""
         context = self.context
+        if failed and (error := sys.exc_info()[1]) is not None:
+            context.paths.in_step.explain(error)
         if not failed and (context.compiled or program is None or context.ran in (program.modules, *context.counts)):
             return
         changed = changed_modules(module, context, self.path)
