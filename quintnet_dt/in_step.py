@@ -21,6 +21,7 @@ from .canonical import canonical
 from .processgroup import timeout_of
 
 CHECKED = 2  # the first calls of a kind are told in any case
+KEPT = 256  # kinds that are remembered
 SHOWN = 8  # arguments in a message
 _copies = itertools.count(1)  # every rank makes the same copies of models
 
@@ -64,22 +65,24 @@ class InStep:
         mesh, name = state
         self.__init__(mesh, f"{name}.{next(_copies)}")
 
-    def call(self, key, shapes, call, new):
+    def call(self, key, shapes, same, call, new):
         """Note a call that is about to run.
 
-        Args: `key`, its kind; `shapes` of its tensors; `call`: (module path, module, args, kwargs); `new`: whether this
-        rank has no programs for it yet. Returns: (how many calls of this kind there were, whether it is new to any
+        Args: `key`, its kind; `shapes` of its tensors; `same`: data that must be the same on all ranks; `call`: (module
+        path, module, args, kwargs); `new`: whether this rank has no programs for it yet. Returns: (how many calls of this kind there were, whether it is new to any
         rank). Raises: Apart, where the ranks are found to make different calls, on all that told of theirs.
         """
-        kind, last = self.kinds.setdefault(key, _Kind()), self.last
+        if len(self.kinds) > KEPT:
+            self.kinds, self.after = {}, {}  # on all ranks: they had the same calls
+        kind, last = self.kinds.get(key) or _Kind(), self.last
         usual = self.after.get(last)
         if self.mesh.size() > 1 and not (usual == key and kind.calls >= CHECKED and kind.expects(shapes)):
             self.last = None  # where this fails, nothing is expected any more
             kind.text = _text(*call)
-            new = self.tell(_Told.of(key, shapes, call, kind.text, new), self.kinds.get(usual))
+            new = self.tell(_Told.of(same, call, kind.text, new), self.kinds.get(usual))
         if last is not None:
             self.after[last] = key
-        self.last = key
+        self.last, self.kinds[key] = key, kind
         self.number += 1
         kind.note(shapes)
         return kind.calls - 1, new
@@ -178,11 +181,11 @@ class _Told:
     new: bool
 
     @classmethod
-    def of(cls, key, shapes, call, text, new):
+    def of(cls, same, call, text, new):
         path, module, _, kwargs = call
         named = inspect.signature(module.forward).parameters
         order = [name for name in kwargs if name not in named]  # which a forward may go by, as by that of a dict
-        same = hashlib.sha256(canonical((key, shapes, order)).encode()).hexdigest()
+        same = hashlib.sha256(canonical((same, order)).encode()).hexdigest()
         return cls(same, f"{path} {module.training} {torch.is_grad_enabled()}", text, new)
 
     def packed(self):

@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 
+from .adopt import adopt
 from .agreement import agree
 from .axes.axes import Axes
 from .axes.sharding import Action, pieces
@@ -23,6 +24,7 @@ from .processgroup import ProcessGroupManager
 from .running.context import Context
 from .running.hooks import changed_modules, hooks_on, parameter_owners, unhook
 from .running.program import Program
+from .running.weights import Weights
 from .together import together
 from .tracing import inputs
 from .tracing.composites import adapt
@@ -231,18 +233,21 @@ def _apply(model, mesh, plan, known, src_data_rank, split_id):
         for attr in "tensor_parallel_plan", "tensor_parallel_mesh":
             vars(module).pop(attr, None)
     defaults = _default_programs(model, plan)
-    context.paths = Paths(plan, defaults, {("", key): programs for key, programs in known.items()}, mesh, split_id)
+    context.paths = Paths(plan, defaults, known, mesh, split_id)
     context.programs = next(iter(context.paths.known.values()), [defaults])[0]
     owners, made = parameter_owners(model), {}
     for path, module in model.named_modules():
         style = ShardedModule(context, path, owners, plan.placements, made)
         parallelize_module(module, mesh, style, src_data_rank=src_data_rank)
+    with together(mesh.get_group()):
+        adopt(list(made.values()))
     if src_data_rank is not None and mesh.size() > 1:
         source = dist.get_global_rank(mesh.get_group(), src_data_rank)
         for buffer in model.buffers():
             if buffer.device.type != "meta" and buffer.numel():
                 dist.broadcast(buffer, source, group=mesh.get_group())
     adapt(model)
+    context.weights = Weights(owners, mesh)
     if not again:
         model.register_load_state_dict_pre_hook(_refuse_broadcast)
     model.tensor_parallel_plan, model.tensor_parallel_mesh = plan, mesh
