@@ -1,6 +1,5 @@
 """apply_tensor_parallel: trace, plan, prove, apply. The one call, and the plan without it."""
 
-import hashlib
 import warnings
 from dataclasses import replace
 
@@ -12,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 
 from .adopt import adopt
+from .agreement import agree
 from .axes.axes import Axes
 from .axes.sharding import Action, pieces
 from .layers import ShardedModule
@@ -71,7 +71,7 @@ def apply_tensor_parallel(
     Args:
         model: any nn.Module, live or on the meta device.
         tp_size: number of ranks to split over; with no mesh, the world is laid out as by
-            `ProcessGroupManager(tp_size)`.
+            `ProcessGroupManager(tp_size)`. In a process that no launcher started, 1 leaves no process group open.
         mesh: a 1-D DeviceMesh or a ProcessGroupManager, instead of tp_size.
         example_inputs: a tuple (positional) or dict (keyword) for the model's forward; made up from the first layer if
             left out.
@@ -93,15 +93,26 @@ def apply_tensor_parallel(
     mesh = mesh.mesh if isinstance(mesh, ProcessGroupManager) else mesh
     if mesh is not None and not isinstance(mesh, DeviceMesh):
         raise TypeError(f"mesh: expected a 1-D DeviceMesh or a ProcessGroupManager, found {type(mesh).__name__}")
-    mesh = ProcessGroupManager(tp_size, mesh=mesh).mesh
+    ranks = ProcessGroupManager(tp_size, mesh=mesh)
+    try:
+        _split(model, ranks.mesh, example_inputs, plan, loss_parallel, contiguous, src_data_rank)
+    finally:
+        if ranks.alone:  # nothing more will be communicated
+            ranks.close()
+    return model
+
+
+def _split(model, mesh, example_inputs, plan, loss_parallel, contiguous, src_data_rank):
     if contiguous is None:
         contiguous = mesh.size() < dist.get_world_size() or not SINCE_2_13
     with together(mesh.get_group()):
+        if src_data_rank is not None and src_data_rank not in range(mesh.size()):
+            raise ValueError(f"src_data_rank: expected None or a rank of the tp group, found {src_data_rank!r}")
         kept = _kept(model, mesh) if isinstance(model, nn.Module) else {}
         plan, known = _make_plan(model, mesh.size(), example_inputs, plan, loss_parallel, contiguous, kept)
-    _agree(model, plan, known, mesh)
-    _apply(model, mesh, plan, known, src_data_rank)
-    return model
+    options = {"src_data_rank": src_data_rank, "contiguous": contiguous, "loss_parallel": plan.loss_parallel}
+    split_id = agree(model, options, (plan.to_json(), known), mesh)
+    _apply(model, mesh, plan, known, src_data_rank, split_id)
 
 
 # ---- planning
@@ -201,26 +212,6 @@ def _describe(planner, sharding, layout, fixed):
 # ---- applying
 
 
-def _agree(model, plan, known, mesh):
-    """Every rank must have planned the same for the same model, and be about to run it alike; else all raise."""
-    mine = {n: f"{tuple(p.shape)} {p.dtype} requires_grad={p.requires_grad}" for n, p in model.named_parameters()}
-    made = plan.to_json(), list(known.values())
-    digests = [hashlib.sha256(repr((sorted(mine.items()), made)).encode()).hexdigest()] * mesh.size()
-    dist.all_gather_object(digests, digests[0], group=mesh.get_group())
-    if len(set(digests)) == 1:
-        return
-    all_params = [None] * mesh.size()
-    dist.all_gather_object(all_params, mine, group=mesh.get_group())
-    for rank, other in enumerate(all_params):
-        for name in {**all_params[0], **other}:
-            a, b = all_params[0].get(name, "absent"), other.get(name, "absent")
-            if a != b:
-                found = f"{name} is {a} on rank 0 and {b} on rank {rank}"
-                raise RuntimeError(f"the model differs between ranks: {found}; build the same model on every rank")
-    found = "the ranks made different plans for one model"
-    raise RuntimeError(f"{found}; pass the same example_inputs and plan, and register the same hooks, on every rank")
-
-
 def _kept(model, mesh):
     """{name: Entry} of the parameters that this library has split already."""
     splits = {id(h.context): h for m in model.modules() if (h := hooks_on(m)) and h.context.paths is not None}
@@ -235,14 +226,14 @@ def _kept(model, mesh):
     return {name: replace(entries[id(p)], name=name) for name, p in params.items() if id(p) in entries}
 
 
-def _apply(model, mesh, plan, known, src_data_rank):
+def _apply(model, mesh, plan, known, src_data_rank, split_id):
     context, again = Context(mesh), "tensor_parallel_plan" in vars(model)
     for module in model.modules():
         unhook(module)
         for attr in "tensor_parallel_plan", "tensor_parallel_mesh":
             vars(module).pop(attr, None)
     defaults = _default_programs(model, plan)
-    context.paths = Paths(plan, defaults, known, mesh)
+    context.paths = Paths(plan, defaults, known, mesh, split_id)
     context.programs = next(iter(context.paths.known.values()), [defaults])[0]
     owners, made = parameter_owners(model), {}
     for path, module in model.named_modules():

@@ -11,6 +11,7 @@ from ..fsdp import copyable, is_fsdp
 from ..private import FakeCopyMode, hooks_of_all_modules
 from ..utils import held, leaves, opaque, replace, shard_kept, tensors
 from .caches import unshare
+from .closures import rebind
 from .composites import plain
 
 
@@ -20,8 +21,9 @@ class StrayParameter(ValueError):
     def __init__(self, names):
         super().__init__(
             f"{', '.join(names)}: expected every parameter to be read as an attribute of its module, found one that "
-            "something else holds (a list, a partial, a lambda, an optimizer kept in the model), which would keep the "
-            "old one: read it as self.name, and make optimizers afterwards"
+            "something else holds (a list, a partial, a lambda, an optimizer kept in the model; a global, or an object "
+            "elsewhere, that holds its module), which would keep the old one: read it as self.name, and make "
+            "optimizers afterwards"
         )
 
 
@@ -87,6 +89,7 @@ def _ghost(model, fake_mode, local_shape, device, memo, dtypes):
                 memo[id(getattr(hook, "__self__", hook))] = getattr(hook, "__self__", hook)
     try:
         copied = strip(copy.deepcopy(model, memo))
+        rebind(model, copied, memo)
     except Exception as e:
         raise RuntimeError(
             f"{type(model).__name__} cannot be deep-copied, which planning needs so that the model itself stays "

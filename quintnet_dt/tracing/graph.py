@@ -154,7 +154,7 @@ class Graph:
         users = {}
         for call in self.calls:
             made_of = [self.made_of[v.id] for v in call.inputs.values() if call.nodes and v.id in self.made_of]
-            for name in set().union(*made_of):
+            for name in sorted(set().union(*made_of)):
                 users.setdefault(name, []).append(call)
         return users
 

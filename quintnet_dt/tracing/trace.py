@@ -7,9 +7,7 @@ operators inside them, few and regular, which are what the axis rules read.
 """
 
 import contextlib
-import gc
 from functools import cache, partial
-from types import CellType
 
 import torch
 from torch import nn
@@ -49,18 +47,19 @@ OPAQUE = "it reads tensors or gradients in ways that operators do not show (an a
 KNOWN_SIZE = 1 << 16
 
 
-def trace(model, args=(), kwargs=None, *, device=None):
+def trace(model, args=(), kwargs=None, *, device=None, any_rank=bool):
     """Run the model's forward once on a ghost and record it.
 
     Args: model, whole (its parameters have their whole shapes); `args`, `kwargs`: example inputs; `device`: where a
-    model on the meta device is imagined to be. Returns: Graph.
+    model on the meta device is imagined to be; `any_rank`: of a model that is split, tells whether what is so here is
+    so on any rank, since real parameters are gathered by all ranks or none. Returns: Graph.
 
     What a forward reads of values that follow from its inputs alone (is there padding?) is known. One that reads values
     which depend on parameters (which expert is hit?), or asks what a fake tensor cannot answer, is run again on the
     parameters themselves.
     """
     kwargs = kwargs or {}
-    fake_mode, recorder = FakeTensorMode(allow_non_fake_inputs=True), Recorder()
+    fake_mode, recorder, graph = FakeTensorMode(allow_non_fake_inputs=True), Recorder(), None
     try:
         copied = ghost(model, fake_mode, device=device)
         given = fake_inputs(fake_mode, args, kwargs, recorder.known)
@@ -71,11 +70,11 @@ def trace(model, args=(), kwargs=None, *, device=None):
         shards = any(shard_kept(holder, place) for _, holder, place, _ in held((args, kwargs)))
         if shards or any(p.device.type == "meta" for p in model.parameters()):
             raise
+    if any_rank(graph is None):
         copied, given = ghost(model, device=device), real_inputs(args, kwargs)
         graph = record(copied, *given)
-    read = {id(v.tensor) for v in graph.values}  # of the model itself, not of its copy: through a lambda
-    captured = [(name, gc.get_referrers(p)) for name, p in model.named_parameters() if id(p) in read]
-    if stray := [name for name, holders in captured if any(type(x) is CellType for x in holders)]:
+    read = {id(v.tensor) for v in graph.values}  # of the model itself, not of its copy
+    if stray := [name for name, p in model.named_parameters() if id(p) in read]:
         raise StrayParameter(stray)
     let_go_of_graph(graph)
     return graph
