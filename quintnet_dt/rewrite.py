@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 
+from .around import undisturbed
 from .axes.axes import Axes
 from .axes.sharding import Action, pieces
 from .layers import ShardedModule
@@ -30,6 +31,7 @@ from .tracing.ghost import StrayParameter
 from .tracing.trace import trace
 
 
+@undisturbed
 def plan_tensor_parallel(model, tp_size, *, example_inputs=None, plan=None, loss_parallel=False, contiguous=False):
     """The plan that `apply_tensor_parallel` would apply, in one process, without a process group, a GPU, or a change to
     the model.
@@ -47,6 +49,7 @@ def plan_tensor_parallel(model, tp_size, *, example_inputs=None, plan=None, loss
     return _make_plan(model, tp_size, example_inputs, plan, loss_parallel, contiguous, {})[0]
 
 
+@undisturbed
 def apply_tensor_parallel(
     model,
     tp_size=None,

@@ -7,6 +7,7 @@ from itertools import combinations
 import torch
 
 from ..agreement import check_batch
+from ..around import look_around, undisturbed
 from ..axes.axes import Axes, own_axis
 from ..axes.sharding import Axis, LayoutError, Sharding
 from ..plan import EXCHANGED, LOCAL, WEIGHT_GATHERED, TensorParallelPlan
@@ -35,6 +36,7 @@ class Paths:
         """The programs for this call of `module`; raises RuntimeError where it cannot be shown right, ValueError where
         ranks are given different batches. `compiled`: by torch.compile, of which models ask and then take other
         paths."""
+        look_around(path, args, kwargs)
         self.key = key = (path, signature(module, args, kwargs), *(["compiled"] if compiled else ()))
         self.fresh = self.checked[key] < CHECKED
         if self.fresh and self.mesh.size() > 1:
@@ -63,6 +65,7 @@ class Paths:
         known.append(self.learn(*call))
         yield known[-1]
 
+    @undisturbed
     def learn(self, *call):
         """Programs for this call, shown right in the gradient mode that it was made in."""
         *call, compiled = call

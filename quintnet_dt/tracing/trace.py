@@ -16,7 +16,16 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
-from ..private import FakeTensor, FakeTensorMode, TorchDispatchMode, hidden_fakes, silent_fakes, unset_fake_temporarily
+from ..around import tools_aside
+from ..private import (
+    FakeTensor,
+    FakeTensorMode,
+    TorchDispatchMode,
+    hidden_fakes,
+    saves_by_hooks,
+    silent_fakes,
+    unset_fake_temporarily,
+)
 from ..utils import call_name, callers, held, is_float, replace, shard_kept, source_line, tensors
 from .caches import forgotten
 from .composites import restated
@@ -88,8 +97,9 @@ def record(model, args, kwargs, modes=(), recorder=None):
         stack.enter_context(forgotten(model))
         stack.enter_context(torch.random.fork_rng(devices=gpus))
         torch.manual_seed(0)  # the same path on every rank
-        unseen = saved_tensors_hooks(lambda t: t, lambda t: t)  # a checkpoint around us must not see ours
-        modes = hidden_fakes(), silent_fakes(), unseen, *modes, _Nodes(recorder), _Calls(recorder)
+        if saves_by_hooks():  # a checkpoint around us must not see ours
+            stack.enter_context(saved_tensors_hooks(lambda t: t, lambda t: t))
+        modes = tools_aside(), hidden_fakes(), silent_fakes(), *modes, _Nodes(recorder), _Calls(recorder)
         for mode in modes:
             stack.enter_context(mode)
         recorder.give((args, kwargs))
