@@ -44,6 +44,14 @@ except ImportError:  # functional transforms of a split model raise what torch r
         return None
 
 
+try:  # operators that are given functions (torch.cond, flex_attention): torch knows them under this name alone
+    from torch._ops import HigherOrderOperator
+except ImportError:
+
+    class HigherOrderOperator:
+        """None is known."""
+
+
 # The softmax within F.scaled_dot_product_attention: a row of which every element is masked gives zeros.
 safe_softmax = torch.ops.aten._safe_softmax
 

@@ -189,7 +189,7 @@ class _Compiler:
         for m in self.graph.modules:
             if m.path in paths and (m.path in watched or id(m) not in self.graph.unsteady):
                 self.per_run[id(m)].names = []
-        for call in self.graph.calls:
+        for call in (call for call in self.graph.calls if not call.hidden):
             m = self.caller(call)
             program = self.per_run[id(m)]
             if program.names is None:

@@ -15,6 +15,7 @@ from ..running.calls import divide
 from ..running.context import Context
 from ..running.hooks import install
 from ..tracing.ghost import fake_inputs, ghost
+from ..tracing.graph import next_seen
 from ..tracing.trace import UNSEEN, Recorder, reads_values, record
 from ..utils import leaves, lookup, silence, tensors
 from .analysis import aligned_only, copes
@@ -70,7 +71,7 @@ def run_local(model, args, kwargs, programs, checker, sharding, n, device=None):
         raise
     except Exception as e:
         raise checker.error(f"{type(e).__name__}: {e}") from e
-    if checker.at != len(checker.whole):
+    if next_seen(checker.whole, checker.at) != len(checker.whole):
         raise checker.error("the forward ended early")
 
 
@@ -116,6 +117,7 @@ class _Checker(Recorder):
         return tuple(shape)
 
     def run_call(self, name, func, args, kwargs):
+        self.at = next_seen(self.whole, self.at)
         if self.at >= len(self.whole):
             raise self.error("the forward makes more calls on shards")
         call = self.whole[self.at]

@@ -8,6 +8,7 @@ operators inside them, few and regular, which are what the axis rules read.
 
 import contextlib
 import gc
+import sys
 from functools import cache, partial
 from types import CellType
 
@@ -20,16 +21,19 @@ from ..around import tools_aside
 from ..private import (
     FakeTensor,
     FakeTensorMode,
+    HigherOrderOperator,
     TorchDispatchMode,
     hidden_fakes,
     saves_by_hooks,
     silent_fakes,
+    transform,
     unset_fake_temporarily,
 )
 from ..utils import call_name, callers, held, is_float, replace, shard_kept, source_line, tensors
 from .caches import forgotten
 from .composites import restated
 from .ghost import StrayParameter, fake_inputs, ghost, put_last, real_inputs, user_hooks
+from .higher import higher_order
 from .graph import Call, Graph, ModuleCall, Node, Value
 
 # What a forward may read of its values: on fake tensors these have no answer.
@@ -52,6 +56,7 @@ BATCH_NORMS = {"aten::native_batch_norm", "aten::cudnn_batch_norm", "aten::miope
 
 # Why a call must get whole tensors.
 OPAQUE = "it reads tensors or gradients in ways that operators do not show (an autograd.Function, a hook, torch.vmap)"
+HIDDEN = "its operators are not called by Python code that can be intercepted (TorchScript, torch.vmap)"
 
 # Elements up to which a tensor that follows from the inputs alone is kept: masks and positions, not activations.
 KNOWN_SIZE = 1 << 16
@@ -99,6 +104,8 @@ def record(model, args, kwargs, modes=(), recorder=None):
         torch.manual_seed(0)  # the same path on every rank
         if saves_by_hooks():  # a checkpoint around us must not see ours
             stack.enter_context(saved_tensors_hooks(lambda t: t, lambda t: t))
+        if "torch._dynamo" in sys.modules:  # what a forward compiles is recorded as it was written
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         modes = tools_aside(), hidden_fakes(), silent_fakes(), *modes, _Nodes(recorder), _Calls(recorder)
         for mode in modes:
             stack.enter_context(mode)
@@ -182,7 +189,8 @@ class Recorder:
         call = Call(len(self.graph.calls), func, name, self._stack[-1], given, inputs, source=source_line())
         sets = getattr(func, "__name__", "") == "__set__"  # x.data = y
         custom, call.checkpoints = callers()
-        call.opaque = OPAQUE if sets or custom or name in ("register_hook", "retain_grad") else ""
+        unseen = sets or custom or name in ("register_hook", "retain_grad") or transform() is not None
+        call.opaque = OPAQUE if unseen else ""
         self._call = call
         try:
             out = self.read(func, *args) if name in UNSEEN else func(*args, **kwargs)
@@ -202,6 +210,14 @@ class Recorder:
         call.outputs = {p: self.value(t, producer=call.index) for p, t in tensors(out)}
         return out
 
+    def hidden_call(self):
+        """The Call for an operator that none has called which a mode sees: one for all that follow each other."""
+        calls, run = self.graph.calls, self._stack[-1]
+        if not calls or not calls[-1].hidden or calls[-1].module is not run:
+            name = "hidden operators"
+            calls.append(Call(len(calls), None, name, run, ((), {}), {}, source=source_line(), opaque=HIDDEN, hidden=True))
+        return calls[-1]
+
     def read(self, func, x, *args):
         """A call that reads values with no operator: `x.tolist()`."""
         real = self.known.get(id(x)) if isinstance(x, FakeTensor) else x
@@ -209,7 +225,7 @@ class Recorder:
             raise RuntimeError("a fake tensor has no values to read")
         with unset_fake_temporarily():
             out = func(real, *args)
-        self.graph.readings.append((len(self.graph.calls), out, self.fake))
+        self.graph.readings.append((self._call.index, out, self.fake))
         return out
 
     def compute(self, func, args, kwargs):
@@ -238,7 +254,8 @@ class Recorder:
             self.known.update((id(a), b) for a, b in pairs if isinstance(a, FakeTensor) and b.numel() <= KNOWN_SIZE)
         if reads:
             result = tuple(out.shape) if isinstance(out, torch.Tensor) else out
-            self.graph.readings.append((len(self.graph.calls), result, real is not None))
+            at = self._call.index if self._call is not None else len(self.graph.calls)
+            self.graph.readings.append((at, result, real is not None))
         return out
 
     def run_known(self, func, args, kwargs, given):
@@ -255,6 +272,18 @@ class Recorder:
     def run_node(self, func, args, kwargs):
         if self.paused:
             return func(*args, **kwargs)
+        if self._call is not None or not self._stack:
+            return self.record_node(func, args, kwargs)
+        self._call = call = self.hidden_call()
+        try:
+            return self.record_node(func, args, kwargs)
+        finally:
+            self._call = None
+            for node in call.nodes[-1:]:
+                call.inputs |= {("hidden", v.id): v for v in node.inputs if v.producer != call.index}
+                call.outputs |= {("hidden", v.id): v for v in node.outputs if v.producer == call.index}
+
+    def record_node(self, func, args, kwargs):
         given = dict(tensors((args, kwargs)))
         inputs = {p: self.value(t) for p, t in given.items()}
         shared = _aliased(func, args)
@@ -338,6 +367,8 @@ class _Calls(TorchFunctionMode):
 
 
 class _Nodes(TorchDispatchMode):
+    supports_higher_order_operators = True
+
     def __init__(self, recorder):
         super().__init__()
         self.recorder = recorder
@@ -345,6 +376,8 @@ class _Nodes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.prim.device.default:  # asked several times an operator
             return args[0].device
+        if isinstance(func, HigherOrderOperator):
+            func = higher_order(func)
         if func.namespace == "prim":
             return func(*args, **(kwargs or {}))
         return self.recorder.run_node(func, args, kwargs or {})
