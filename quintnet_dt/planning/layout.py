@@ -195,7 +195,9 @@ class _Pass:
             ins = {v.id: v for v in node.inputs}
             mine = [v for i, v in ins.items() if i in summed]
             others = {i: v for i, v in ins.items() if i not in summed and is_float(v)}
-            if len(mine) == 1 and (op_name(node) == "mul" or op_name(node) in FIRST and node.inputs[0] is mine[0]):
+            if len(mine) == 1 and (
+                op_name(node.op) == "mul" or op_name(node.op) in FIRST and node.inputs[0] is mine[0]
+            ):
                 if any(v.nbytes * 4 > mine[0].nbytes or i not in inputs for i, v in others.items()):
                     return None
                 if node.outputs[0].dtype.itemsize < mine[0].dtype.itemsize:

@@ -17,6 +17,7 @@ from ..tracing.trace import trace
 from ..utils import leaves, opaque
 from .planner import Planner, divides, indices, settle, spans
 
+VARIANTS = 16  # paths of one kind of call that are kept
 CHECKED = 2  # the first calls of a kind, in which a wrong sampler shows
 
 
@@ -61,9 +62,13 @@ class Paths:
         """Other programs for this call, whose forward has turned out to take another path than the one that was shown:
         those that are known, then one learned from this call itself."""
         known = self.known[self.key]  # the modes may have changed within the forward
-        yield from list(known)
-        known.append(self.learn(*call))
-        yield known[-1]
+        for programs in list(known):
+            known.remove(programs)  # the latest is tried first
+            known.insert(0, programs)
+            yield programs
+        del known[VARIANTS - 1 :]
+        known.insert(0, self.learn(*call))
+        yield known[0]
 
     @undisturbed
     def learn(self, *call):
@@ -103,7 +108,9 @@ class Paths:
             ) from e
 
         def renamed(program):
-            return replace(program, params={names[inner]: actions for inner, actions in program.params.items()})
+            params = {names[inner]: actions for inner, actions in program.params.items()}
+            optional, written = ({names[inner] for inner in x} for x in (program.optional, program.written))
+            return replace(program, params=params, optional=optional, written=written)
 
         return {**self.defaults, **{".".join(filter(None, (path, inner))): renamed(p) for inner, p in programs.items()}}
 

@@ -73,8 +73,7 @@ class Planner:
     `contiguous`: a rank holds one block of a weight, also where equal pieces of it are split."""
 
     def __init__(self, graph, axes, n, fixed=None, loss_parallel=False, contiguous=False):
-        written = {v.memory.param for c in graph.calls for x in c.nodes for v in x.inputs if v.id in x.mutated} - {None}
-        self.fixed = {**dict.fromkeys(written), **(fixed or {})}  # what the forward writes to stays whole
+        self.fixed = {**dict.fromkeys(graph.rewritten), **(fixed or {})}  # what the forward writes to stays whole
         self.graph, self.axes, self.n = graph, axes, n
         self.loss_parallel, self.contiguous = loss_parallel, contiguous
         self.params = graph.params

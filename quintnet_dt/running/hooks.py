@@ -6,18 +6,18 @@ so that the forward computes on plain tensors at their cost.
 
 import sys
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
-from ..agreement import share_random_state
 from ..fsdp import quieten
 from ..private import compiling, in_backward, not_compiled, top_not_compiled, within_compiled
 from ..tracing.ghost import hooks_of, put_last, user_hooks
 from ..utils import SHARDS, lookup, quiet, tensors
-from .calls import calls
+from .calls import Starts, calls
 from .context import AGAIN
 from .program import NOTHING
 
@@ -44,7 +44,11 @@ class ModuleHooks:
         paths = self.context.paths
         self.program, self.reached = programs.get(self.path), paths is None or paths.reached(self.path, programs)
         params = self.program.params if self.program is not None else {}
-        self.params = [(owner, attr, acts) for name, acts in params.items() for owner, attr in self.owners[name]]
+        self.params = [
+            (owner, attr, acts, name in self.program.written)
+            for name, acts in params.items()
+            for owner, attr in self.owners[name]
+        ]
 
     @top_not_compiled
     def before(self, module, args, kwargs):
@@ -63,6 +67,9 @@ class ModuleHooks:
                 torch.compiler.disable(self.choose)(module, args, kwargs, True)
         elif calls.frames and not self.reached:
             calls.start(context, self.path)
+        if self.program is not None and not self.program.fits(module):
+            what = f"{self.path or 'the model'} is set otherwise now (train or eval mode, an attribute)"
+            calls.change(context, Starts(self.path, module), what)
         program, shown = self.program, []
         if program is not None and sum(map(len, hooks_of(module))) != self.count:
             self.check(module, program)
@@ -93,8 +100,9 @@ class ModuleHooks:
                 quieten(module)
                 self.settled = True
             context.programs = context.paths.programs(*context.call)
-            if context.mesh.size() > 1 and context.paths.random(self.path, module, context.programs):
-                share_random_state(context.mesh)
+            context.random_is_shared = False
+            if context.paths.random(self.path, module, context.programs):
+                context.share_random()
 
     def check(self, module, program):
         """Refuse hooks that the user added since, where they would see shards. Those that the model adds while it runs
@@ -112,18 +120,57 @@ class ModuleHooks:
             )
 
     def show_params(self, shown):
-        for owner, attr, actions in self.params:
-            if attr not in owner.__dict__:
-                p = owner._parameters[attr]
-                if not isinstance(p, DTensor) and self.context.mesh is not None:
-                    name = next(n for n, at in self.owners.items() if (owner, attr) in at)
-                    raise RuntimeError(
-                        f"{name}: expected the DTensor that apply_tensor_parallel made, found a {type(p).__name__} "
-                        "(replaced, or loaded with assign=True?): copy values into the DTensor, or change the model "
-                        "before it is split"
-                    )
-                show(owner, attr, self.context.act(actions, p.to_local() if isinstance(p, DTensor) else p))
-                shown.append((owner, attr, p))
+        """Show the module, and whoever looks while it runs, the local tensors of the parameters that it reads. One
+        that a module around it shows too is shown as this one's program says, until it ends."""
+        for owner, attr, actions, written in self.params:
+            before = now(owner, attr)
+            outer = None if isinstance(before, DTensor) else self.shown_around(owner, attr, before)
+            if outer is not None:
+                param, local = outer.param, outer.local
+                if written:
+                    keep_data(param, local)
+            elif isinstance(before, DTensor) or self.context.mesh is None:
+                param, local = before, self.local(owner, attr, before, written)
+            else:
+                self.replaced(owner, attr, before)
+                continue
+            again = outer is not None and outer.actions == actions  # one tensor, to take gradients with respect to
+            tensor = outer.tensor if again else self.context.act(actions, local)
+            show(owner, attr, tensor)
+            shown.append(Shown(owner, attr, before, tensor, param, local, actions, written))
+
+    def shown_around(self, owner, attr, tensor):
+        """The Shown of a module around this one that shows this tensor there; None where none does."""
+        for running in reversed(self.context.running):
+            for s in running[2]:
+                if s.owner is owner and s.attr == attr and s.tensor is tensor:
+                    return s
+        return None
+
+    def local(self, owner, attr, p, written):
+        """This rank's part of a parameter."""
+        if not isinstance(p, DTensor):
+            return p
+        if p.device_mesh.ndim > 1:
+            raise RuntimeError(
+                f"{self.name_of(owner, attr)}: it is read while FSDP holds it sharded, outside of the module that "
+                "fully_shard was called on: call fully_shard on a module that holds all that read it"
+            )
+        return _Writable.apply(p.to_local()) if written else p.to_local()
+
+    def replaced(self, owner, attr, p):
+        """A parameter is another tensor than the one that was split. Within a forward that replaces it for some runs of
+        this module only (torch.func.functional_call), this is one of those."""
+        name = self.name_of(owner, attr)
+        if name not in self.program.optional:
+            raise RuntimeError(
+                f"{name}: expected the DTensor that apply_tensor_parallel made, found a {type(p).__name__} "
+                "(replaced, or loaded with assign=True?): copy values into the DTensor, or change the model "
+                "before it is split"
+            )
+
+    def name_of(self, owner, attr):
+        return next(n for n, at in self.owners.items() if (owner, attr) in at)
 
     @top_not_compiled
     def after(self, module, args, kwargs, output):
@@ -143,8 +190,8 @@ class ModuleHooks:
         finally:
             if not compiling(context):
                 context.log.append(output is not None)
-            for owner, attr, p in shown:
-                hide(owner, attr, p)
+            for s in reversed(shown):
+                hide(s)
             if not context.running:
                 context.call = None
                 self.mark((args, kwargs, output))
@@ -152,8 +199,8 @@ class ModuleHooks:
                     self.check_modules(module, program, failed=output is None)
         if program is not None and output is not None and program.outputs:
             output = context.apply(output, program.outputs)
-        if context.holders and not context.running:
-            context.forget()
+        if not context.running:
+            context.made.clear()
         if program is None:
             return None
         if not context.running and context.paths is not None:
@@ -196,22 +243,76 @@ class ModuleHooks:
                 vars(holder)[SHARDS] = shards
 
 
+class _Writable(torch.autograd.Function):
+    """y = x, in the same memory, which may be written to: autograd refuses that of a view made by a Function."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return torch.empty(0, dtype=x.dtype, device=x.device).set_(
+            x.untyped_storage(), x.storage_offset(), x.shape, x.stride()
+        )
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+class Shown(NamedTuple):
+    """A parameter that is shown: what was there before, and the tensor; the DTensor, and its local tensor that it is
+    made of."""
+
+    owner: nn.Module
+    attr: str
+    before: torch.Tensor
+    tensor: torch.Tensor
+    param: torch.Tensor
+    local: torch.Tensor
+    actions: tuple
+    written: bool  # the forward writes to it
+
+
+def now(owner, attr):
+    """What a module gives for one of its parameters now."""
+    return owner._parameters[attr] if attr in owner._parameters else vars(owner)[attr]
+
+
 def show(owner, attr, tensor):
-    """Let `owner.attr` give `tensor` for now. The instance's dict hides the registered parameter."""
-    if type(owner).__setattr__ is not nn.Module.__setattr__:  # keeps a list of its own, as nn.LSTM does
-        if isinstance(tensor, nn.Parameter):  # a DTensor parameter's local tensor is marked as one
-            tensor = tensor.view_as(tensor)
-        del owner._parameters[attr]
-        setattr(owner, attr, tensor)
-    else:
-        owner.__dict__[attr] = tensor
+    """Let a module's parameter be `tensor` for now, by whatever way it is read."""
+    if type(owner).__setattr__ is nn.Module.__setattr__:
+        owner._parameters[attr] = tensor
+        return
+    if isinstance(tensor, nn.Parameter):  # a DTensor parameter's local tensor is marked as one
+        tensor = tensor.view_as(tensor)
+    owner._parameters.pop(attr, None)
+    setattr(owner, attr, tensor)  # keeps a list of its own, as nn.LSTM does
 
 
-def hide(owner, attr, param):
-    """End `show`."""
-    owner.__dict__.pop(attr, None)
-    if attr not in owner._parameters:
-        setattr(owner, attr, param)
+def hide(shown):
+    """End `show`. What the forward assigned to the `.data` of the tensor is the parameter's."""
+    owner, attr, before, tensor = shown[:4]
+    if shown.written:
+        keep_data(shown.param, shown.local)
+    if type(owner).__setattr__ is nn.Module.__setattr__:
+        if owner._parameters.get(attr) is tensor:
+            owner._parameters[attr] = before
+        return
+    vars(owner).pop(attr, None)
+    setattr(owner, attr, before)
+
+
+def keep_data(param, local):
+    """What a forward assigned to the `.data` of a parameter's local tensor is the parameter's own."""
+    with quiet():
+        kept = param.detach()
+        kept = kept.to_local() if isinstance(kept, DTensor) else kept
+        if kept.data_ptr() == local.data_ptr():
+            return
+        if (kept.shape, kept.dtype) != (local.shape, local.dtype):
+            raise RuntimeError(
+                f"expected `.data` of a parameter to stay {tuple(kept.shape)}, {kept.dtype} in a forward that assigns "
+                f"it, found {tuple(local.shape)}, {local.dtype}: write to it in place, or use another tensor"
+            )
+        kept.data.copy_(local.detach())
 
 
 def hook(module, context, path, owners):

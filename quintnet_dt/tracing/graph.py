@@ -81,6 +81,8 @@ class ModuleCall:
     steady: bool = False
     watched: bool = False
     checkpoints: int = 0
+    training: bool = False
+    settings: dict = field(default_factory=dict)  # of a module of torch.nn: {attribute: number or string}
 
     def chain(self):
         """This run and those that called it, innermost first."""
@@ -109,6 +111,7 @@ class Graph:
     held: list = field(default_factory=list)
     given: dict = field(default_factory=dict)
     random: bool = False  # whether it draws random numbers
+    rewritten: set = field(default_factory=set)  # names of the parameters that the forward writes to
 
     @property
     def outputs(self):

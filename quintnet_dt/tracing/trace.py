@@ -173,7 +173,8 @@ class Recorder:
 
     def enter(self, path, steady, watched, module, args, kwargs):
         parent = self._stack[-1] if self._stack else None
-        call = ModuleCall(path, parent, self.values((args, kwargs)), {}, steady, watched, callers()[1])
+        given, checkpoints = self.values((args, kwargs)), callers()[1]
+        call = ModuleCall(path, parent, given, {}, steady, watched, checkpoints, module.training, settings_of(module))
         if parent is None:
             for v in call.inputs.values():
                 v.trainable = is_float(v)
@@ -197,9 +198,13 @@ class Recorder:
         finally:
             self._call = None
         written = [call.inputs[0, 0]] if sets else [v for n in call.nodes for v in n.inputs if v.id in n.mutated]
-        if param := next((v.param for v in written if v.param), None):
+        if sets and call.inputs[0, 0].param:  # the parameter is another value from here on
+            self.value(args[0], call.index, new=True).trainable = call.inputs[0, 0].trainable
+        self.graph.rewritten |= {v.memory.param or v.param for v in written} - {None}
+        if self.graph.rewritten and not self.fake:
             raise RuntimeError(
-                f"{call}: expected a forward that leaves {param} as it is; write to it in place and through its `.data`"
+                f"{call}: expected a forward that reads values to leave {sorted(self.graph.rewritten)} as they are: it is "
+                "traced on the parameters themselves"
             )
         self.graph.calls.append(call)
         known = {v.id for v in (*call.inputs.values(), *(v for n in call.nodes for v in n.outputs))}
@@ -280,8 +285,8 @@ class Recorder:
         finally:
             self._call = None
             for node in call.nodes[-1:]:
-                call.inputs |= {("hidden", v.id): v for v in node.inputs if v.producer != call.index}
-                call.outputs |= {("hidden", v.id): v for v in node.outputs if v.producer == call.index}
+                call.inputs.update({("hidden", v.id): v for v in node.inputs if v.producer != call.index})
+                call.outputs.update({("hidden", v.id): v for v in node.outputs if v.producer == call.index})
 
     def record_node(self, func, args, kwargs):
         given = dict(tensors((args, kwargs)))
@@ -307,6 +312,14 @@ class Recorder:
         if self._call is not None:
             self._call.nodes.append(Node(func, margs, mkwargs, list(inputs.values()), outs, set(old.values())))
         return out
+
+
+def settings_of(module):
+    """What a module of torch.nn computes by its attributes, which a user may change: its numbers and strings."""
+    if not type(module).__module__.startswith("torch.nn."):
+        return {}
+    plain = (int, float, str)
+    return {name: x for name, x in vars(module).items() if isinstance(x, plain) and name != "training"}
 
 
 def _under(changes, first):
