@@ -120,17 +120,17 @@ def forward_mode():
     return getattr(torch.autograd.forward_ad, "_current_level", 0) >= 0
 
 
-@contextlib.contextmanager
-def transforms_aside():
+class transforms_aside:
     """What runs inside is no part of the functional transforms that are at work."""
-    left = []
-    try:
-        while peek_interpreter_stack() is not None:
-            left.append(pop_dynamic_layer_stack())
-        yield
-    finally:
-        while left:
-            push_dynamic_layer_stack(left.pop())
+
+    def __enter__(self):
+        self.left = []
+        while not torch.compiler.is_compiling() and peek_interpreter_stack() is not None:
+            self.left.append(pop_dynamic_layer_stack())
+
+    def __exit__(self, *_):
+        while self.left:
+            push_dynamic_layer_stack(self.left.pop())
 
 
 def global_hooks():
