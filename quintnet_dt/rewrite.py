@@ -253,11 +253,21 @@ def _apply(model, mesh, plan, known, src_data_rank):
         source = dist.get_global_rank(mesh.get_group(), src_data_rank)
         for buffer in model.buffers():
             if buffer.device.type != "meta" and buffer.numel():
-                dist.broadcast(buffer, source, group=mesh.get_group())
+                _broadcast(buffer, source, mesh.get_group())
     adapt(model)
     if not again:
         model.register_load_state_dict_pre_hook(_refuse_broadcast)
     model.tensor_parallel_plan, model.tensor_parallel_mesh = plan, mesh
+
+
+def _broadcast(buffer, source, group):
+    """Every rank takes a buffer's values from one; a sparse one's elements may differ in number."""
+    if buffer.layout == torch.strided:
+        return dist.broadcast(buffer, source, group=group)
+    box = [buffer]
+    dist.broadcast_object_list(box, source, group=group)
+    with torch.no_grad():
+        buffer.copy_(box[0])
 
 
 def _refuse_broadcast(model, *_):

@@ -21,6 +21,10 @@ class HigherOrder:
     namespace: str = "higher_order"
     tags: frozenset = field(default=frozenset())
 
+    def branches(self, args):
+        """[(function, its arguments)] of torch.cond, whose functions are what it computes."""
+        return [(f, args[3]) for f in args[1:3]] if self.operator.name() == "cond" else []
+
     def __call__(self, *args, **kwargs):
         return self.operator(*args, **kwargs)
 

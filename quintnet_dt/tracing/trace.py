@@ -172,6 +172,11 @@ class Recorder:
         return {p: self.value(t) for p, t in tensors(obj)}
 
     def enter(self, path, steady, watched, module, args, kwargs):
+        if self._call is not None and isinstance(self._call.func, HigherOrderOperator):
+            raise RuntimeError(
+                f"{path}: expected a forward that calls its modules itself, found one called within {self._call}, which "
+                "compiles what it is given: choose between modules by a Python if, or write such branches without any"
+            )
         parent = self._stack[-1] if self._stack else None
         given, checkpoints = self.values((args, kwargs)), callers()[1]
         call = ModuleCall(path, parent, given, {}, steady, watched, checkpoints, module.training, settings_of(module))
@@ -391,6 +396,9 @@ class _Nodes(TorchDispatchMode):
             return args[0].device
         if isinstance(func, HigherOrderOperator):
             func = higher_order(func)
+            for branch, operands in func.branches(args):  # for what they read besides
+                with self:
+                    branch(*operands)
         if func.namespace == "prim":
             return func(*args, **(kwargs or {}))
         return self.recorder.run_node(func, args, kwargs or {})
