@@ -28,7 +28,7 @@ from .together import together
 from .tracing import inputs
 from .tracing.composites import adapt
 from .tracing.ghost import StrayParameter
-from .tracing.trace import trace
+from .tracing.trace import UnknownValues, trace
 
 
 @undisturbed
@@ -144,15 +144,12 @@ def _make_plan(model, n, example_inputs, user, loss_parallel, contiguous, kept):
             graph = trace(model, args, kwargs, device=device)
             break
         except Exception as e:
-            if given or isinstance(e, StrayParameter):
+            if isinstance(e, StrayParameter) or given and not isinstance(e, UnknownValues):
                 raise
             failed = failed or e
     else:
-        note = (
-            f"planned without a forward: no inputs were given and none that were made up fit ({type(failed).__name__}: "
-            f"{str(failed)[:200]}); give example_inputs for a better plan"
-        )
-        warnings.warn(f"{type(model).__name__}: {note}", stacklevel=3)
+        note = _why_blind(failed)
+        warnings.warn(f"{type(model).__name__}: {note}", stacklevel=5)  # where the user called
         return _blind_plan(model, n, fixed, note, kept), {}
     axes = Axes(graph)
     planner = Planner(graph, axes, n, fixed, loss_parallel, contiguous)
@@ -164,6 +161,16 @@ def _make_plan(model, n, example_inputs, user, loss_parallel, contiguous, kept):
     for name, e in kept.items():
         plan.entries[name].why = e.why
     return plan, {signature(model, args, kwargs): programs}
+
+
+def _why_blind(failed):
+    """What to say of a plan that was made without a forward."""
+    if isinstance(failed, UnknownValues):
+        return f"planned without a forward: {failed}; for a better plan, make it with the model's values"
+    return (
+        f"planned without a forward: no inputs were given and none that were made up fit ({type(failed).__name__}: "
+        f"{str(failed)[:200]}); give example_inputs for a better plan"
+    )
 
 
 def _blind_plan(model, n, fixed, note, kept):

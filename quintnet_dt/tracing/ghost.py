@@ -159,7 +159,8 @@ def fake_inputs(fake_mode, args, kwargs, known=None):
     given = {id(t): t for _, t in tensors((args, kwargs))}  # one that is given twice stays one
     fakes = {i: fake_mode.from_tensor(t.detach()).requires_grad_(t.requires_grad) for i, t in given.items()}
     if known is not None:
-        known.update((id(fakes[i]), t.detach()) for i, t in given.items())
+        for i, t in given.items():
+            known.give(fakes[i], t)
     with FakeCopyMode(fake_mode):
         return _instead((tuple(args), dict(kwargs)), fakes, memo)
 

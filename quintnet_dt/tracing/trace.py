@@ -9,7 +9,7 @@ operators inside them, few and regular, which are what the axis rules read.
 import contextlib
 import gc
 import sys
-from functools import cache, partial
+from functools import partial
 from types import CellType
 
 import torch
@@ -33,15 +33,10 @@ from ..utils import call_name, callers, held, is_float, replace, shard_kept, sou
 from .caches import forgotten
 from .composites import restated
 from .ghost import StrayParameter, fake_inputs, ghost, put_last, real_inputs, user_hooks
-from .higher import higher_order
 from .graph import Call, Graph, ModuleCall, Node, Value
-
-# What a forward may read of its values: on fake tensors these have no answer.
-READS_VALUES = (
-    "aten::_local_scalar_dense aten::nonzero aten::nonzero_static aten::unique_dim aten::_unique2 "
-    "aten::unique_consecutive "
-    "aten::masked_select aten::bincount aten::equal aten::is_nonzero aten::repeat_interleave"
-).split()
+from .higher import higher_order
+from .known import Known
+from .operators import aliased, draws, reads_values, written_by
 
 UNSEEN = {"tolist", "numpy"}  # these read values with no operator
 
@@ -52,14 +47,19 @@ STEADY = {
     + (nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Identity, nn.Dropout, nn.Softmax, nn.Sequential, nn.Bilinear)
 }
 
-BATCH_NORMS = {"aten::native_batch_norm", "aten::cudnn_batch_norm", "aten::miopen_batch_norm"}
-
 # Why a call must get whole tensors.
 OPAQUE = "it reads tensors or gradients in ways that operators do not show (an autograd.Function, a hook, torch.vmap)"
 HIDDEN = "its operators are not called by Python code that can be intercepted (TorchScript, torch.vmap)"
 
-# Elements up to which a tensor that follows from the inputs alone is kept: masks and positions, not activations.
-KNOWN_SIZE = 1 << 16
+
+class UnknownValues(RuntimeError):
+    """A forward reads values that depend on parameters, which a model on the meta device does not have."""
+
+    def __init__(self, call):
+        super().__init__(
+            f"expected a forward that reads no values of its parameters, since the model is on "
+            f"the meta device and has none; found that it does: {call}"
+        )
 
 
 def trace(model, args=(), kwargs=None, *, device=None):
@@ -80,9 +80,11 @@ def trace(model, args=(), kwargs=None, *, device=None):
         graph = record(copied, *fakes, modes=[fake_mode], recorder=recorder)
     except StrayParameter:
         raise
-    except Exception:
-        shards = any(shard_kept(holder, place) for _, holder, place, _ in held((args, kwargs)))
-        if shards or any(p.device.type == "meta" for p in model.parameters()):
+    except Exception as e:
+        on_meta = any(p.device.type == "meta" for p in model.parameters())
+        if on_meta and recorder.asked is not None:
+            raise UnknownValues(recorder.asked) from e
+        if on_meta or any(shard_kept(holder, place) for _, holder, place, _ in held((args, kwargs))):
             raise
         graph = record(ghost(model, device=device), *real_inputs(args, kwargs))
     read = {id(v.tensor) for v in graph.values}  # of the model itself, not of its copy: through a lambda
@@ -124,7 +126,8 @@ class Recorder:
         self._stack = []  # module calls that are running
         self._call = None
         self.fake = False
-        self.known = {}  # id of a fake tensor -> the real one, where it follows from the inputs alone
+        self.known = Known()
+        self.asked = None  # the last call that read values which do not follow from the inputs
 
     @property
     def paused(self):
@@ -225,17 +228,20 @@ class Recorder:
         calls, run = self.graph.calls, self._stack[-1]
         if not calls or not calls[-1].hidden or calls[-1].module is not run:
             name = "hidden operators"
-            calls.append(Call(len(calls), None, name, run, ((), {}), {}, source=source_line(), opaque=HIDDEN, hidden=True))
+            calls.append(
+                Call(len(calls), None, name, run, ((), {}), {}, source=source_line(), opaque=HIDDEN, hidden=True)
+            )
         return calls[-1]
 
     def read(self, func, x, *args):
         """A call that reads values with no operator: `x.tolist()`."""
         real = self.known.get(id(x)) if isinstance(x, FakeTensor) else x
         if real is None:
+            self.asked = self._call
             raise RuntimeError("a fake tensor has no values to read")
         with unset_fake_temporarily():
             out = func(real, *args)
-        self.graph.readings.append((self._call.index, out, self.fake))
+        self.note_reading(out, self.fake and not self.known.random({(): x}))
         return out
 
     def compute(self, func, args, kwargs):
@@ -249,10 +255,12 @@ class Recorder:
             return func(x.bfloat16(), w.bfloat16(), *rest, **kwargs).to(x.dtype)
         return func(*args, **kwargs)
 
-    def know(self, func, args, kwargs, given):
+    def know(self, func, args, kwargs, given, written):
         """Run one operator on the tensors `given`; on the real ones behind fake ones too, where those are known."""
         reads = reads_values(func, args)
-        real = self.run_known(func, args, kwargs, given) if self.fake else None
+        real = self.known.run(func, args, kwargs, given, written) if self.fake else None
+        if reads and real is None:
+            self.asked = self._call
         if reads and real is not None:
             out = real
             if isinstance(real, torch.Tensor):
@@ -260,24 +268,16 @@ class Recorder:
         else:
             out = self.compute(func, args, kwargs)
         if real is not None:
-            pairs = [(a, b) for (_, a), (_, b) in zip(tensors((out,)), tensors((real,)))]
-            self.known.update((id(a), b) for a, b in pairs if isinstance(a, FakeTensor) and b.numel() <= KNOWN_SIZE)
+            self.known.note(func, given, out, real)
         if reads:
             result = tuple(out.shape) if isinstance(out, torch.Tensor) else out
-            at = self._call.index if self._call is not None else len(self.graph.calls)
-            self.graph.readings.append((at, result, real is not None))
+            self.note_reading(result, real is not None and not self.known.random(given))
         return out
 
-    def run_known(self, func, args, kwargs, given):
-        """The operator's result on real tensors, None where one of them is not known."""
-        real = {p: self.known.get(id(x), None if isinstance(x, FakeTensor) else x) for p, x in given.items()}
-        small = all(x is not None and x.numel() <= KNOWN_SIZE and x.device.type != "meta" for x in real.values())
-        if small and torch.Tag.nondeterministic_seeded not in func.tags:
-            with unset_fake_temporarily():
-                return func(*replace(args, _under(real, 0)), **replace(kwargs, _under(real, 1)))
-        if any(id(x) in self.known for x in _written(func, args, kwargs)):
-            self.known = {}  # others may share its memory
-        return None
+    def note_reading(self, result, follows):
+        """What was read of values; `follows`: it follows from the inputs alone."""
+        at = self._call.index if self._call is not None else len(self.graph.calls)
+        self.graph.readings.append((at, result, follows))
 
     def run_node(self, func, args, kwargs):
         if self.paused:
@@ -296,12 +296,12 @@ class Recorder:
     def record_node(self, func, args, kwargs):
         given = dict(tensors((args, kwargs)))
         inputs = {p: self.value(t) for p, t in given.items()}
-        shared = _aliased(func, args)
+        shared = aliased(func, args)
         memory = None if shared is None else self.value(shared).memory
         margs, mkwargs = replace((args, kwargs), inputs)
-        written = _written(func, args, kwargs)
+        written = written_by(func, args, kwargs)
         self.graph.random |= draws(func, args, kwargs)
-        out = self.know(func, args, kwargs, given)
+        out = self.know(func, args, kwargs, given, written)
         producer = self._call.index if self._call is not None else None
         old = {id(t): self.value(t).id for t in written}
         for t in written:
@@ -325,47 +325,6 @@ def settings_of(module):
         return {}
     plain = (int, float, str)
     return {name: x for name, x in vars(module).items() if isinstance(x, plain) and name != "training"}
-
-
-def _under(changes, first):
-    """The changes whose path starts with `first`, with the rest of the path."""
-    return {p[1:]: x for p, x in changes.items() if p[0] == first}
-
-
-def reads_values(func, args):
-    """Whether the result of an ATen operator, or its shape, depends on its inputs' values."""
-    if func._schema.name == "aten::index":
-        return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
-    return func._schema.name in READS_VALUES and "self_int" not in str(func)
-
-
-def draws(func, args, kwargs):
-    """Whether an ATen operator draws random numbers; attention does where it drops out."""
-    if torch.Tag.nondeterministic_seeded not in func.tags:
-        return False
-    names = [a.name for a in func._schema.arguments]
-    return "dropout_p" not in names or bool(dict(zip(names, args), **kwargs).get("dropout_p"))
-
-
-@cache
-def _aliases(func):
-    """(position, name) of the arguments whose memory an operator's outputs share, and of those that it writes to."""
-    marked = [(i, a) for i, a in enumerate(func._schema.arguments) if a.alias_info is not None]
-    views = any(r.alias_info is not None for r in func._schema.returns)
-    return [(i, a.name) for i, a in marked if views], [(i, a.name) for i, a in marked if a.alias_info.is_write]
-
-
-def _aliased(func, args):
-    """The tensor whose memory an operator's outputs share; None if they own theirs."""
-    return next((args[i] for i, _ in _aliases(func)[0] if i < len(args) and isinstance(args[i], torch.Tensor)), None)
-
-
-def _written(func, args, kwargs):
-    """The tensors that an operator writes to."""
-    found = [args[i] if i < len(args) else kwargs.get(name) for i, name in _aliases(func)[1]]
-    if func._schema.name in BATCH_NORMS and args[5]:
-        found += args[3:5]  # running statistics, which its schema does not tell of
-    return [t for _, t in tensors(found)]
 
 
 class _Calls(TorchFunctionMode):
