@@ -210,6 +210,14 @@ def constant(function):
     return function
 
 
+def share_hooks(old, new):
+    """The hooks on one parameter's gradient become another's, with the handles that their user has: torch has no public
+    way to either."""
+    for name in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+        if getattr(old, name, None):
+            setattr(new, name, getattr(old, name))
+
+
 def broadcasts_state():
     """Whether the caller is torch's set_model_state_dict(broadcast_from_rank0=True), which fills `_StridedShard`
     parameters wrongly and tells nobody."""

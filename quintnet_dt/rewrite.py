@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 
+from .adopt import adopt
 from .around import undisturbed
 from .axes.axes import Axes
 from .axes.sharding import Action, pieces
@@ -24,6 +25,7 @@ from .processgroup import ProcessGroupManager
 from .running.context import Context
 from .running.hooks import changed_modules, hooks_on, parameter_owners, unhook
 from .running.program import Program
+from .running.weights import Weights
 from .together import together
 from .tracing import inputs
 from .tracing.composites import adapt
@@ -250,18 +252,21 @@ def _apply(model, mesh, plan, known, src_data_rank):
         for attr in "tensor_parallel_plan", "tensor_parallel_mesh":
             vars(module).pop(attr, None)
     defaults = _default_programs(model, plan)
-    context.paths = Paths(plan, defaults, {("", key): programs for key, programs in known.items()}, mesh)
+    context.paths = Paths(plan, defaults, known, mesh)
     context.programs = next(iter(context.paths.known.values()), [defaults])[0]
     owners, made = parameter_owners(model), {}
     for path, module in model.named_modules():
         style = ShardedModule(context, path, owners, plan.placements, made)
         parallelize_module(module, mesh, style, src_data_rank=src_data_rank)
+    with together(mesh.get_group()):
+        adopt(list(made.values()))
     if src_data_rank is not None and mesh.size() > 1:
         source = dist.get_global_rank(mesh.get_group(), src_data_rank)
         for buffer in model.buffers():
             if buffer.device.type != "meta" and buffer.numel():
                 _broadcast(buffer, source, mesh.get_group())
     adapt(model)
+    context.weights = Weights(owners, mesh)
     if not again:
         model.register_load_state_dict_pre_hook(_refuse_broadcast)
     model.tensor_parallel_plan, model.tensor_parallel_mesh = plan, mesh

@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from ..axes.sharding import PARTIAL, LayoutError
-from ..running.kinds import CallKind, kinds
+from ..running.kinds import call_kind
 from ..running.program import CallProgram, Program
 from ..utils import leaves, replace
 from .analysis import linear
@@ -275,8 +275,8 @@ def kind_of(call):
     for path, x in leaves((args, kwargs)):
         is_int = isinstance(x, int) and not isinstance(x, bool)
         if is_int and (x in named or call.name in NAME_DIMS) and not _in_slice((args, kwargs), path):
-            dims.append((path[1:], x))
-    return CallKind(kinds(args, kwargs), tuple(dims))
+            dims.append(path[1:])
+    return call_kind(call.func, args, kwargs, dims)
 
 
 def _named_dims(node):

@@ -20,7 +20,7 @@ NEGLIGIBLE = 0.02
 # gigabyte still.
 VOCABULARY = 0.005
 # Where the calls that use a weight read more tensors than this, it is split alone only to be gathered.
-CROWDED = 512
+CROWDED = 256
 # Up to so many axes that stand in each other's way, every choice among them is tried.
 EXHAUSTIVE = 10
 

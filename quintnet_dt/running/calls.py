@@ -12,6 +12,7 @@ from ..utils import call_name, lookup, quiet, replace, silence, tensors
 from .memory import laid_out
 from .on_shard import on_shard
 from .program import NOTHING
+from .shown import put_back
 
 
 class _Calls(TorchFunctionMode):
@@ -55,16 +56,25 @@ class _Calls(TorchFunctionMode):
             self.__exit__(None, None, None)
         frames, self.frames, depth, silence.depth = self.frames, [], silence.depth, 0
         try:
-            for programs in context.paths.variants(*context.call) if context.call else ():
-                stack = again(context, programs, event)
-                if stack is not None:
-                    frames = [f for f in frames if f[0] is not context] + context.go_on(programs, stack)
-                    return
+            with put_back(context):
+                programs, stack = self.other(context, event)
+            if stack is not None:
+                frames = [f for f in frames if f[0] is not context] + context.go_on(programs, stack)
+                return
         finally:
             self.frames, silence.depth = frames, depth
             if outside and self.frames:
                 self.__enter__()
         self.refuse(frame, what)
+
+    def other(self, context, event):
+        """(Programs for the path that the forward takes, the frames of what runs by them); (None, None) where there are
+        none."""
+        for programs in context.paths.variants(*context.call) if context.call else ():
+            stack = again(context, programs, event)
+            if stack is not None:
+                return programs, stack
+        return None, None
 
     def refuse(self, frame, what):
         where = "the model" if frame is None else f"{frame[2] or 'the model'}: call {frame[3]} of its forward"
@@ -94,7 +104,7 @@ class _Calls(TorchFunctionMode):
             with self:
                 return inner(*args, **kwargs)
         frame = watching(self.frames)
-        if frame is not None and not is_next(frame[1], frame[3], name, args, kwargs):
+        if frame is not None and not is_next(frame[1], frame[3], name, args, kwargs, compiling(frame[0])):
             self.change(frame[0], Calls(name, args, kwargs), difference(frame[1], frame[3], name), frame)
             frame = watching(self.frames)
         if frame is None:
@@ -161,13 +171,13 @@ class Ends:
     """What comes next: the innermost module ends."""
 
 
-def is_next(program, number, name, args, kwargs):
+def is_next(program, number, name, args, kwargs, compiled=False):
     """Whether a call is the one that was shown under this number."""
     names = program.names
     if number >= len(names) or names[number] != name:
         return False
     kind, call = program.kinds.get(number), program.calls.get(number)
-    if kind is not None and not kind.fits(args, kwargs):
+    if kind is not None and not kind.fits(args, kwargs, compiled):
         return False
     if call is None or not call.bounds:
         return True

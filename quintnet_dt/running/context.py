@@ -26,6 +26,7 @@ class Context:
         self._programs = {}
         self.compiled = False  # whether a part of the call ran compiled, which the log does not tell of
         self.recomputing = False  # a backward runs, in which checkpoints find the programs of their forward
+        self.weights = None  # Weights
         self.paths, self.call = None, None  # Paths; the call that the user made, while it runs
         # What it has done so far: a path where a module starts, (name, CallProgram) of a call that was counted, True
         # where one ends (False: failed).
@@ -66,10 +67,20 @@ class Context:
     def __deepcopy__(self, memo):
         new = Context(self.mesh, self._group)
         new._programs, new.paths = self._programs, self.paths
+        new.weights = None  # a copy's own are not looked at
         return new
 
     def __getstate__(self):
-        return {**vars(self), "_group": None, "call": None, "running": [], "log": [], "hooks": [], "made": {}}
+        return {
+            **vars(self),
+            "_group": None,
+            "call": None,
+            "running": [],
+            "log": [],
+            "hooks": [],
+            "made": {},
+            "weights": None,
+        }
 
     def share_random(self):
         """All ranks draw from one random state in the forward that begins."""

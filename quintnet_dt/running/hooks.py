@@ -6,10 +6,8 @@ so that the forward computes on plain tensors at their cost.
 
 import sys
 from functools import partial
-from typing import NamedTuple
 
 import torch
-from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
@@ -20,6 +18,7 @@ from ..utils import SHARDS, lookup, quiet, tensors
 from .calls import Starts, calls
 from .context import AGAIN
 from .program import NOTHING
+from .shown import Shown, hide, keep_data, now, show, writable
 
 OUR_ID = -2  # of the hooks' handles: the same in every module, for torch.compile guards it; torch counts its own from 0
 
@@ -100,6 +99,10 @@ class ModuleHooks:
                 quieten(module)
                 self.settled = True
             context.programs = context.paths.programs(*context.call)
+            if context.weights is not None and (context.paths.fresh or context.paths.other_kind):
+                context.weights.check_assigned()
+            if context.weights is not None and context.paths.fresh:
+                context.weights.check_shared()
             context.random_is_shared = False
             if context.paths.random(self.path, module, context.programs):
                 context.share_random()
@@ -156,7 +159,7 @@ class ModuleHooks:
                 f"{self.name_of(owner, attr)}: it is read while FSDP holds it sharded, outside of the module that "
                 "fully_shard was called on: call fully_shard on a module that holds all that read it"
             )
-        return _Writable.apply(p.to_local()) if written else p.to_local()
+        return writable(p.to_local()) if written else p.to_local()
 
     def replaced(self, owner, attr, p):
         """A parameter is another tensor than the one that was split. Within a forward that replaces it for some runs of
@@ -241,78 +244,6 @@ class ModuleHooks:
         for path, shards in program.shards.items() if program is not None else ():
             if (holder := lookup(objects, path)) is not None:
                 vars(holder)[SHARDS] = shards
-
-
-class _Writable(torch.autograd.Function):
-    """y = x, in the same memory, which may be written to: autograd refuses that of a view made by a Function."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return torch.empty(0, dtype=x.dtype, device=x.device).set_(
-            x.untyped_storage(), x.storage_offset(), x.shape, x.stride()
-        )
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad
-
-
-class Shown(NamedTuple):
-    """A parameter that is shown: what was there before, and the tensor; the DTensor, and its local tensor that it is
-    made of."""
-
-    owner: nn.Module
-    attr: str
-    before: torch.Tensor
-    tensor: torch.Tensor
-    param: torch.Tensor
-    local: torch.Tensor
-    actions: tuple
-    written: bool  # the forward writes to it
-
-
-def now(owner, attr):
-    """What a module gives for one of its parameters now."""
-    return owner._parameters[attr] if attr in owner._parameters else vars(owner)[attr]
-
-
-def show(owner, attr, tensor):
-    """Let a module's parameter be `tensor` for now, by whatever way it is read."""
-    if type(owner).__setattr__ is nn.Module.__setattr__:
-        owner._parameters[attr] = tensor
-        return
-    if isinstance(tensor, nn.Parameter):  # a DTensor parameter's local tensor is marked as one
-        tensor = tensor.view_as(tensor)
-    owner._parameters.pop(attr, None)
-    setattr(owner, attr, tensor)  # keeps a list of its own, as nn.LSTM does
-
-
-def hide(shown):
-    """End `show`. What the forward assigned to the `.data` of the tensor is the parameter's."""
-    owner, attr, before, tensor = shown[:4]
-    if shown.written:
-        keep_data(shown.param, shown.local)
-    if type(owner).__setattr__ is nn.Module.__setattr__:
-        if owner._parameters.get(attr) is tensor:
-            owner._parameters[attr] = before
-        return
-    vars(owner).pop(attr, None)
-    setattr(owner, attr, before)
-
-
-def keep_data(param, local):
-    """What a forward assigned to the `.data` of a parameter's local tensor is the parameter's own."""
-    with quiet():
-        kept = param.detach()
-        kept = kept.to_local() if isinstance(kept, DTensor) else kept
-        if kept.data_ptr() == local.data_ptr():
-            return
-        if (kept.shape, kept.dtype) != (local.shape, local.dtype):
-            raise RuntimeError(
-                f"expected `.data` of a parameter to stay {tuple(kept.shape)}, {kept.dtype} in a forward that assigns "
-                f"it, found {tuple(local.shape)}, {local.dtype}: write to it in place, or use another tensor"
-            )
-        kept.data.copy_(local.detach())
 
 
 def hook(module, context, path, owners):

@@ -3,8 +3,10 @@
 An attribute that is set later (class weights, a dim, dropout) changes a call that is made under the same name.
 """
 
-from dataclasses import dataclass
-from types import NoneType
+import inspect
+from dataclasses import dataclass, replace
+from types import FunctionType, NoneType
+from typing import NamedTuple
 
 import torch
 
@@ -13,20 +15,63 @@ TENSOR, INTEGER, NUMBER = "tensor", "integer", "number"
 
 @dataclass(frozen=True)
 class CallKind:
-    """`arguments`: the kinds of (args, kwargs), as `kinds` gives them; `dims`: {(argument, ...path): a number that
-    names a dim}."""
+    """`arguments`: the kinds of (args, kwargs), as `kinds` gives them. `dims`: ((argument, ...path), a number that
+    names a dim). `named`: of a function that is written in Python, the kind of each of its parameters by name, those
+    left out too: torch.compile sees such a call as the user wrote it, a torch-function mode as the function passes it
+    on."""
 
     arguments: tuple
     dims: tuple
+    named: tuple = ()
+    defaults: tuple = ()
 
-    def fits(self, args, kwargs):
+    def fits(self, args, kwargs, compiled=False):
         """Whether a call with these arguments is one of this kind."""
+        if compiled and self.named:
+            return self._fits_by_name(args, kwargs)
         if kinds(args, kwargs) != self.arguments:
             return False
         for where, what in self.dims:
             if _at(args, kwargs, where) != what:
                 return False
         return True
+
+    def _fits_by_name(self, args, kwargs):
+        for place, (name, expected) in enumerate(self.named):
+            if place < len(args):
+                found = args[place]
+            elif name in kwargs:
+                found = kwargs[name]
+            else:
+                found = self.defaults[place]
+            if type(expected) is Dim:
+                if found != expected.number:
+                    return False
+            elif kind(found) != expected:
+                return False
+        return True
+
+
+class Dim(NamedTuple):
+    """An argument that names a dim."""
+
+    number: int
+
+
+def call_kind(func, args, kwargs, dims):
+    """The CallKind of a call, with the paths in (args, kwargs) of the numbers that name dims."""
+    pinned = tuple((path, _at(args, kwargs, path)) for path in dims)
+    found = CallKind(kinds(args, kwargs), pinned)
+    if not isinstance(func, FunctionType):
+        return found
+    takes = inspect.signature(func).parameters
+    if any(p.kind is not p.POSITIONAL_OR_KEYWORD for p in takes.values()):
+        return found
+    values = {name: p.default for name, p in takes.items()} | dict(zip(takes, args)) | kwargs
+    names = list(takes)
+    at_dims = {path[0] if isinstance(path[0], str) else names[path[0]]: x for path, x in pinned if len(path) == 1}
+    named = tuple((n, Dim(at_dims[n]) if n in at_dims else kind(values[n])) for n in takes if n in values)
+    return replace(found, named=named, defaults=tuple(p.default for p in takes.values()))
 
 
 def kinds(args, kwargs):

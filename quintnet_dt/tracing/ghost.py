@@ -120,8 +120,6 @@ def strip(model):
     """Take this library's hooks, and FSDP2's, off a copy of a model that they were applied to."""
     for module in model.modules():
         plain(module)
-        for name in module._parameters:  # copied while it ran: its local tensor hides the parameter
-            vars(module).pop(name, None)
         module._tp_later = []  # hooks that the user added since, which see what this library's have done
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             keys = list(hooks)
