@@ -9,6 +9,7 @@ import zlib
 import torch
 import torch.distributed as dist
 
+from .around import undisturbed
 from .canonical import canonical
 from .comm_ops import all_gather
 from .processgroup import ProcessGroupManager
@@ -77,6 +78,7 @@ def _difference(first, other, rank):
     return None
 
 
+@undisturbed
 def check_batch(batch, mesh):
     """Raise ValueError, on every rank, unless all ranks of a tp mesh were given the same batch; called on every rank.
 
@@ -138,6 +140,7 @@ def set_random_state(states):
         torch.cuda.set_rng_state(states[1])
 
 
+@undisturbed
 def share_random_state(mesh):
     """Every rank of a tp group goes on with the random state of its first, so that what is drawn outside a shard is the
     same on all of them, however they were seeded, and what is drawn for a shard is a part of the whole's."""

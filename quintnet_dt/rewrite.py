@@ -12,6 +12,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 from .adopt import adopt
 from .agreement import agree
+from .around import undisturbed
 from .axes.axes import Axes
 from .axes.sharding import Action, pieces
 from .layers import ShardedModule
@@ -29,9 +30,10 @@ from .together import together
 from .tracing import inputs
 from .tracing.composites import adapt
 from .tracing.ghost import StrayParameter
-from .tracing.trace import trace
+from .tracing.trace import UnknownValues, trace
 
 
+@undisturbed
 def plan_tensor_parallel(model, tp_size, *, example_inputs=None, plan=None, loss_parallel=False, contiguous=False):
     """The plan that `apply_tensor_parallel` would apply, in one process, without a process group, a GPU, or a change to
     the model.
@@ -49,6 +51,7 @@ def plan_tensor_parallel(model, tp_size, *, example_inputs=None, plan=None, loss
     return _make_plan(model, tp_size, example_inputs, plan, loss_parallel, contiguous, {})[0]
 
 
+@undisturbed
 def apply_tensor_parallel(
     model,
     tp_size=None,
@@ -154,15 +157,12 @@ def _make_plan(model, n, example_inputs, user, loss_parallel, contiguous, kept):
             graph = trace(model, args, kwargs, device=device)
             break
         except Exception as e:
-            if given or isinstance(e, StrayParameter):
+            if isinstance(e, StrayParameter) or given and not isinstance(e, UnknownValues):
                 raise
             failed = failed or e
     else:
-        note = (
-            f"planned without a forward: no inputs were given and none that were made up fit ({type(failed).__name__}: "
-            f"{str(failed)[:200]}); give example_inputs for a better plan"
-        )
-        warnings.warn(f"{type(model).__name__}: {note}", stacklevel=3)
+        note = _why_blind(failed)
+        warnings.warn(f"{type(model).__name__}: {note}", stacklevel=5)  # where the user called
         return _blind_plan(model, n, fixed, note, kept), {}
     axes = Axes(graph)
     planner = Planner(graph, axes, n, fixed, loss_parallel, contiguous)
@@ -174,6 +174,16 @@ def _make_plan(model, n, example_inputs, user, loss_parallel, contiguous, kept):
     for name, e in kept.items():
         plan.entries[name].why = e.why
     return plan, {signature(model, args, kwargs): programs}
+
+
+def _why_blind(failed):
+    """What to say of a plan that was made without a forward."""
+    if isinstance(failed, UnknownValues):
+        return f"planned without a forward: {failed}; for a better plan, make it with the model's values"
+    return (
+        f"planned without a forward: no inputs were given and none that were made up fit ({type(failed).__name__}: "
+        f"{str(failed)[:200]}); give example_inputs for a better plan"
+    )
 
 
 def _blind_plan(model, n, fixed, note, kept):
@@ -245,12 +255,22 @@ def _apply(model, mesh, plan, known, src_data_rank, split_id):
         source = dist.get_global_rank(mesh.get_group(), src_data_rank)
         for buffer in model.buffers():
             if buffer.device.type != "meta" and buffer.numel():
-                dist.broadcast(buffer, source, group=mesh.get_group())
+                _broadcast(buffer, source, mesh.get_group())
     adapt(model)
     context.weights = Weights(owners, mesh)
     if not again:
         model.register_load_state_dict_pre_hook(_refuse_broadcast)
     model.tensor_parallel_plan, model.tensor_parallel_mesh = plan, mesh
+
+
+def _broadcast(buffer, source, group):
+    """Every rank takes a buffer's values from one; a sparse one's elements may differ in number."""
+    if buffer.layout == torch.strided:
+        return dist.broadcast(buffer, source, group=group)
+    box = [buffer]
+    dist.broadcast_object_list(box, source, group=group)
+    with torch.no_grad():
+        buffer.copy_(box[0])
 
 
 def _refuse_broadcast(model, *_):

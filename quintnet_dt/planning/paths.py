@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 
 from ..agreement import agree_on, check_batch
-from ..axes.axes import Axes, own_axis
+from ..around import look_around, undisturbed
+from ..axes.axes import Axes, lone_axis, own_axis
 from ..axes.sharding import Axis, LayoutError, Sharding
 from ..in_step import CHECKED, Apart, InStep
 from ..plan import EXCHANGED, LOCAL, WEIGHT_GATHERED, TensorParallelPlan
@@ -45,6 +46,7 @@ class Paths:
         """The programs for this call of `module`; raises RuntimeError where it cannot be shown right, ValueError where
         ranks make different calls or are given different batches. `compiled`: by torch.compile, of which models ask and
         then take other paths. All ranks compare their batches, and all learn, or none does."""
+        look_around(path, args, kwargs)
         given = signature(module, args, kwargs)
         before, key = self.key, self.key_of(path, given, compiled)
         self.key, self.other_kind = key, key != before
@@ -128,6 +130,7 @@ class Paths:
         known.insert(0, self.learn(*call))
         yield known[0]
 
+    @undisturbed
     def learn(self, *call):
         """Programs for this call, shown right in the gradient mode that it was made in."""
         *call, compiled = call
@@ -217,9 +220,21 @@ def _kinds(obj, depth, seen, numbers, shapes):
             yield path, type(x)
 
 
+def shared_axis(name, entry, graph, axes, alone):
+    """The axis of a weight that is split alone, which a bias is split along with: in all calls that use it. `alone`:
+    call index -> {parameter: its axis} so far."""
+    calls, v = indices(graph.users.get(name, ())), graph.params[name]
+    if len(entry.shape) != 1 or not calls:
+        return None
+    for p, axis in alone.get(min(calls), {}).items():
+        if calls <= indices(graph.users[p]) and (at := axis.find(axes, v)) and at[1] == entry.pieces:
+            return axis
+    return None
+
+
 def sharding_of(plan, graph, axes):
     """The Sharding of an applied plan in another forward's graph."""
-    sharding = Sharding(loss_parallel=plan.loss_parallel)
+    sharding, alone = Sharding(loss_parallel=plan.loss_parallel), {}
     for name, e in plan.entries.items():
         if e.dim is None or name not in graph.params:
             continue
@@ -234,18 +249,12 @@ def sharding_of(plan, graph, axes):
         if axis is not None:
             sharding.through.add(axis)
         else:
-            calls, v = indices(graph.users.get(name, ())), graph.params[name]
-            shared = (  # as a bias is with its weight
-                a
-                for p, (_, a) in sharding.params.items()
-                if len(e.shape) == 1
-                and a not in sharding.through
-                and calls <= indices(graph.users.get(p, ()))
-                and (at := a.find(axes, v))
-                and at[1] == e.pieces
-            )
-            axis, sharding.outer[name] = next(shared, None) or own_axis(graph, name, e.dim), e.pieces
             if e.how in (WEIGHT_GATHERED, EXCHANGED) or e.pieces > 1:
                 sharding.whole.add(name)
+            axis, sharding.outer[name] = shared_axis(name, e, graph, axes, alone), e.pieces
+            if axis is None:
+                axis = lone_axis(e.shape[e.dim]) if name in sharding.whole else own_axis(graph, name, e.dim)
+            for call in graph.users.get(name, ()):
+                alone.setdefault(call.index, {})[name] = axis
         sharding.params[name] = (e.dim, axis)
     return sharding

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from ..fsdp import quieten
-from ..private import compiling, in_backward, not_compiled, top_not_compiled, within_compiled
+from ..private import compiling, in_backward, not_compiled, top_not_compiled, transforms_aside, within_compiled
 from ..tracing.ghost import hooks_of, put_last, user_hooks
 from ..utils import SHARDS, lookup, quiet, tensors
 from .calls import Starts, calls
@@ -84,7 +84,7 @@ class ModuleHooks:
         if program is None:
             return None
         if self.params:
-            with quiet():
+            with quiet(), transforms_aside():  # gathered as they are, within torch.vmap and the like too
                 self.show_params(shown)
         return context.apply((args, kwargs), program.inputs, program.fixed, -2)
 
