@@ -15,12 +15,13 @@ from .agreement import agree
 from .around import undisturbed
 from .axes.axes import Axes
 from .axes.sharding import Action, pieces
+from .carried import carried
 from .layers import ShardedModule
 from .plan import EXCHANGED, GATHERED, LOCAL, REPLICATED, WEIGHT_GATHERED, Entry, TensorParallelPlan, check_user_plan
 from .planning.cost import cost
 from .planning.paths import Paths, device_of, sharding_of, signature
 from .planning.planner import Planner, settle
-from .private import SINCE_2_13, broadcasts_state
+from .private import SINCE_2_13
 from .processgroup import ProcessGroupManager
 from .running.context import Context
 from .running.hooks import changed_modules, hooks_on, parameter_owners, unhook
@@ -237,7 +238,7 @@ def _kept(model, mesh):
 
 
 def _apply(model, mesh, plan, known, src_data_rank, split_id):
-    context, again = Context(mesh), "tensor_parallel_plan" in vars(model)
+    context = Context(mesh)
     for module in model.modules():
         unhook(module)
         for attr in "tensor_parallel_plan", "tensor_parallel_mesh":
@@ -258,30 +259,17 @@ def _apply(model, mesh, plan, known, src_data_rank, split_id):
                 _broadcast(buffer, source, mesh.get_group())
     adapt(model)
     context.weights = Weights(owners, mesh)
-    if not again:
-        model.register_load_state_dict_pre_hook(_refuse_broadcast)
     model.tensor_parallel_plan, model.tensor_parallel_mesh = plan, mesh
 
 
 def _broadcast(buffer, source, group):
     """Every rank takes a buffer's values from one; a sparse one's elements may differ in number."""
     if buffer.layout == torch.strided:
-        return dist.broadcast(buffer, source, group=group)
+        return dist.broadcast(carried(buffer), source, group=group)
     box = [buffer]
     dist.broadcast_object_list(box, source, group=group)
     with torch.no_grad():
         buffer.copy_(box[0])
-
-
-def _refuse_broadcast(model, *_):
-    plan = getattr(model, "tensor_parallel_plan", None)  # none in a model that was split again as a part of another
-    fused = [name for name, e in plan.entries.items() if e.pieces > 1] if plan and broadcasts_state() else []
-    if fused:
-        raise RuntimeError(
-            f"set_model_state_dict(broadcast_from_rank0=True) has filled {', '.join(fused[:5])} wrongly: torch cannot "
-            "place fused pieces; use load_checkpoint or load_safetensors, leave broadcast_from_rank0 out, or give "
-            "apply_tensor_parallel contiguous=True"
-        )
 
 
 def _default_programs(model, plan):

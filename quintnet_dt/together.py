@@ -57,3 +57,12 @@ def _failed(told, group):
 
 
 _TOLD = "_told_to_all_ranks"  # the attribute of such an exception
+
+
+def gather(x, group=None):
+    """Every rank's x, in the order of the ranks of a group (the world by default); of a picklable object."""
+    if not dist.is_initialized():
+        return [x]
+    everyone = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, x, group=group)
+    return everyone
