@@ -114,6 +114,7 @@ class Analysis:
                 continue  # it reads no values
             elif not outs or outs[0][1] in (None, False):
                 return self.fail(f"{op_name(node.op)} loses the axis")
+            found = len(self.slices)
             for v in ins.values():
                 if states.get(v.id) is not None:
                     continue
@@ -130,7 +131,7 @@ class Analysis:
                     if written and root.producer is None and not root.trainable:
                         self.kept.add(root.id)  # a buffer
                     self.slices.add(root.id)
-                    return False
+                    continue
                 if not is_float(v):
                     continue
                 if hit:
@@ -141,6 +142,8 @@ class Analysis:
                     if v.id in node.mutated:
                         return self.fail("a replicated tensor is written to in place")
                     self.enter |= {r.id for r in roots if r.trainable}
+            if len(self.slices) > found:
+                return False
             if hit and effect.lookup:
                 whole_dim = self.axis.find(self.axes, node.inputs[0]) == (0, 1, 1)
                 if self.call.name != "embedding" or not whole_dim:

@@ -82,6 +82,7 @@ class _Compiler:
             self.passed.update((v.id, id(m)) for v in run.inputs.values() for m in callers)
         self.per_run = {id(m): Program() for m in graph.modules}
         self.at_calls = {}  # call index -> CallProgram
+        self.done = {}  # call index -> {value id: the actions on it as an argument}
 
     def run(self):
         for call in self.graph.calls:
@@ -112,9 +113,13 @@ class _Compiler:
         return self.at_calls.setdefault(call.index, CallProgram())
 
     def actions(self, call, v):
-        """The actions on a value as a call's argument."""
-        found = {tuple(self.layout.uses.get((call.index, p), ())) for p, x in call.inputs.items() if x is v}
-        return found.pop() if len(found) == 1 else None
+        """The actions on a value as a call's argument; None where it is several, on which not the same is done."""
+        if call.index not in self.done:
+            done = self.done[call.index] = {}
+            for p, x in call.inputs.items():
+                done.setdefault(x.id, set()).add(tuple(self.layout.uses.get((call.index, p), ())))
+        found = self.done[call.index].get(v.id, ())
+        return next(iter(found)) if len(found) == 1 else None
 
     def uses(self, call):
         m = call.module
@@ -219,7 +224,7 @@ class _Compiler:
         for m in self.graph.modules:
             if m.path in paths and (m.path in watched or id(m) not in self.graph.unsteady):
                 self.per_run[id(m)].names = []
-        for call in self.graph.calls:
+        for call in (call for call in self.graph.calls if not call.hidden):
             m = self.caller(call)
             program = self.per_run[id(m)]
             if program.names is None:

@@ -186,8 +186,10 @@ class _Pass:
     def defers(self, call, state, inputs):
         """Whether the call can run on partial results and its output be summed instead: the paths of the replicated
         factors that it scales them by (small ones: their gradients are partial), or None."""
-        if not self.graph.numbered(call, call.module) or any(
-            s is PARTIAL and (self.use_count.get(i) != 1 or i in self.graph.seen) for i, s in state.items()
+        if (
+            call.opaque
+            or not self.graph.numbered(call, call.module)
+            or any(s is PARTIAL and (self.use_count.get(i) != 1 or i in self.graph.seen) for i, s in state.items())
         ):
             return None
         summed, scales = {i for i, s in state.items() if s is PARTIAL}, set()

@@ -18,8 +18,9 @@ from ..running.memory import dims_in_memory, laid_out
 from ..running.program import Bound
 from ..tracing.escapes import let_go
 from ..tracing.ghost import fake_inputs, ghost
+from ..tracing.graph import Call, next_seen
 from ..tracing.trace import UNSEEN, Recorder, draws, reads_values, record
-from ..utils import leaves, lookup, replace, silence, tensors
+from ..utils import leaves, lookup, quiet, replace, silence, tensors
 from .analysis import aligned_only, copes, op_name
 from .compile import Found, compile_programs
 from .indexing import CUTS, INDEXING, bounds, cut_of, indexed_dims, other_elements
@@ -72,7 +73,7 @@ def run_local(model, args, kwargs, programs, checker, sharding, n, device=None):
         raise checker.error(f"{type(e).__name__}: {e}") from e
     finally:
         checker.let_go(copied, given)
-    if checker.at != len(checker.whole):
+    if next_seen(checker.whole, checker.at) != len(checker.whole):
         raise checker.error("the forward ended early")
 
 
@@ -121,6 +122,7 @@ class _Checker(Recorder):
         return tuple(shape)
 
     def run_call(self, name, func, args, kwargs):
+        self.at = next_seen(self.whole, self.at)
         if self.at >= len(self.whole):
             raise self.error("the forward makes more calls on shards")
         call = self.whole[self.at]
@@ -218,9 +220,10 @@ class _Checker(Recorder):
                 return f"its argument {then} becomes {now} on shards"
         return ""
 
-    def run_node(self, func, args, kwargs):
-        if self.paused:
-            return func(*args, **kwargs)
+    def hidden_call(self):
+        return Call(self.at, None, "", self._stack[-1], ((), {}), {}, hidden=True)
+
+    def record_node(self, func, args, kwargs):
         if reads_values(func, args):
             result = self.reading()
             if not isinstance(result, tuple):
@@ -228,6 +231,9 @@ class _Checker(Recorder):
             x = next(t for _, t in tensors((args, kwargs)))
             dtype = x.dtype if func._schema.name in ("aten::masked_select", "aten::index") else None
             return torch.empty(result, dtype=dtype or torch.int64, device=x.device)
+        if self._call is not None and self._call.hidden:
+            with quiet():  # it is no call to the mode that runs programs either
+                return self.compute(func, args, kwargs)
         out = self.compute(func, args, kwargs)
         if self._call is not None and op_name(func) in CUTS:
             self.cuts.append(cut_of(func, args, kwargs, args[0].shape, [t.shape for _, t in tensors((out,))]))
@@ -257,7 +263,7 @@ class _Checker(Recorder):
         states = [*model.parameters(), *model.buffers(), *(t for _, t in tensors(inputs))]
         others = set(map(id, states))
         made = {id(t): t for t in self.graph.values if id(t) not in others}
-        self.graph.values.clear()
+        self.graph = None
         left = list(made.values())
         made.clear()
         let_go(left)

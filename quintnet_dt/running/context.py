@@ -22,7 +22,7 @@ class Context:
     """What the hooks of one model share: the mesh, and which programs are in force. A copy of it shares the mesh."""
 
     def __init__(self, mesh=None, group=None):
-        self.mesh, self._group = mesh, group if mesh is None else mesh.get_group()
+        self.mesh, self._group = mesh, group if mesh is None else comm_ops.group_of(mesh)
         self.hooks = []  # every ModuleHooks
         self.hooks_of_all = user_hooks_of_all()  # that were registered for every module when it was split
         self._programs = {}
@@ -45,7 +45,7 @@ class Context:
     @property
     def group(self):
         if self._group is None:
-            self._group = self.mesh.get_group()
+            self._group = comm_ops.group_of(self.mesh)
         return self._group
 
     @property
@@ -68,7 +68,7 @@ class Context:
 
     def __deepcopy__(self, memo):
         new = Context(self.mesh, self._group)
-        new._programs, new.paths = self._programs, self.paths
+        new._programs, new.paths = self._programs, self.paths and self.paths.apart()
         new.weights = None  # a copy's own are not looked at
         new.hooks_of_all = self.hooks_of_all
         return new

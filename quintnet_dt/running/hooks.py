@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from ..fsdp import quieten
-from ..private import compiling, in_backward, not_compiled, top_not_compiled, within_compiled
+from ..private import compiling, in_backward, not_compiled, top_not_compiled, transforms_aside, within_compiled
 from ..tracing.ghost import hooks_of, put_last, user_hooks
 from ..utils import SHARDS, lookup, quiet, tensors
 from .calls import Starts, calls
@@ -84,7 +84,7 @@ class ModuleHooks:
         if program is None:
             return None
         if self.params:
-            with quiet():
+            with quiet(), transforms_aside():  # gathered as they are, within torch.vmap and the like too
                 self.show_params(shown)
         return context.apply((args, kwargs), program.inputs, program.fixed, -2)
 
@@ -100,13 +100,14 @@ class ModuleHooks:
                 quieten(module)
                 self.settled = True
             context.programs = context.paths.programs(*context.call)
-            if context.weights is not None and (context.paths.fresh or context.paths.other_kind):
-                context.weights.check_assigned()
-            if context.weights is not None and context.paths.fresh:
-                context.weights.check_shared()
-            context.random_is_shared = False
-            if context.paths.random(self.path, module, context.programs):
-                context.share_random()
+            with context.paths.in_step.explained():
+                if context.weights is not None and (context.paths.fresh or context.paths.other_kind):
+                    context.weights.check_assigned()
+                if context.weights is not None and context.paths.fresh:
+                    context.weights.check_shared()
+                context.random_is_shared = False
+                if context.paths.random(self.path, module, context.programs):
+                    context.share_random()
 
     def check(self, module, program):
         """Refuse hooks that the user added since, where they would see shards. Those that the model adds while it runs
@@ -219,6 +220,8 @@ class ModuleHooks:
         missing. They are looked at where another number of them ran than in the forward that was shown, or something
         failed."""
         context = self.context
+        if failed and (error := sys.exc_info()[1]) is not None:
+            context.paths.in_step.explain(error)
         if not failed and (context.compiled or program is None or context.ran in (program.modules, *context.counts)):
             return
         changed = changed_modules(module, context, self.path)

@@ -8,9 +8,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..fsdp import copyable, is_fsdp
-from ..private import FakeCopyMode, hooks_of_all_modules
+from ..private import FakeCopyMode, global_hooks
 from ..utils import held, leaves, opaque, replace, shard_kept, tensors
 from .caches import unshare
+from .closures import rebind
 from .composites import plain
 
 
@@ -20,8 +21,9 @@ class StrayParameter(ValueError):
     def __init__(self, names):
         super().__init__(
             f"{', '.join(names)}: expected every parameter to be read as an attribute of its module, found one that "
-            "something else holds (a list, a partial, a lambda, an optimizer kept in the model), which would keep the "
-            "old one: read it as self.name, and make optimizers afterwards"
+            "something else holds (a list, a partial, a lambda, an optimizer kept in the model; a global, or an object "
+            "elsewhere, that holds its module), which would keep the old one: read it as self.name, and make "
+            "optimizers afterwards"
         )
 
 
@@ -87,6 +89,7 @@ def _ghost(model, fake_mode, local_shape, device, memo, dtypes):
                 memo[id(getattr(hook, "__self__", hook))] = getattr(hook, "__self__", hook)
     try:
         copied = strip(copy.deepcopy(model, memo))
+        rebind(model, copied, memo)
     except Exception as e:
         raise RuntimeError(
             f"{type(model).__name__} cannot be deep-copied, which planning needs so that the model itself stays "
@@ -114,7 +117,7 @@ def user_hooks(module):
 
 def user_hooks_of_all():
     """Those that the user registered for every module."""
-    return [h for h in hooks_of_all_modules() if _is_users(h)]
+    return [h for hooks in global_hooks() for h in hooks.values() if _is_users(h)]
 
 
 def _is_users(hook):
@@ -166,7 +169,8 @@ def fake_inputs(fake_mode, args, kwargs, known=None):
     given = {id(t): t for _, t in tensors((args, kwargs))}  # one that is given twice stays one
     fakes = {i: fake_mode.from_tensor(t.detach()).requires_grad_(t.requires_grad) for i, t in given.items()}
     if known is not None:
-        known.update((id(fakes[i]), t.detach()) for i, t in given.items())
+        for i, t in given.items():
+            known.give(fakes[i], t)
     with FakeCopyMode(fake_mode):
         return _instead((tuple(args), dict(kwargs)), fakes, memo)
 

@@ -61,9 +61,17 @@ class Call:
     opaque: str = ""  # why it must get whole tensors, with whole gradients
     # As `utils.callers` counts them; more than its module's: it is run again when that is not running.
     checkpoints: int = 0
+    hidden: bool = False  # its operators were called by no torch function that a mode sees: by TorchScript, by a vmap
 
     def __str__(self):
         return f"{self.name} in {self.module.path or 'the root'} ({self.source})"
+
+
+def next_seen(calls, at):
+    """The index of the first call, from `at` on, that a mode sees when the forward runs again."""
+    while at < len(calls) and calls[at].hidden:
+        at += 1
+    return at
 
 
 @dataclass
@@ -154,7 +162,7 @@ class Graph:
         users = {}
         for call in self.calls:
             made_of = [self.made_of[v.id] for v in call.inputs.values() if call.nodes and v.id in self.made_of]
-            for name in set().union(*made_of):
+            for name in sorted(set().union(*made_of)):
                 users.setdefault(name, []).append(call)
         return users
 
