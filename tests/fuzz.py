@@ -3,10 +3,10 @@
     python tests/fuzz.py --seeds 1000 --tp 2             # as many as wished
     python tests/fuzz.py --start 17 --seeds 1 --shrink   # one that failed, made as short as it goes
 
-A seed is a program (fuzzing/): source code of an nn.Module, inputs and calls: a backward, another batch, another length,
-eval, without gradients, under checkpointing, a gradient of gradients, steps of an optimizer, changed attributes. Each is
-GOOD; WRONG, where an output, a gradient, a buffer or a parameter is not the whole model's; RAISED; or HUNG, where ranks did
-not all come to an end. The exit code is 1 where one was WRONG or HUNG.
+A seed is a program (fuzzing/): source code of an nn.Module, inputs and calls: a backward, another batch, another
+length, eval, without gradients, under checkpointing, a gradient of gradients, steps of an optimizer, changed
+attributes. Each is GOOD; WRONG, where an output, a gradient, a buffer or a parameter is not the whole model's; RAISED;
+or HUNG, where ranks did not all come to an end. The exit code is 1 where one was WRONG or HUNG.
 """
 
 import argparse

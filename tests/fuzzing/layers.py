@@ -131,7 +131,6 @@ def block(g):
         g.let(f"s.{attr}({out})")
     for inner in child.layers[:1]:
         g.layers.append((f"s.{attr}.{inner[0][2:]}", inner[1]))  # which the outer one calls too
-    g.kinds += ["(block)"]
 
 
 @kind(0.7)
@@ -166,7 +165,6 @@ def heads_of(g):
 
 @kind(2)
 def attention(g):
-    """Separate projections; heads by a view, by a loop over slices, or by chunks."""
     h, (n, k) = g.seq(), heads_of(g)
     q, key, v = (g.let(project(g, h, n * k), stem) for stem in "qkv")
     attend(g, h, q, key, v, n, k)
@@ -230,7 +228,8 @@ def attend(g, h, q, key, v, n, k):
         g.run(f"out = []\nfor i in range({n}):\n    at = slice(i * {k}, i * {k} + {k})\n    out.append({head})")
         a = "torch.cat(out, -1)"
     elif way == "chunks":
-        a = f"torch.cat([(a @ b.mT).softmax(-1) @ c for a, b, c in zip(*(t.chunk({n}, -1) for t in ({q}, {key}, {v})))], -1)"
+        heads = f"zip(*(t.chunk({n}, -1) for t in ({q}, {key}, {v})))"
+        a = f"torch.cat([(a @ b.mT).softmax(-1) @ c for a, b, c in {heads}], -1)"
     else:
         shape = f"B, T, {n}, -1" if way == "minus" else f"B, T, {n}, {k}"
         g.run(f"{q}, {key}, {v} = (t.reshape({shape}).transpose(1, 2) for t in ({q}, {key}, {v}))")

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from .judge import GOOD, HUNG, RAISED, WRONG, Verdict, judge, stable
 from .programs import Program
-from .scope import program_of, works
+from .writing import program_of, works
 
 FORK = multiprocessing.get_context("fork")
 TASKS = {"make": program_of, "works": works, "stable": stable}

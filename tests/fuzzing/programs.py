@@ -122,7 +122,7 @@ class Runner:
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
 
     def call(self, call):
-        """{what: tensor or other value} that a call made: all of it is to be alike for the whole and the split model."""
+        """{what: tensor or other value} that a call made: all of it is to be alike for whole and split."""
         if call.before:
             exec(call.before, {**NAMES, "m": self.model})
         self.model.zero_grad()

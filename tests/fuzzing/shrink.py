@@ -1,4 +1,4 @@
-"""Makes a program that fails as short as it goes: what fails in the same way with less is taken instead, until nothing is."""
+"""Makes a program that fails as short as it goes: what fails in the same way with less is taken instead."""
 
 import ast
 import re
@@ -67,7 +67,7 @@ def grouped(text):
     return re.sub(r"[\[(][^\])]*[\])]|\d+", "#", line)[:160]
 
 
-# ---- smaller programs, the most that can be saved at once first
+# ---- smaller programs: the most that can be saved first
 
 
 def candidates(program, shapes):
@@ -232,8 +232,7 @@ def tidy(tree):
 
 def _drop_unread(cls, text, tree):
     if cls.name != "Net" and len(re.findall(rf"\b{cls.name}\b", text)) == 1:
-        tree.body.remove(cls)
-        return True
+        return not tree.body.remove(cls)
     init, forward = cls.body[0], cls.body[-1]
     for body in init.body, forward.body:
         for statement in body:
@@ -246,7 +245,7 @@ def _drop_unread(cls, text, tree):
 
 
 def _written(statement):
-    """Names, or attributes of s, that a statement makes, if that is all that it does."""
+    """Names, or attributes of s, that a statement makes."""
     if isinstance(statement, ast.Expr) and "register_buffer" in ast.unparse(statement):
         return [statement.value.args[0].value]
     if not isinstance(statement, ast.Assign):

@@ -169,7 +169,8 @@ def written_in_a_loop(g):
     one = g.one_of(*[e for e in PIECEWISE if "keepdim=True)" not in e[-14:]])
     at = f"i * {k}:(i + 1) * {k}"
     g.run(
-        f"{name} = torch.{g.one_of('zeros', 'empty')}_like({y})\nfor i in range({p}):\n    z = {y}[..., {at}]\n    {name}[..., {at}] = {one}"
+        f"{name} = torch.{g.one_of('zeros', 'empty')}_like({y})\nfor i in range({p}):\n"
+        f"    z = {y}[..., {at}]\n    {name}[..., {at}] = {one}"
     )
     g.keep(name)
 
@@ -253,7 +254,8 @@ def reshaped(g):
             f"{h}.view(B, T, {k}, {d // k}).permute(0, 1, 3, 2).reshape(B, T, {d})",
             f"{h}.reshape(B, T * {k}, {d // k}).softmax(1).reshape(B, T, {d})",
             f"{g.linear(d // k, g.one_of(3, 4, 5))}({h}.view(B, T, {k}, {d // k})).flatten(2)",
-            f"{h}.transpose(0, 1).reshape(T, B * {k}, {d // k}).transpose(0, 1).reshape(B, {k}, T, -1).transpose(1, 2).flatten(2)",
+            f"{h}.transpose(0, 1).reshape(T, B * {k}, {d // k}).transpose(0, 1)"
+            f".reshape(B, {k}, T, -1).transpose(1, 2).flatten(2)",
             f"{h}.mean(1, keepdim=True) + {h}.amax(1, keepdim=True)",
             f"{h}[:, -1] * {h}[:, 0]",
             f"{h}.transpose(1, 2).flatten(0, 1).view(B, {d}, T).transpose(1, 2)",
