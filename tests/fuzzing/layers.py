@@ -1,8 +1,5 @@
-"""Statements of the fuzzer's programs: layers, attention, dropout, modules within modules.
-
-Each kind is a function of a Scope that writes lines of __init__ and of the forward; what does not run is taken back.
-Numbers are written into the code, as people do.
-"""
+"""Statements of the fuzzer's programs: layers, attention, dropout, modules within modules. Each kind is a function of a
+Scope that writes lines of __init__ and of the forward, numbers in the code; what does not run is taken back."""
 
 from .scope import Unsuited, fill, kind
 

@@ -21,8 +21,7 @@ def shrink(program, verdict, tp, timeout=20, seconds=150):
         verdict: that of the program.
         tp: number of ranks.
         timeout: seconds a program.
-        seconds: after which it takes what it has.
-    """
+        seconds: after which it takes what it has."""
     maker, ranks, deadline = Worker(make_programs), Ranks(tp, timeout), time.monotonic() + seconds
 
     def ask(*request):
