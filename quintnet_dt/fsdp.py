@@ -5,7 +5,7 @@ import contextlib
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from .private import compute_dtype
-from .utils import quiet
+from .utils import Quietly
 
 
 def is_fsdp(hook):
@@ -13,22 +13,11 @@ def is_fsdp(hook):
     return str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp")
 
 
-class _Quietly:
-    """A hook that computes beside the model: its calls are not the model's."""
-
-    def __init__(self, hook):
-        self.hook = hook
-
-    def __call__(self, *args, **kwargs):
-        with quiet():
-            return self.hook(*args, **kwargs)
-
-
 def quieten(model):
     """FSDP2's hooks run within the forward of the module around theirs, whose calls may be counted."""
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            hooks.update({key: _Quietly(hook) for key, hook in hooks.items() if is_fsdp(hook)})
+            hooks.update({key: Quietly(hook) for key, hook in hooks.items() if is_fsdp(hook)})
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
+from .adopt import Split
 from .axes.sharding import Action
 from .carried import distribute
 from .processgroup import ProcessGroupManager
@@ -17,8 +18,7 @@ class ShardedModule(ParallelStyle):
     """The style that `apply_tensor_parallel` gives every module: its parameters become DTensors, its hooks are
     registered.
 
-    `placements`: parameter name -> placement; `made`: DTensor parameters by the id of the plain one, so that ties stay
-    tied.
+    `placements`: parameter name -> placement; `made`: Splits by the id of the plain parameter, so that ties stay tied.
     """
 
     def __init__(self, context, path, owners, placements, made):
@@ -32,8 +32,8 @@ class ShardedModule(ParallelStyle):
                 continue
             if id(p) not in self.made:
                 placement = self.placements[self.names[id(module), attr]]
-                self.made[id(p)] = (p, p if isinstance(p, DTensor) else self.distribute(p, mesh, placement))
-            setattr(module, attr, self.made[id(p)][1])
+                self.made[id(p)] = Split(p, p if isinstance(p, DTensor) else self.distribute(p, mesh, placement))
+            setattr(module, attr, self.made[id(p)].new)
         hook(module, self.context, self.path, self.owners)
         place_on_load(module)
         return module

@@ -27,8 +27,37 @@ else:
 # Every operator of a forward as it is dispatched: documented, and used by many, under this name.
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: F401
 
+try:  # the stacks of modes, and of functional transforms: torch has no public way to leave one for a while
+    from torch.overrides import _len_torch_function_stack
+    from torch.overrides import _pop_mode as _pop_function_mode
+    from torch.overrides import _push_mode as _push_function_mode
+    from torch.utils._python_dispatch import _len_torch_dispatch_stack
+    from torch.utils._python_dispatch import _pop_mode as _pop_dispatch_mode
+    from torch.utils._python_dispatch import _push_mode as _push_dispatch_mode
+except ImportError:  # a first call under a tool that counts is counted with its planning
+    _len_torch_function_stack = _len_torch_dispatch_stack = int
+    _pop_function_mode = _push_function_mode = _pop_dispatch_mode = _push_dispatch_mode = None
+try:
+    from torch._C._functorch import peek_interpreter_stack, pop_dynamic_layer_stack, push_dynamic_layer_stack
+except ImportError:  # functional transforms of a split model raise what torch raises
+
+    def peek_interpreter_stack():
+        return None
+
+
+try:  # operators that are given functions (torch.cond, flex_attention): torch knows them under this name alone
+    from torch._ops import HigherOrderOperator
+except ImportError:
+
+    class HigherOrderOperator:
+        """None is known."""
+
+
 # The softmax within F.scaled_dot_product_attention: a row of which every element is masked gives zeros.
 safe_softmax = torch.ops.aten._safe_softmax
+
+# What torch.autograd.detect_anomaly asks of gradients.
+is_any_true = getattr(torch.ops.aten, "_is_any_true", None) and torch.ops.aten._is_any_true.default
 
 
 @contextlib.contextmanager
@@ -56,6 +85,65 @@ def silent_fakes():
         yield
     finally:
         log.disabled = was
+
+
+@contextlib.contextmanager
+def modes_aside():
+    """The modes that are on, of torch functions and of operators, are off for a while; a default device stays, but for
+    the meta device, on which nothing is computed."""
+    functions, operators = _len_torch_function_stack(), _len_torch_dispatch_stack()
+    if not functions and not operators:
+        yield
+        return
+    device = torch.get_default_device()
+    computes = device.type not in ("cpu", "meta")
+    functions = [_pop_function_mode() for _ in range(functions)]
+    operators = [_pop_dispatch_mode() for _ in range(operators)]
+    try:
+        with device if computes else contextlib.nullcontext():
+            yield
+    finally:
+        for mode in reversed(operators):
+            _push_dispatch_mode(mode)
+        for mode in reversed(functions):
+            _push_function_mode(mode)
+
+
+def transform():
+    """The innermost functional transform that is at work, as torch.func names its kinds; None where none is."""
+    if (interpreter := peek_interpreter_stack()) is not None:
+        return interpreter.key().name.lower()
+    return None
+
+
+def forward_mode():
+    """Whether forward-mode differentiation is on (torch.autograd.forward_ad)."""
+    return getattr(torch.autograd.forward_ad, "_current_level", 0) >= 0
+
+
+class transforms_aside:
+    """What runs inside is no part of the functional transforms that are at work."""
+
+    def __enter__(self):
+        self.left = []
+        while not torch.compiler.is_compiling() and peek_interpreter_stack() is not None:
+            self.left.append(pop_dynamic_layer_stack())
+
+    def __exit__(self, *_):
+        while self.left:
+            push_dynamic_layer_stack(self.left.pop())
+
+
+def global_hooks():
+    """The hooks that run for every module, in the dicts that torch keeps them in: it has no public way to see them."""
+    names = "_global_forward_pre_hooks _global_forward_hooks _global_backward_pre_hooks _global_backward_hooks".split()
+    return [getattr(torch.nn.modules.module, name, {}) for name in names]
+
+
+def saves_by_hooks():
+    """Whether hooks for saved tensors are on, say a checkpoint's; as if they were where torch cannot tell."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is None or top(True) is not None
 
 
 def compute_dtype(state):
@@ -121,6 +209,14 @@ def constant(function):
     """torch.compiler.assume_constant_result, which would import torch._dynamo (0.6 s) for all."""
     function._dynamo_marked_constant = True
     return function
+
+
+def share_hooks(old, new):
+    """The hooks on one parameter's gradient become another's, with the handles that their user has: torch has no public
+    way to either."""
+    for name in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+        if getattr(old, name, None):
+            setattr(new, name, getattr(old, name))
 
 
 def broadcasting():

@@ -1,6 +1,5 @@
 """apply_tensor_parallel: trace, plan, prove, apply. The one call, and the plan without it."""
 
-import hashlib
 import warnings
 from dataclasses import replace
 
@@ -11,6 +10,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 
+from .adopt import adopt
+from .agreement import agree
+from .around import undisturbed
 from .axes.axes import Axes
 from .axes.sharding import Action, pieces
 from .carried import carried
@@ -24,13 +26,15 @@ from .processgroup import ProcessGroupManager
 from .running.context import Context
 from .running.hooks import changed_modules, hooks_on, parameter_owners, unhook
 from .running.program import Program
+from .running.weights import Weights
 from .together import together
 from .tracing import inputs
 from .tracing.composites import adapt
 from .tracing.ghost import StrayParameter
-from .tracing.trace import trace
+from .tracing.trace import UnknownValues, trace
 
 
+@undisturbed
 def plan_tensor_parallel(model, tp_size, *, example_inputs=None, plan=None, loss_parallel=False, contiguous=False):
     """The plan that `apply_tensor_parallel` would apply, in one process, without a process group, a GPU, or a change to
     the model.
@@ -48,6 +52,7 @@ def plan_tensor_parallel(model, tp_size, *, example_inputs=None, plan=None, loss
     return _make_plan(model, tp_size, example_inputs, plan, loss_parallel, contiguous, {})[0]
 
 
+@undisturbed
 def apply_tensor_parallel(
     model,
     tp_size=None,
@@ -70,7 +75,7 @@ def apply_tensor_parallel(
     Args:
         model: any nn.Module, live or on the meta device.
         tp_size: number of ranks to split over; with no mesh, the world is laid out as by
-            `ProcessGroupManager(tp_size)`.
+            `ProcessGroupManager(tp_size)`. In a process that no launcher started, 1 leaves no process group open.
         mesh: a 1-D DeviceMesh or a ProcessGroupManager, instead of tp_size.
         example_inputs: a tuple (positional) or dict (keyword) for the model's forward; made up from the first layer if
             left out.
@@ -92,15 +97,26 @@ def apply_tensor_parallel(
     mesh = mesh.mesh if isinstance(mesh, ProcessGroupManager) else mesh
     if mesh is not None and not isinstance(mesh, DeviceMesh):
         raise TypeError(f"mesh: expected a 1-D DeviceMesh or a ProcessGroupManager, found {type(mesh).__name__}")
-    mesh = ProcessGroupManager(tp_size, mesh=mesh).mesh
+    ranks = ProcessGroupManager(tp_size, mesh=mesh)
+    try:
+        _split(model, ranks.mesh, example_inputs, plan, loss_parallel, contiguous, src_data_rank)
+    finally:
+        if ranks.alone:  # nothing more will be communicated
+            ranks.close()
+    return model
+
+
+def _split(model, mesh, example_inputs, plan, loss_parallel, contiguous, src_data_rank):
     if contiguous is None:
         contiguous = mesh.size() < dist.get_world_size() or not SINCE_2_13
     with together(mesh.get_group()):
+        if src_data_rank is not None and src_data_rank not in range(mesh.size()):
+            raise ValueError(f"src_data_rank: expected None or a rank of the tp group, found {src_data_rank!r}")
         kept = _kept(model, mesh) if isinstance(model, nn.Module) else {}
         plan, known = _make_plan(model, mesh.size(), example_inputs, plan, loss_parallel, contiguous, kept)
-    _agree(model, plan, known, mesh)
-    _apply(model, mesh, plan, known, src_data_rank)
-    return model
+    options = {"src_data_rank": src_data_rank, "contiguous": contiguous, "loss_parallel": plan.loss_parallel}
+    split_id = agree(model, options, (plan.to_json(), known), mesh)
+    _apply(model, mesh, plan, known, src_data_rank, split_id)
 
 
 # ---- planning
@@ -142,15 +158,12 @@ def _make_plan(model, n, example_inputs, user, loss_parallel, contiguous, kept):
             graph = trace(model, args, kwargs, device=device)
             break
         except Exception as e:
-            if given or isinstance(e, StrayParameter):
+            if isinstance(e, StrayParameter) or given and not isinstance(e, UnknownValues):
                 raise
             failed = failed or e
     else:
-        note = (
-            f"planned without a forward: no inputs were given and none that were made up fit ({type(failed).__name__}: "
-            f"{str(failed)[:200]}); give example_inputs for a better plan"
-        )
-        warnings.warn(f"{type(model).__name__}: {note}", stacklevel=3)
+        note = _why_blind(failed)
+        warnings.warn(f"{type(model).__name__}: {note}", stacklevel=5)  # where the user called
         return _blind_plan(model, n, fixed, note, kept), {}
     axes = Axes(graph)
     planner = Planner(graph, axes, n, fixed, loss_parallel, contiguous)
@@ -162,6 +175,16 @@ def _make_plan(model, n, example_inputs, user, loss_parallel, contiguous, kept):
     for name, e in kept.items():
         plan.entries[name].why = e.why
     return plan, {signature(model, args, kwargs): programs}
+
+
+def _why_blind(failed):
+    """What to say of a plan that was made without a forward."""
+    if isinstance(failed, UnknownValues):
+        return f"planned without a forward: {failed}; for a better plan, make it with the model's values"
+    return (
+        f"planned without a forward: no inputs were given and none that were made up fit ({type(failed).__name__}: "
+        f"{str(failed)[:200]}); give example_inputs for a better plan"
+    )
 
 
 def _blind_plan(model, n, fixed, note, kept):
@@ -200,26 +223,6 @@ def _describe(planner, sharding, layout, fixed):
 # ---- applying
 
 
-def _agree(model, plan, known, mesh):
-    """Every rank must have planned the same for the same model, and be about to run it alike; else all raise."""
-    mine = {n: f"{tuple(p.shape)} {p.dtype} requires_grad={p.requires_grad}" for n, p in model.named_parameters()}
-    made = plan.to_json(), list(known.values())
-    digests = [hashlib.sha256(repr((sorted(mine.items()), made)).encode()).hexdigest()] * mesh.size()
-    dist.all_gather_object(digests, digests[0], group=mesh.get_group())
-    if len(set(digests)) == 1:
-        return
-    all_params = [None] * mesh.size()
-    dist.all_gather_object(all_params, mine, group=mesh.get_group())
-    for rank, other in enumerate(all_params):
-        for name in {**all_params[0], **other}:
-            a, b = all_params[0].get(name, "absent"), other.get(name, "absent")
-            if a != b:
-                found = f"{name} is {a} on rank 0 and {b} on rank {rank}"
-                raise RuntimeError(f"the model differs between ranks: {found}; build the same model on every rank")
-    found = "the ranks made different plans for one model"
-    raise RuntimeError(f"{found}; pass the same example_inputs and plan, and register the same hooks, on every rank")
-
-
 def _kept(model, mesh):
     """{name: Entry} of the parameters that this library has split already."""
     splits = {id(h.context): h for m in model.modules() if (h := hooks_on(m)) and h.context.paths is not None}
@@ -234,26 +237,39 @@ def _kept(model, mesh):
     return {name: replace(entries[id(p)], name=name) for name, p in params.items() if id(p) in entries}
 
 
-def _apply(model, mesh, plan, known, src_data_rank):
+def _apply(model, mesh, plan, known, src_data_rank, split_id):
     context = Context(mesh)
     for module in model.modules():
         unhook(module)
         for attr in "tensor_parallel_plan", "tensor_parallel_mesh":
             vars(module).pop(attr, None)
     defaults = _default_programs(model, plan)
-    context.paths = Paths(plan, defaults, {("", key): programs for key, programs in known.items()}, mesh)
+    context.paths = Paths(plan, defaults, known, mesh, split_id)
     context.programs = next(iter(context.paths.known.values()), [defaults])[0]
     owners, made = parameter_owners(model), {}
     for path, module in model.named_modules():
         style = ShardedModule(context, path, owners, plan.placements, made)
         parallelize_module(module, mesh, style, src_data_rank=src_data_rank)
+    with together(mesh.get_group()):
+        adopt(list(made.values()))
     if src_data_rank is not None and mesh.size() > 1:
         source = dist.get_global_rank(mesh.get_group(), src_data_rank)
         for buffer in model.buffers():
             if buffer.device.type != "meta" and buffer.numel():
-                dist.broadcast(carried(buffer), source, group=mesh.get_group())
+                _broadcast(buffer, source, mesh.get_group())
     adapt(model)
+    context.weights = Weights(owners, mesh)
     model.tensor_parallel_plan, model.tensor_parallel_mesh = plan, mesh
+
+
+def _broadcast(buffer, source, group):
+    """Every rank takes a buffer's values from one; a sparse one's elements may differ in number."""
+    if buffer.layout == torch.strided:
+        return dist.broadcast(carried(buffer), source, group=group)
+    box = [buffer]
+    dist.broadcast_object_list(box, source, group=group)
+    with torch.no_grad():
+        buffer.copy_(box[0])
 
 
 def _default_programs(model, plan):

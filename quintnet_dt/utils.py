@@ -115,6 +115,17 @@ class quiet:
         silence.depth -= 1
 
 
+class Quietly:
+    """A hook that computes beside the model: its calls are not the model's."""
+
+    def __init__(self, hook):
+        self.hook = hook
+
+    def __call__(self, *args, **kwargs):
+        with quiet():
+            return self.hook(*args, **kwargs)
+
+
 class _Silence:
     depth = 0
 

@@ -97,3 +97,8 @@ def own_axis(graph, name, dim):
     output later cannot make both dims of a square weight one."""
     alone = Axes(graph, graph.users.get(name, ()))
     return Axis(tuple(alone.final(graph.params[name])[dim]), alone)
+
+
+def lone_axis(size):
+    """A dim's axis where it does not matter what it runs through: that of a weight which is gathered before its use."""
+    return Axis((Factor(size),))

@@ -13,25 +13,31 @@ FIRST = {"div", "index", "index_select", "sum", "mean", "_to_copy"}  # linear in
 ADDITIVE = {"add", "sub"}  # only where both are tensors: P + 1 is not the sum of the ranks' (P_r + 1)
 
 
-def op_name(node):
-    return node.op._schema.name.removeprefix("aten::")
+def op_name(op):
+    """The name of an ATen operator, less its namespace; one of another namespace keeps it."""
+    return op._schema.name.removeprefix("aten::")
 
 
 def linear(node):
     """Whether a node is linear in all its tensor inputs at once: a sum of partial results may then be taken after
     it."""
-    name = op_name(node)
+    name = op_name(node.op)
     return name in LINEAR and (name not in ADDITIVE or len(node.inputs) == 2)
 
 
 def copes(node):
     """Whether a node surely works on an empty shard: convolutions and norms of nothing fail, or crash."""
-    return torch.Tag.pointwise in node.op.tags or op_name(node) in LINEAR | FIRST | {"mm", "addmm", "bmm", "embedding"}
+    return torch.Tag.pointwise in node.op.tags or op_name(node.op) in LINEAR | FIRST | {
+        "mm",
+        "addmm",
+        "bmm",
+        "embedding",
+    }
 
 
 def aligned_only(node):
     """Whether a node's kernel wants every tensor's rows to begin at multiples of 16 bytes."""
-    return op_name(node) == "_grouped_mm"
+    return op_name(node.op) == "_grouped_mm"
 
 
 class Analysis:
@@ -90,51 +96,54 @@ class Analysis:
                 states.update((v.id, states[p_in[0].id]) for v in node.outputs)
                 continue
             if any(states.get(i) == "unknown" for i in ins):
-                return self.fail(f"{op_name(node)} reads what has lost the axis")
+                return self.fail(f"{op_name(node.op)} reads what has lost the axis")
             if not s_in:
                 continue
             if any(effect.whole.get(v.id, set()) & self.mine for v in s_in):
-                return self.fail(f"{op_name(node)} needs the whole dim")
+                return self.fail(f"{op_name(node.op)} needs the whole dim")
             hit = effect.contract & self.mine
             if hit and hit != self.mine:
-                return self.fail(f"{op_name(node)} sums over a part of the axis")
+                return self.fail(f"{op_name(node.op)} sums over a part of the axis")
             if hit and effect.mean and self.axis not in self.through:
                 return self.fail("it takes a mean over shards that may be uneven")
             outs = [(v, self.axis.find(self.axes, v)) for v in node.outputs]
             if hit:
                 if any(at is not None for _, at in outs):
-                    return self.fail(f"{op_name(node)} has the axis twice")
-            elif op_name(node).startswith("new_") and outs[0][1] is None:
+                    return self.fail(f"{op_name(node.op)} has the axis twice")
+            elif op_name(node.op).startswith("new_") and outs[0][1] is None:
                 continue  # it reads no values
             elif not outs or outs[0][1] in (None, False):
-                return self.fail(f"{op_name(node)} loses the axis")
+                return self.fail(f"{op_name(node.op)} loses the axis")
+            found = len(self.slices)
             for v in ins.values():
                 if states.get(v.id) is not None:
                     continue
                 at = self.axis.find(self.axes, v)
                 if at is False:
-                    return self.fail(f"{op_name(node)} has a part of the axis")
+                    return self.fail(f"{op_name(node.op)} has a part of the axis")
                 roots = self.roots(v)
                 if at is not None:
                     carrying = [r for r in roots if self.axis.find(self.axes, r)]
                     if len(roots) != 1 or len(carrying) != 1:
-                        return self.fail(f"{op_name(node)} makes the axis anew")
+                        return self.fail(f"{op_name(node.op)} makes the axis anew")
                     root = roots[0]
                     written = any(root.id in n.mutated for n in self.call.nodes)
                     if written and root.producer is None and not root.trainable:
                         self.kept.add(root.id)  # a buffer
                     self.slices.add(root.id)
-                    return False
+                    continue
                 if not is_float(v):
                     continue
                 if hit:
                     if effect.bias != v.id or v.id not in self.external:
-                        return self.fail(f"{op_name(node)} adds to a partial sum")
+                        return self.fail(f"{op_name(node.op)} adds to a partial sum")
                     self.once.add(v.id)
                 else:
                     if v.id in node.mutated:
                         return self.fail("a replicated tensor is written to in place")
                     self.enter |= {r.id for r in roots if r.trainable}
+            if len(self.slices) > found:
+                return False
             if hit and effect.lookup:
                 whole_dim = self.axis.find(self.axes, node.inputs[0]) == (0, 1, 1)
                 if self.call.name != "embedding" or not whole_dim:

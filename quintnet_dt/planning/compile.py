@@ -7,19 +7,41 @@ is attached to a call by its number, which takes a torch-function mode around th
 """
 
 from collections import Counter
+from dataclasses import dataclass, field
 
 from ..axes.sharding import PARTIAL, LayoutError
+from ..running.kinds import call_kind
+from ..running.memory import is_contiguous
 from ..running.program import CallProgram, Program
+from ..utils import leaves
 from .analysis import linear
 
+# Calls that draw random numbers or not, as their arguments say.
+MAY_DRAW = set(
+    "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout rrelu scaled_dot_product_attention "
+    "dropout_ alpha_dropout_ feature_alpha_dropout_ rrelu_ feature_dropout feature_dropout_".split()
+)
+# Calls all of whose integers name dims, though their operators know none.
+NAME_DIMS = set("flatten movedim moveaxis swapaxes swapdims squeeze unsqueeze".split())
+DIM_NAMES = {"dim", "dims", "dim0", "dim1"}
 
-def compile_programs(graph, layout, sizes=None):
-    """Programs by module path. `sizes[call index]`: paths of sizes to divide. Raises LayoutError where no program can
-    do what the layout asks."""
+
+@dataclass
+class Found:
+    """What the proof found that programs must do beside the layout's actions; each by the call's index."""
+
+    sizes: dict = field(default_factory=dict)  # paths of sizes to divide by the number of ranks
+    bounds: dict = field(default_factory=dict)  # {path: Bound}
+    order: dict = field(default_factory=dict)  # of dims in memory that its input has in the whole model
+
+
+def compile_programs(graph, layout, found=None):
+    """Programs by module path. `found`: Found by the proof. Raises LayoutError where no program can do what the layout
+    asks."""
     aside = set()
     while True:
         try:
-            return _Compiler(graph, layout, sizes or {}, aside).run()
+            return _Compiler(graph, layout, found or Found(), aside).run()
         except _Differ as e:
             if e.path in aside:
                 raise
@@ -40,8 +62,8 @@ def holds(values, v):
 
 
 class _Compiler:
-    def __init__(self, graph, layout, sizes, aside):
-        self.graph, self.layout, self.sizes = graph, layout, sizes
+    def __init__(self, graph, layout, found, aside):
+        self.graph, self.layout, self.found = graph, layout, found
         self.aside = aside  # modules whose calls are numbered by their callers
         self.closed = aside | {
             m.path for m in graph.modules if m.watched
@@ -60,6 +82,7 @@ class _Compiler:
             self.passed.update((v.id, id(m)) for v in run.inputs.values() for m in callers)
         self.per_run = {id(m): Program() for m in graph.modules}
         self.at_calls = {}  # call index -> CallProgram
+        self.done = {}  # call index -> {value id: the actions on it as an argument}
 
     def run(self):
         for call in self.graph.calls:
@@ -69,13 +92,16 @@ class _Compiler:
             self.value(self.graph.values[v_id], tuple(actions))
         for path, actions in self.layout.root.items():
             self.per_run[id(self.graph.modules[0])].outputs[path] = tuple(actions)
-        for what, found in {"instead": self.layout.instead, "kept": self.layout.kept, "sizes": self.sizes}.items():
-            for index, x in found.items():
+        beside = {"instead": self.layout.instead, "kept": self.layout.kept, **vars(self.found)}
+        for what, by_call in beside.items():
+            for index, x in by_call.items():
                 setattr(self.at(self.graph.calls[index]), what, x)
         root = self.per_run[id(self.graph.modules[0])]
         root.shards, root.random = self.layout.shards, self.graph.random
         root.modules = len(self.graph.modules)
         states, whole = self.layout.states, self.layout.values
+        for m in self.graph.modules:
+            self.per_run[id(m)].training, self.per_run[id(m)].settings = m.training, m.settings
         for m in self.graph.modules[1:]:
             program, seen = self.per_run[id(m)], {v.id for v in (*m.inputs.values(), *m.outputs.values())}
             split = any(a.kind == "split" for actions in program.inputs.values() for a in actions)
@@ -87,9 +113,13 @@ class _Compiler:
         return self.at_calls.setdefault(call.index, CallProgram())
 
     def actions(self, call, v):
-        """The actions on a value as a call's argument."""
-        found = {tuple(self.layout.uses.get((call.index, p), ())) for p, x in call.inputs.items() if x is v}
-        return found.pop() if len(found) == 1 else None
+        """The actions on a value as a call's argument; None where it is several, on which not the same is done."""
+        if call.index not in self.done:
+            done = self.done[call.index] = {}
+            for p, x in call.inputs.items():
+                done.setdefault(x.id, set()).add(tuple(self.layout.uses.get((call.index, p), ())))
+        found = self.done[call.index].get(v.id, ())
+        return next(iter(found)) if len(found) == 1 else None
 
     def uses(self, call):
         m = call.module
@@ -101,6 +131,7 @@ class _Compiler:
             agree = all(self.actions(c, v) == actions for c in self.direct[at])
             if v.param is not None and not holds(m.inputs, v):
                 agree = agree and at not in self.passed and m.path not in self.aside
+                agree = agree and v.param not in self.graph.rewritten  # several values, which may be treated otherwise
                 self.per_run[id(m)].params[v.param] = actions if agree else ()
                 if agree or not actions:
                     continue
@@ -111,6 +142,7 @@ class _Compiler:
                         reader = reader.parent
                     everywhere = [c for c in self.readers[v.id] if c.module.within(reader)]
                     same = all(self.actions(c, v) == actions for c in everywhere)
+                    same = same and v.param not in self.graph.rewritten
                     self.per_run[id(reader)].params[v.param] = actions if same else ()
                     if same or not actions:
                         continue
@@ -144,7 +176,7 @@ class _Compiler:
         for x in chain[::-1]:
             if self.output(x, actions):
                 return
-            if x.tensor.is_contiguous() and not v.tensor.is_contiguous():
+            if is_contiguous(x.shape, x.strides) and not is_contiguous(v.shape, v.strides):
                 break  # a later dropout draws in the order of memory, which a collective makes that of the dims
         call = self.graph.calls[x.producer]
         at = [p for p, y in call.outputs.items() if y is x]
@@ -182,14 +214,17 @@ class _Compiler:
         """Give each call with a program its number among its module's own calls. A module that has shards in its own
         code is watched too: its calls must be those that were shown right."""
         watched = {self.caller(self.graph.calls[i]).path for i in self.at_calls}
-        paths = watched | {self.caller(c).path for c in self.graph.calls if self.on_shards(c) and not c.module.steady}
+        on_shards = {c.index for c in self.graph.calls if self.on_shards(c) or c.name in MAY_DRAW}
+        paths = watched | {
+            self.caller(c).path for c in self.graph.calls if c.index in on_shards and not c.module.steady
+        }
         for m in self.graph.modules[1:]:
             if self.per_run[id(m)].inside and not m.parent.steady:
                 paths.add(next(x.path for x in m.parent.chain() if x.path not in self.aside))
         for m in self.graph.modules:
             if m.path in paths and (m.path in watched or id(m) not in self.graph.unsteady):
                 self.per_run[id(m)].names = []
-        for call in self.graph.calls:
+        for call in (call for call in self.graph.calls if not call.hidden):
             m = self.caller(call)
             program = self.per_run[id(m)]
             if program.names is None:
@@ -201,6 +236,8 @@ class _Compiler:
                 raise LayoutError(reason, call, self.axis(call))
             if call.index in self.at_calls:
                 program.calls[len(program.names)] = self.at_calls[call.index]
+            if call.index in self.at_calls or call.index in on_shards:
+                program.kinds[len(program.names)] = kind_of(call)
             program.names.append(call.name)
 
     def merge(self):
@@ -208,10 +245,53 @@ class _Compiler:
         programs = {}
         for m in self.graph.modules:
             new, old = self.per_run[id(m)], programs.setdefault(m.path, self.per_run[id(m)])
+            _share_params(old, new)
             if old != new:
                 axis = next((self.axis(c) for c in self.graph.calls if c.module.within(m) and self.axis(c)), None)
                 raise _Differ(m.path, axis)
             old.inside |= new.inside
             old.fixed &= new.fixed
+            old.written = old.params.keys() & self.graph.rewritten
             old.aside = m.path in self.aside
+            if (old.training, old.settings) != (new.training, new.settings):
+                old.training = None
         return programs
+
+
+def _share_params(old, new):
+    """One run of a module may read a parameter that another does not (torch.func.functional_call): both show it."""
+    read_once = old.params.keys() ^ new.params.keys()
+    old.optional |= read_once
+    both = {**new.params, **old.params}
+    old.params, new.params = {**both}, {**both, **new.params}
+
+
+def kind_of(call):
+    """The CallKind of a call of the graph."""
+    args, kwargs = call.args
+    indexes = call.name in ("__getitem__", "__setitem__")  # their numbers are places
+    named = set() if indexes else {d for node in call.nodes for d in _named_dims(node)}
+    dims = []
+    for path, x in leaves((args, kwargs)):
+        is_int = isinstance(x, int) and not isinstance(x, bool)
+        if is_int and (x in named or call.name in NAME_DIMS) and not _in_slice((args, kwargs), path):
+            dims.append(path[1:])
+    return call_kind(call.func, args, kwargs, dims)
+
+
+def _named_dims(node):
+    """The dims that an operator's arguments name, counted from either end."""
+    names = [a.name for a in node.op._schema.arguments]
+    given = dict(zip(names, node.args)) | node.kwargs
+    ndim = max((len(v.shape) for v in (*node.inputs, *node.outputs)), default=0)
+    dims = [x for name, x in given.items() if name in DIM_NAMES for _, x in leaves(x) if isinstance(x, int)]
+    return {d + offset for d in dims for offset in (-ndim, 0, ndim)}
+
+
+def _in_slice(obj, path):
+    """Whether a path leads through a slice, whose numbers are no dims."""
+    for key in path:
+        if isinstance(obj, slice):
+            return True
+        obj = obj[key]
+    return False

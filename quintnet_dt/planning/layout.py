@@ -72,7 +72,7 @@ class _Pass:
         for v in self.graph.stored:
             if self.layout.states.get(v.id) is not None:
                 call = self.graph.calls[v.producer]
-                raise LayoutError("a module keeps what would be a shard", call, self.layout.axis_of.get(call.index))
+                raise LayoutError("something keeps what would be a shard", call, self.layout.axis_of.get(call.index))
         for v in self.graph.seen.values():
             if self.now.get(v.id) not in (None, PARTIAL) and v.id not in self.gathered:
                 raise LayoutError("a hook sees what would be a shard", axis=self.now[v.id])
@@ -186,8 +186,10 @@ class _Pass:
     def defers(self, call, state, inputs):
         """Whether the call can run on partial results and its output be summed instead: the paths of the replicated
         factors that it scales them by (small ones: their gradients are partial), or None."""
-        if not self.graph.numbered(call, call.module) or any(
-            s is PARTIAL and (self.use_count.get(i) != 1 or i in self.graph.seen) for i, s in state.items()
+        if (
+            call.opaque
+            or not self.graph.numbered(call, call.module)
+            or any(s is PARTIAL and (self.use_count.get(i) != 1 or i in self.graph.seen) for i, s in state.items())
         ):
             return None
         summed, scales = {i for i, s in state.items() if s is PARTIAL}, set()
@@ -195,7 +197,9 @@ class _Pass:
             ins = {v.id: v for v in node.inputs}
             mine = [v for i, v in ins.items() if i in summed]
             others = {i: v for i, v in ins.items() if i not in summed and is_float(v)}
-            if len(mine) == 1 and (op_name(node) == "mul" or op_name(node) in FIRST and node.inputs[0] is mine[0]):
+            if len(mine) == 1 and (
+                op_name(node.op) == "mul" or op_name(node.op) in FIRST and node.inputs[0] is mine[0]
+            ):
                 if any(v.nbytes * 4 > mine[0].nbytes or i not in inputs for i, v in others.items()):
                     return None
                 if node.outputs[0].dtype.itemsize < mine[0].dtype.itemsize:

@@ -1,22 +1,28 @@
 """The forwards that were shown right, by signature. A call with a new one is traced and shown before it runs, once."""
 
-from collections import Counter
+import copy
 from dataclasses import replace
 from itertools import combinations
+from typing import NamedTuple
 
 import torch
 
-from ..agreement import check_batch
-from ..axes.axes import Axes, own_axis
+from ..agreement import agree_on, check_batch
+from ..around import look_around, undisturbed
+from ..axes.axes import Axes, lone_axis, own_axis
 from ..axes.sharding import Axis, LayoutError, Sharding
+from ..in_step import CHECKED, Apart, InStep
 from ..plan import EXCHANGED, LOCAL, WEIGHT_GATHERED, TensorParallelPlan
 from ..private import as_compiled
 from ..running.context import AGAIN
+from ..together import any_rank, together
 from ..tracing.trace import trace
 from ..utils import leaves, opaque
 from .planner import Planner, divides, indices, settle, spans
 
-CHECKED = 2  # the first calls of a kind, in which a wrong sampler shows
+VALUES = 2  # numbers of a kind of call that have programs of their own; all others share theirs
+KEPT = 64  # kinds of calls whose programs are kept
+VARIANTS = 16  # paths of one kind of call that are kept
 
 
 class Paths:
@@ -26,23 +32,80 @@ class Paths:
     `defaults`: programs of modules that no traced forward reached.
     """
 
-    def __init__(self, plan, defaults, known, mesh):
+    def __init__(self, plan, defaults, known, mesh, split_id):
         self.plan, self.defaults, self.mesh = plan, defaults, mesh
-        self.checked = Counter()  # calls of each kind whose batch was compared
-        self.known = {key: [{**defaults, **programs}] for key, programs in known.items()}
+        self.in_step = InStep(mesh, split_id)
+        self.learning = False  # whether all ranks learn a call now
+        self.key = None  # that of the latest call
+        self.numbers = {}  # (module path, kind) -> the first numbers that such calls were given
+        self.known = {}
+        for given, programs in known.items():
+            self.known[self.key_of("", given)] = [{**defaults, **programs}]
 
     def programs(self, path, owners, module, args, kwargs, compiled=False):
         """The programs for this call of `module`; raises RuntimeError where it cannot be shown right, ValueError where
-        ranks are given different batches. `compiled`: by torch.compile, of which models ask and then take other
-        paths."""
-        self.key = key = (path, signature(module, args, kwargs), *(["compiled"] if compiled else ()))
-        self.fresh = self.checked[key] < CHECKED
-        if self.fresh and self.mesh.size() > 1:
-            self.checked[key] += 1
-            check_batch((args, kwargs), self.mesh)
-        if key not in self.known:
-            self.known[key] = [self.learn(path, owners, module, args, kwargs, compiled)]
+        ranks make different calls or are given different batches. `compiled`: by torch.compile, of which models ask and
+        then take other paths. All ranks compare their batches, and all learn, or none does."""
+        look_around(path, args, kwargs)
+        given = signature(module, args, kwargs)
+        before, key = self.key, self.key_of(path, given, compiled)
+        self.key, self.other_kind = key, key != before
+        self.grad = torch.is_grad_enabled()
+        try:
+            same = (path, compiled, *given)
+            calls, new = self.in_step.call(key, given.shapes, same, (path, module, args, kwargs), key not in self.known)
+            self.fresh = calls < CHECKED  # a wrong sampler shows in them
+            if self.fresh and self.mesh.size() > 1:
+                check_batch((args, kwargs), self.mesh)
+        except Apart as e:
+            self.forget(key)
+            if e.batch:
+                check_batch((args, kwargs), self.mesh)  # says which argument it is
+            raise
+        if new:
+            programs = self.learn_together(path, owners, module, args, kwargs, compiled)
+            if key not in self.known and len(self.known) >= KEPT:
+                del self.known[next(iter(self.known))]
+            self.known.setdefault(key, [programs])
         return self.known[key][0]
+
+    def forget(self, key):
+        """The numbers of a call that other ranks did not make are not among the first of its kind."""
+        kind, numbers = key
+        if key not in self.known and numbers in self.numbers[kind]:
+            self.numbers[kind].remove(numbers)
+
+    def learn_together(self, *call):
+        """Programs for a call that all ranks make: the same on all, or an error on all."""
+        if self.mesh.size() == 1:
+            return self.learn(*call)
+        with together(self.mesh.get_group()):
+            self.learning = True
+            try:
+                programs = self.learn(*call)
+            finally:
+                self.learning = False
+        agree_on(programs, self.mesh)
+        return programs
+
+    def any_rank(self, yes):
+        """Whether it is so on any rank, where all of them learn a call."""
+        return any_rank(yes, self.mesh.get_group()) if self.learning else yes
+
+    def apart(self):
+        """For a copy of the model, whose calls are its own."""
+        new = copy.copy(self)
+        new.in_step = copy.copy(self.in_step)
+        return new
+
+    def key_of(self, path, given, compiled=False):
+        """Under which key the programs of a call with this Signature are known. After some values of its numbers, any
+        other is one: what a call computes with a number that indexes shards is checked as it runs."""
+        kind = (path, given.kind, compiled)
+        known = self.numbers.setdefault(kind, [])
+        if given.numbers not in known and len(known) < VALUES:
+            known.append(given.numbers)
+        return kind, given.numbers if given.numbers in known else None
 
     def random(self, path, module, programs):
         """Whether the ranks need one random state: this call may draw random numbers, or one may sample from its
@@ -59,14 +122,19 @@ class Paths:
         """Other programs for this call, whose forward has turned out to take another path than the one that was shown:
         those that are known, then one learned from this call itself."""
         known = self.known[self.key]  # the modes may have changed within the forward
-        yield from list(known)
-        known.append(self.learn(*call))
-        yield known[-1]
+        for programs in list(known):
+            known.remove(programs)  # the latest is tried first
+            known.insert(0, programs)
+            yield programs
+        del known[VARIANTS - 1 :]
+        known.insert(0, self.learn(*call))
+        yield known[0]
 
+    @undisturbed
     def learn(self, *call):
         """Programs for this call, shown right in the gradient mode that it was made in."""
         *call, compiled = call
-        with torch.set_grad_enabled(self.key[1][1]), as_compiled(compiled):
+        with torch.set_grad_enabled(self.grad), as_compiled(compiled):
             return self.show(*call)
 
     def show(self, path, owners, module, args, kwargs):
@@ -78,7 +146,7 @@ class Paths:
         names = {inner: names[id(p)] for inner, p in module.named_parameters()}
         device = device_of(module)
         try:
-            graph = trace(module, args, kwargs, device=device)
+            graph = trace(module, args, kwargs, device=device, any_rank=self.any_rank)
         except Exception as e:
             if not any(opaque(x) for _, x in leaves((args, kwargs))):
                 raise
@@ -100,7 +168,9 @@ class Paths:
             ) from e
 
         def renamed(program):
-            return replace(program, params={names[inner]: actions for inner, actions in program.params.items()})
+            params = {names[inner]: actions for inner, actions in program.params.items()}
+            optional, written = ({names[inner] for inner in x} for x in (program.optional, program.written))
+            return replace(program, params=params, optional=optional, written=written)
 
         return {**self.defaults, **{".".join(filter(None, (path, inner))): renamed(p) for inner, p in programs.items()}}
 
@@ -111,30 +181,60 @@ def device_of(model):
     return torch.device("cpu") if device.type == "meta" else device
 
 
+class Signature(NamedTuple):
+    """What tells one path through a forward from another. `kind`: the mode, which arguments are there, their kinds,
+    dtypes, ranks and dims of size 1. `numbers`: the ints and floats among them, which may vary; `shapes`: of tensors.
+    """
+
+    kind: tuple
+    numbers: tuple
+    shapes: tuple
+
+
 def signature(model, args, kwargs):
-    """What tells one path through a forward from another: which arguments are there, their kinds, dtypes, ranks and
-    dims of size 1, and the mode."""
-    return (model.training, torch.is_grad_enabled(), *_kinds((args, kwargs), 0, {}))
+    """The Signature of a call. The order of keyword arguments is none of it: each rank may have its own."""
+    numbers, shapes = [], []
+    ordered = dict(sorted(kwargs.items())) if len(kwargs) > 1 else kwargs
+    kinds = tuple(_kinds((args, ordered), 0, {}, numbers, shapes))
+    return Signature((model.training, torch.is_grad_enabled(), *kinds), tuple(numbers), tuple(shapes))
 
 
-def _kinds(obj, depth, seen):
+def _kinds(obj, depth, seen, numbers, shapes):
     for path, x in leaves(obj):
         if isinstance(x, torch.Tensor):
             same = seen.setdefault(id(x), len(seen))  # query, key and value may be one tensor
+            if depth == 0:
+                shapes.append(x.shape)
             yield path, same, x.dtype, x.requires_grad, tuple(s == 1 for s in x.shape)
-        elif isinstance(x, (bool, int, float, str, type(None))):
+        elif isinstance(x, (bool, str, type(None))):
             yield path, x
+        elif isinstance(x, (int, float)):
+            numbers.append(x)
+            yield path, type(x)
         elif opaque(x) and depth < 4:  # a cache: empty or filled
             sizes = [v for v in vars(x).values() if type(v) in (int, float)]
             yield path, type(x), tuple((a > b) - (a < b) for a, b in combinations(sizes, 2))  # of lengths: is it full?
-            yield from _kinds([v for v in vars(x).values() if type(v) not in (int, float)], depth + 1, seen)
+            others = [v for v in vars(x).values() if type(v) not in (int, float)]
+            yield from _kinds(others, depth + 1, seen, numbers, shapes)
         else:
             yield path, type(x)
 
 
+def shared_axis(name, entry, graph, axes, alone):
+    """The axis of a weight that is split alone, which a bias is split along with: in all calls that use it. `alone`:
+    call index -> {parameter: its axis} so far."""
+    calls, v = indices(graph.users.get(name, ())), graph.params[name]
+    if len(entry.shape) != 1 or not calls:
+        return None
+    for p, axis in alone.get(min(calls), {}).items():
+        if calls <= indices(graph.users[p]) and (at := axis.find(axes, v)) and at[1] == entry.pieces:
+            return axis
+    return None
+
+
 def sharding_of(plan, graph, axes):
     """The Sharding of an applied plan in another forward's graph."""
-    sharding = Sharding(loss_parallel=plan.loss_parallel)
+    sharding, alone = Sharding(loss_parallel=plan.loss_parallel), {}
     for name, e in plan.entries.items():
         if e.dim is None or name not in graph.params:
             continue
@@ -149,18 +249,12 @@ def sharding_of(plan, graph, axes):
         if axis is not None:
             sharding.through.add(axis)
         else:
-            calls, v = indices(graph.users.get(name, ())), graph.params[name]
-            shared = (  # as a bias is with its weight
-                a
-                for p, (_, a) in sharding.params.items()
-                if len(e.shape) == 1
-                and a not in sharding.through
-                and calls <= indices(graph.users.get(p, ()))
-                and (at := a.find(axes, v))
-                and at[1] == e.pieces
-            )
-            axis, sharding.outer[name] = next(shared, None) or own_axis(graph, name, e.dim), e.pieces
             if e.how in (WEIGHT_GATHERED, EXCHANGED) or e.pieces > 1:
                 sharding.whole.add(name)
+            axis, sharding.outer[name] = shared_axis(name, e, graph, axes, alone), e.pieces
+            if axis is None:
+                axis = lone_axis(e.shape[e.dim]) if name in sharding.whole else own_axis(graph, name, e.dim)
+            for call in graph.users.get(name, ()):
+                alone.setdefault(call.index, {})[name] = axis
         sharding.params[name] = (e.dim, axis)
     return sharding

@@ -4,9 +4,9 @@ weights."""
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations, groupby
-from math import prod
+from math import fsum, prod
 
-from ..axes.axes import own_axis
+from ..axes.axes import lone_axis, own_axis
 from ..axes.factors import flat, leaves
 from ..axes.sharding import Axis, LayoutError, Sharding
 from .compile import compile_programs
@@ -19,6 +19,8 @@ NEGLIGIBLE = 0.02
 # One weight with more than this share is always split: an embedding that is little beside seventy billion others is a
 # gigabyte still.
 VOCABULARY = 0.005
+# Where the calls that use a weight read more tensors than this, it is split alone only to be gathered.
+CROWDED = 256
 # Up to so many axes that stand in each other's way, every choice among them is tried.
 EXHAUSTIVE = 10
 
@@ -73,8 +75,7 @@ class Planner:
     `contiguous`: a rank holds one block of a weight, also where equal pieces of it are split."""
 
     def __init__(self, graph, axes, n, fixed=None, loss_parallel=False, contiguous=False):
-        written = {v.memory.param for c in graph.calls for x in c.nodes for v in x.inputs if v.id in x.mutated} - {None}
-        self.fixed = {**dict.fromkeys(written), **(fixed or {})}  # what the forward writes to stays whole
+        self.fixed = {**dict.fromkeys(graph.rewritten), **(fixed or {})}  # what the forward writes to stays whole
         self.graph, self.axes, self.n = graph, axes, n
         self.loss_parallel, self.contiguous = loss_parallel, contiguous
         self.params = graph.params
@@ -95,7 +96,7 @@ class Planner:
                     self.touch.setdefault(f, {})[call.index] = call
 
     def numel(self, name):
-        return self.params[name].tensor.numel()
+        return self.params[name].numel
 
     def note(self, names, why):
         for name in names:
@@ -122,8 +123,15 @@ class Planner:
                 if calls:  # an axis of weights that the forward did not reach runs nowhere
                     yield Candidate(axis, params, calls, sum(map(self.numel, params)))
 
+    @cached_property
+    def crowded(self):
+        """Index of each call that reads very many parameters -> how many."""
+        return {c.index: len({v.param for v in c.inputs.values()}) for c in self.graph.calls if len(c.inputs) > CROWDED}
+
     def weigh(self, candidate):
         """Whether a candidate can be laid out, taken alone; counts its bytes."""
+        if any(self.crowded[i] > 8 * len(candidate.params) for i in self.crowded.keys() & candidate.indices):
+            return False  # an axis of few of the many weights that one call reads
         if self.graph.unsteady and self._common_module(candidate.calls) in self.graph.unsteady:
             self.note(candidate.params, "its axis runs through a module whose forward reads values")
             return False
@@ -186,7 +194,8 @@ class Planner:
 
     def _apart(self, params):
         """Bytes a step if each of these weights is split alone; those that would stay whole send none."""
-        return sum(b for p in params if p not in self.small and (b := self.alone(p).bytes) != float("inf"))
+        sent = (self.alone(p).bytes for p in params if p not in self.small)
+        return fsum(b for b in sent if b != float("inf"))  # rounded once: the same in any order of a set
 
     def _best(self, region):
         """Of candidates that stand in each other's way, those that send the fewest bytes, counting the weights left as
@@ -225,9 +234,11 @@ class Planner:
 
     def _way(self, name, dim, calls, taken):
         v = self.params[name]
+        gathered = Way(dim, lone_axis(v.shape[dim]), v.nbytes * (self.n - 1) / self.n, True, {})
+        if not calls or sum(len(call.inputs) for call in calls) > CROWDED:
+            return gathered
         axis = own_axis(self.graph, name, dim)
-        gathered = Way(dim, axis, v.nbytes * (self.n - 1) / self.n, True, {})
-        if not calls or not axis.find(self.axes, v):
+        if not axis.find(self.axes, v):
             return gathered
         partners = {}
         for x in (x for call in calls for x in call.inputs.values() if x.param and len(x.shape) == 1):

@@ -14,27 +14,28 @@ from ..private import FakeTensorMode, silent_fakes
 from ..running.calls import divide
 from ..running.context import Context
 from ..running.hooks import install
+from ..running.memory import dims_in_memory, laid_out
+from ..running.program import Bound
+from ..tracing.escapes import let_go
 from ..tracing.ghost import fake_inputs, ghost
-from ..tracing.trace import UNSEEN, Recorder, reads_values, record
-from ..utils import leaves, lookup, silence, tensors
-from .analysis import aligned_only, copes
-from .compile import compile_programs
+from ..tracing.graph import Call, next_seen
+from ..tracing.trace import UNSEEN, Recorder, draws, reads_values, record
+from ..utils import leaves, lookup, quiet, replace, silence, tensors
+from .analysis import aligned_only, copes, op_name
+from .compile import Found, compile_programs
+from .indexing import CUTS, INDEXING, bounds, cut_of, indexed_dims, other_elements
 
 # Calls whose integers are sizes: they may differ between the whole and the shard when what comes out is as expected.
-SIZES = set(
-    "view reshape expand unflatten split split_with_sizes chunk narrow __getitem__ __setitem__ tensor_split zeros "
-    "ones full empty "
-    "new_zeros new_ones new_full new_empty".split()
-)
+SIZES = set("view reshape expand unflatten zeros ones full empty new_zeros new_ones new_full new_empty".split())
 CONVOLUTIONS = "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split()
 
 
 def prove(model, args, kwargs, graph, axes, layout, sharding, n, device=None):
     """Show that the layout is right for this forward, or raise LayoutError. Returns the programs that do it."""
-    sizes = {}
-    for _ in range(2):  # sizes found in the first run are part of the programs that the second one shows right
-        programs = compile_programs(graph, layout, sizes)
-        checker = _Checker(graph, axes, layout, n)
+    found = Found()
+    for _ in range(2):  # what is found in the first run is part of the programs that the second one shows right
+        programs = compile_programs(graph, layout, found)
+        checker = _Checker(graph, axes, layout, n, found)
         try:
             run_local(model, args, kwargs, programs, checker, sharding, n, device)
         except LayoutError as e:
@@ -43,9 +44,8 @@ def prove(model, args, kwargs, graph, axes, layout, sharding, n, device=None):
             error, *others = checker.failed
             error.others = others
             raise error
-        if checker.sizes.keys() <= sizes.keys():
-            return programs
-        sizes.update(checker.sizes)
+        if not checker.changed:
+            return compile_programs(graph, layout, found) if checker.pinned else programs
     raise LayoutError("sizes written into the code could not be replaced")
 
 
@@ -64,24 +64,30 @@ def run_local(model, args, kwargs, programs, checker, sharding, n, device=None):
     context = Context(group=SimulatedGroup(0, n))
     context.programs = programs
     install(copied, context)
+    given = fake_inputs(fake_mode, args, kwargs)
     try:
-        record(copied, *fake_inputs(fake_mode, args, kwargs), modes=[fake_mode], recorder=checker)
+        record(copied, *given, modes=[fake_mode], recorder=checker)
     except LayoutError:
         raise
     except Exception as e:
         raise checker.error(f"{type(e).__name__}: {e}") from e
-    if checker.at != len(checker.whole):
+    finally:
+        checker.let_go(copied, given)
+    if next_seen(checker.whole, checker.at) != len(checker.whole):
         raise checker.error("the forward ended early")
 
 
 class _Checker(Recorder):
     """Compares each call with the whole forward's."""
 
-    def __init__(self, graph, axes, layout, n):
+    def __init__(self, graph, axes, layout, n, found):
         super().__init__()
         self.whole = graph.calls
         self.axes, self.layout, self.n = axes, layout, n
-        self.at, self.sizes, self.readings, self.failed = 0, {}, {}, []
+        self.at, self.readings, self.failed = 0, {}, []
+        self.found = found  # what programs must do beside, of earlier runs and of this one
+        self.changed = self.pinned = False  # whether this one found some: that alters the forward; that does not
+        self.cuts = []  # Cuts of the present call
         for i, result, _ in graph.readings:
             self.readings.setdefault(i, []).append(result)
 
@@ -116,6 +122,7 @@ class _Checker(Recorder):
         return tuple(shape)
 
     def run_call(self, name, func, args, kwargs):
+        self.at = next_seen(self.whole, self.at)
         if self.at >= len(self.whole):
             raise self.error("the forward makes more calls on shards")
         call = self.whole[self.at]
@@ -136,44 +143,87 @@ class _Checker(Recorder):
                 self.note("a rank's rows would not be of multiples of 16 bytes, which this operator wants")
         self._call = call
         try:
-            out, found = self.attempt(func, args, kwargs, expected)
-            if found != expected or call.name == "group_norm":  # whose result has one shape for any number of groups
-                paths = localise(call, args, kwargs, expected)
-                if paths:
-                    args, kwargs = divide((args, kwargs), paths, self.n, call)
-                    self.sizes[call.index] = paths
-                    out, found = self.attempt(func, args, kwargs, expected)
-            if found != expected:
-                reason = f"expected shapes {list(expected.values())} on shards, found"
-                self.note(f"{reason} {list(found.values()) if found else out}", go_on=expected.keys() == {()})
-                kind = {"dtype": call.outputs[()].dtype, "device": call.outputs[()].tensor.device}
-                out = torch.empty(expected[()], **kind, requires_grad=call.outputs[()].differentiable).clone()
-            else:
-                self.compare(call, args, kwargs)
+            out = self.shown(call, func, args, kwargs, expected, axis)
         finally:
             self._call = None
         self.at += 1
         return out
 
-    def attempt(self, func, args, kwargs, expected):
+    def shown(self, call, func, args, kwargs, expected, axis):
+        """Run a call as it is given, else with its numbers translated; note where neither is right."""
+        given = bounds(call, (args, kwargs), axis, self.axes, self.n) if call.name in INDEXING else {}
+        if _draws(call):
+            args, kwargs = self.in_order(call, args, kwargs)
+        out, found, reason = self.attempt(call, func, args, kwargs, expected, axis)
+        taken = {path: Bound(b.given, b.given) for path, b in given.items()}
+        if reason or call.name == "group_norm":  # whose result has one shape for any number of groups
+            paths = localise(call, args, kwargs, expected)
+            local = {path: b.local for path, b in given.items() if b.local != b.given}
+            if paths or local:
+                args, kwargs = divide((args, kwargs), paths, self.n, call)
+                args, kwargs = replace((args, kwargs), local)
+                out, found, reason = self.attempt(call, func, args, kwargs, expected, axis)
+                taken = given
+                if paths:
+                    self.found.sizes[call.index] = paths
+                self.changed = True
+        if taken and call.index not in self.found.bounds:
+            self.found.bounds[call.index], self.pinned = taken, True
+        if not reason:
+            reason = self.other_scalars(call, args, kwargs, axis)
+            if reason:
+                self.note(reason)
+            return out
+        self.note(reason, go_on=expected.keys() == {()})
+        if found == expected:
+            return out
+        kind = {"dtype": call.outputs[()].dtype, "device": call.outputs[()].device}
+        return torch.empty(expected[()], **kind, requires_grad=call.outputs[()].differentiable).clone()
+
+    def attempt(self, call, func, args, kwargs, expected, axis):
+        """(What a call gives, its shapes, why that is not right)."""
+        self.cuts = []
         try:
             with silent_fakes():
                 out = func(*args, **kwargs)
         except Exception as e:
-            return e, None
-        return out, {p: tuple(t.shape) for p, t in tensors(out) if p in expected}
+            return None, None, f"expected shapes {list(expected.values())} on shards, found {e}"
+        found = {p: tuple(t.shape) for p, t in tensors(out) if p in expected}
+        if found != expected:
+            reason = f"expected shapes {list(expected.values())} on shards, found {list(found.values())}"
+            return out, found, reason
+        return out, found, other_elements(call, self.cuts, axis, self.axes, self.n)
 
-    def compare(self, call, args, kwargs):
+    def in_order(self, call, args, kwargs):
+        """The arguments of a call that draws random numbers, which it does in the order of memory: its input gets the
+        whole forward's order, which a collective may have changed."""
+        if not call.inputs:
+            return args, kwargs
+        whole, (path, local) = next(iter(call.inputs.values())), next(tensors((args, kwargs)))
+        order = dims_in_memory(whole.shape, whole.strides)
+        if order == dims_in_memory(whole.shape, local.stride()):
+            return args, kwargs
+        if call.index not in self.found.order:
+            self.found.order[call.index], self.changed = order, True
+        return replace((args, kwargs), {path: laid_out(local, order)})
+
+    def other_scalars(self, call, args, kwargs, axis):
+        """Why the scalar arguments of a call differ from the whole forward's; "" where they may."""
         groups = groups_at(call, args)
+        at = None if axis is None or call.name not in INDEXING else axis.find(self.axes, call.args[0][0])
+        places = {path for path, dim in indexed_dims(call).items() if dim == at[0]} if at else ()
         for (path, now), (_, then) in zip(leaves((args, kwargs)), leaves(call.args)):
-            if isinstance(now, (int, float, complex)) and now != then:
-                fewer = path == groups and now * self.n == then
-                if not (isinstance(now, int) and (call.name in SIZES or fewer)):
-                    self.note(f"its argument {then} becomes {now} on shards")
+            if not isinstance(now, (int, float, complex)) or now == then:
+                continue
+            fewer = path == groups and now * self.n == then
+            if not (isinstance(now, int) and (call.name in SIZES or fewer or path in places)):
+                return f"its argument {then} becomes {now} on shards"
+        return ""
 
-    def run_node(self, func, args, kwargs):
-        if self.paused:
-            return func(*args, **kwargs)
+    def hidden_call(self):
+        return Call(self.at, None, "", self._stack[-1], ((), {}), {}, hidden=True)
+
+    def record_node(self, func, args, kwargs):
         if reads_values(func, args):
             result = self.reading()
             if not isinstance(result, tuple):
@@ -181,7 +231,13 @@ class _Checker(Recorder):
             x = next(t for _, t in tensors((args, kwargs)))
             dtype = x.dtype if func._schema.name in ("aten::masked_select", "aten::index") else None
             return torch.empty(result, dtype=dtype or torch.int64, device=x.device)
-        return self.compute(func, args, kwargs)
+        if self._call is not None and self._call.hidden:
+            with quiet():  # it is no call to the mode that runs programs either
+                return self.compute(func, args, kwargs)
+        out = self.compute(func, args, kwargs)
+        if self._call is not None and op_name(func) in CUTS:
+            self.cuts.append(cut_of(func, args, kwargs, args[0].shape, [t.shape for _, t in tensors((out,))]))
+        return out
 
     def reading(self):
         """What the whole forward read here: within the call, since its operators on real tensors may be others."""
@@ -195,15 +251,32 @@ class _Checker(Recorder):
     def keep(self, model, objects):
         pass
 
+    def end(self):
+        pass
+
     def value(self, tensor, producer=None, new=False):
         self.graph.values.append(tensor)  # keep it alive
         return tensor
+
+    def let_go(self, model, inputs):
+        """The forward is over; none of its tensors is to stay in a list of the user's."""
+        states = [*model.parameters(), *model.buffers(), *(t for _, t in tensors(inputs))]
+        others = set(map(id, states))
+        made = {id(t): t for t in self.graph.values if id(t) not in others}
+        self.graph = None
+        left = list(made.values())
+        made.clear()
+        let_go(left)
 
 
 def width(at):
     """How long a dim is in which an axis lies so (see `Axis.find`), for each unit of the axis."""
     _, outer, inner = at
     return sum(o * i for o, i in outer) if isinstance(outer, tuple) else outer * inner
+
+
+def _draws(call):
+    return any(draws(node.op, node.args, node.kwargs) for node in call.nodes)
 
 
 def groups_at(call, args):
@@ -229,22 +302,4 @@ def localise(call, args, kwargs, expected):
         at = args[1] % args[0].dim() if first else 0
         sizes = zip(list(ints.items())[first:], whole[path][at:], local[at:])
         return [p for (p, x), a, b in sizes if a != b and x == a]
-    if call.name in ("split", "split_with_sizes"):
-        pieces = [(whole[p], s) for p, s in expected.items()]
-        dim = next((i for a, b in pieces for i, (x, y) in enumerate(zip(a, b)) if x != y), None)
-        given = [(p, x) for p, x in ints.items() if p[:2] == (0, 1) or "split_size" in str(p[1])]
-        return [p for (p, x), (a, _) in zip(given, pieces) if dim is not None and x == a[dim]]
-    if call.name not in ("__getitem__", "narrow"):
-        return []
-    whole, local = next(iter(call.inputs.values())).shape, tuple(args[0].shape)
-    if call.name == "narrow":
-        return [(0, 2), (0, 3)] if whole[args[1]] != local[args[1]] else []
-    items = args[1] if isinstance(args[1], tuple) else (args[1],)
-    used = sum(i is not None and i is not Ellipsis for i in items)
-    paths, dim = [], 0
-    for k, item in enumerate(items):
-        at = (0, 1, k) if isinstance(args[1], tuple) else (0, 1)
-        if isinstance(item, slice) and whole[dim] != local[dim]:
-            paths += [(*at, j) for j, bound in enumerate((item.start, item.stop)) if isinstance(bound, int)]
-        dim += len(whole) - used if item is Ellipsis else item is not None
-    return paths
+    return []

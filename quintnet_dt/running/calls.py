@@ -8,9 +8,11 @@ from torch.overrides import TorchFunctionMode
 from .. import comm_ops
 from ..private import compiling, not_compiled, top_not_compiled, within_compiled
 from ..tracing.composites import restated
-from ..utils import call_name, lookup, quiet, replace, silence
+from ..utils import call_name, lookup, quiet, replace, silence, tensors
+from .memory import laid_out
 from .on_shard import on_shard
 from .program import NOTHING
+from .shown import put_back
 
 
 class _Calls(TorchFunctionMode):
@@ -29,50 +31,56 @@ class _Calls(TorchFunctionMode):
     def pop(self, failed):
         frame = self.frames[-1]
         try:
-            if not failed and frame[1].names is not None and frame[3] != len(frame[1].names):
-                self.change(frame, None)
+            names = frame[1].names
+            if not failed and names is not None and frame[3] != len(names):
+                self.change(frame[0], Ends(), f"it was {names[frame[3]]} then, and is none now", frame)
         finally:
             self.frames.pop()
             if not self.frames:
                 self.__exit__(None, None, None)
 
-    def start(self, context, module):
+    def start(self, context, path):
         """A module starts. If the forward that was shown did not reach it while calls are counted, this is another
         path."""
         frame = next((f for f in reversed(self.frames) if f[1].names is not None), None)
         if frame is not None and frame[0] is context:
-            self.change(frame, None, module)
+            self.change(context, Starts(path), f"now {path} runs, which did not run then", frame)
 
-    def change(self, frame, name, module=None):
-        """The forward takes another path than the one that was shown: its next call is `name`, or this module starts,
-        or else it ends. Go on with programs shown for this path, if what has run so far is the same in them."""
-        context = frame[0]
-        outside = name is None  # not while torch handles a call, for which it takes the mode off
+    def change(self, context, event, what, frame=None):
+        """The forward takes another path than the one that was shown: `event` comes next. Go on with programs shown for
+        this path, if what has run so far is the same in them. `what`: the difference, `frame`: where it was met."""
+        outside = not isinstance(event, Calls)  # torch takes the mode off while it handles a call
         if context.compiled:
-            self.refuse(frame, name, module)
-        if outside:
+            self.refuse(frame, what)
+        if outside and self.frames:
             self.__exit__(None, None, None)
         frames, self.frames, depth, silence.depth = self.frames, [], silence.depth, 0
         try:
-            for programs in context.paths.variants(*context.call) if context.call else ():
-                stack = again(context, programs, name, module)
-                if stack is not None:
-                    frames = [f for f in frames if f[0] is not context] + context.go_on(programs, stack)
-                    return
+            with put_back(context):
+                programs, stack = self.other(context, event)
+            if stack is not None:
+                frames = [f for f in frames if f[0] is not context] + context.go_on(programs, stack)
+                return
         finally:
             self.frames, silence.depth = frames, depth
-            if outside:
+            if outside and self.frames:
                 self.__enter__()
-        self.refuse(frame, name, module)
+        self.refuse(frame, what)
 
-    def refuse(self, frame, name, module):
-        _, program, path, number, _ = frame
-        was = program.names[number] if number < len(program.names) else "none"
-        found = f"is {name or 'none'} now" if module is None else f"now {module} runs, which did not run then"
+    def other(self, context, event):
+        """(Programs for the path that the forward takes, the frames of what runs by them); (None, None) where there are
+        none."""
+        for programs in context.paths.variants(*context.call) if context.call else ():
+            stack = again(context, programs, event)
+            if stack is not None:
+                return programs, stack
+        return None, None
+
+    def refuse(self, frame, what):
+        where = "the model" if frame is None else f"{frame[2] or 'the model'}: call {frame[3]} of its forward"
         raise RuntimeError(
-            f"{path or 'the model'}: call {number} of its forward was {was} when the forward was traced and {found}: "
-            "it took another path, which has not been shown right on shards. Give apply_tensor_parallel "
-            "example_inputs that take this path"
+            f"{where}: {what}: it took another path than when the forward was traced, which has not been shown right "
+            "on shards. Give apply_tensor_parallel example_inputs that take this path"
         )
 
     @top_not_compiled
@@ -96,8 +104,8 @@ class _Calls(TorchFunctionMode):
             with self:
                 return inner(*args, **kwargs)
         frame = watching(self.frames)
-        if frame is not None and frame[1].names[frame[3] : frame[3] + 1] != [name]:
-            self.change(frame, name)
+        if frame is not None and not is_next(frame[1], frame[3], name, args, kwargs, compiling(frame[0])):
+            self.change(frame[0], Calls(name, args, kwargs), difference(frame[1], frame[3], name), frame)
             frame = watching(self.frames)
         if frame is None:
             return func(*args, **kwargs)
@@ -107,7 +115,7 @@ class _Calls(TorchFunctionMode):
         if compiling(context):
             context.compiled = True
         else:
-            context.log.append((name, call))
+            context.log.append((name, call, program.kinds.get(number)))
         if call is None:
             return func(*args, **kwargs)
         whole = (args, kwargs)
@@ -116,11 +124,15 @@ class _Calls(TorchFunctionMode):
         args, kwargs = context.apply((args, kwargs), call.inputs, call.fixed)
         if call.sizes:
             args, kwargs = divide((args, kwargs), call.sizes, comm_ops.group_size(context.group), path)
+        if call.bounds:
+            args, kwargs = replace((args, kwargs), {p: b.local for p, b in call.bounds.items()})
+        if call.order is not None:
+            args, kwargs = _in_order(args, kwargs, call.order)
         if call.instead is None or isinstance(context.group, comm_ops.SimulatedGroup):
             out = func(*args, **kwargs)  # in the proof a call of the model's, which it compares
         else:
             with quiet():
-                out = on_shard(context, call.instead, func, args, kwargs)
+                out = on_shard(context, call.instead, func, args, kwargs, call.order)
         if call.kept:
             _gather_buffers(context, whole, (args, kwargs), call.kept)
         return context.apply(out, call.outputs)
@@ -137,36 +149,102 @@ def watching(frames):
     return None
 
 
-def again(context, programs, name, module):
-    """The frames of the modules that are running, had the call so far gone by other programs, and were `name` the next
-    call, or this module to start, or else the innermost one to end; None where they would have done something else."""
-    stack, alike = [], ("params", "inputs", "outputs")
-    for event in context.log:
-        if isinstance(event, str):
-            old, new = (p.get(event, NOTHING) for p in (context.programs, programs))
-            if any(getattr(old, a) != getattr(new, a) for a in alike):
+@dataclasses.dataclass(frozen=True)
+class Calls:
+    """What comes next in a forward: a call."""
+
+    name: str
+    args: tuple
+    kwargs: dict
+
+
+@dataclasses.dataclass(frozen=True)
+class Starts:
+    """What comes next: a module starts, set as it is now."""
+
+    path: str
+    module: object = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Ends:
+    """What comes next: the innermost module ends."""
+
+
+def is_next(program, number, name, args, kwargs, compiled=False):
+    """Whether a call is the one that was shown under this number."""
+    names = program.names
+    if number >= len(names) or names[number] != name:
+        return False
+    kind, call = program.kinds.get(number), program.calls.get(number)
+    if kind is not None and not kind.fits(args, kwargs, compiled):
+        return False
+    if call is None or not call.bounds:
+        return True
+    return all(lookup((args, kwargs), p) == b.given for p, b in call.bounds.items())
+
+
+def difference(program, number, name):
+    """Why `is_next` says no."""
+    was = program.names[number] if number < len(program.names) else "none"
+    if was != name:
+        return f"it was {was} then, and is {name} now"
+    return f"{name} has other arguments than then (one that was None, a flag, a dim, a number that indexes shards)"
+
+
+def again(context, programs, event):
+    """The frames of the modules that are running, had the call so far gone by other programs, and were `event` next;
+    None where they would have done something else."""
+    stack = []
+    for past in context.log:
+        if isinstance(past, str):
+            old, new = (p.get(past, NOTHING) for p in (context.programs, programs))
+            if not _same_borders(old, new):
                 return None
-            stack.append([context, new, event, 0, False])
-        elif isinstance(event, bool):
+            stack.append([context, new, past, 0, False])
+        elif isinstance(past, bool):
             _, new, _, number, _ = stack.pop()
-            if event and new.names is not None and number != len(new.names):
+            if past and new.names is not None and number != len(new.names):
                 return None
-        else:
-            (next_name, call), frame = event, watching(stack)
-            if frame is None and call is not None:
-                return None
-            if frame is not None:
-                _, new, _, number, _ = frame
-                if new.names[number : number + 1] != [next_name] or new.calls.get(number) != call:
-                    return None
-                frame[3] += 1
-    if module is not None:
-        return stack if context.paths.reached(module, programs) else None
-    frame = stack[-1] if name is None else watching(stack)
-    ends = (
-        frame is None or frame[1].names is None or frame[1].names[frame[3] : frame[3] + 1] == [name][: name is not None]
-    )
-    return stack if ends else None
+        elif not _same_call(stack, *past):
+            return None
+    return stack if _may_come(context, programs, stack, event) else None
+
+
+def _same_borders(old, new):
+    """Whether two programs of a module that has started do the same, and of one that is set in the same way."""
+    alike = "params", "inputs", "outputs", "training", "settings"
+    return all(getattr(old, a) == getattr(new, a) for a in alike)
+
+
+def _same_call(stack, name, call, kind):
+    """Whether the frames' programs would have done the same with a call; it is counted."""
+    frame = watching(stack)
+    if frame is None:
+        return call is None
+    _, new, _, number, _ = frame
+    if new.names[number : number + 1] != [name] or new.calls.get(number) != call or new.kinds.get(number) != kind:
+        return False
+    frame[3] += 1
+    return True
+
+
+def _may_come(context, programs, stack, event):
+    if isinstance(event, Starts):
+        reached = context.paths.reached(event.path, programs)
+        return reached and (event.module is None or programs[event.path].fits(event.module))
+    if isinstance(event, Calls):
+        frame = watching(stack)
+        return frame is None or is_next(frame[1], frame[3], event.name, event.args, event.kwargs)
+    names = stack[-1][1].names
+    return names is None or stack[-1][3] == len(names)
+
+
+def _in_order(args, kwargs, order):
+    """The first tensor that a call is given, laid out in this order in memory."""
+    path, x = next(tensors((args, kwargs)))
+    with quiet():
+        return replace((args, kwargs), {path: laid_out(x, order)})
 
 
 def divide(obj, paths, n, where):

@@ -7,7 +7,9 @@ import torch
 from torch.distributed.tensor import DTensor, Shard
 
 from .. import comm_ops
+from ..agreement import share_random_state
 from ..private import at_end_of_backward, compiling
+from ..tracing.ghost import user_hooks_of_all
 from ..utils import lookup, quiet, replace
 
 AGAIN = (
@@ -20,18 +22,21 @@ class Context:
     """What the hooks of one model share: the mesh, and which programs are in force. A copy of it shares the mesh."""
 
     def __init__(self, mesh=None, group=None):
-        self.mesh, self._group = mesh, group if mesh is None else mesh.get_group()
+        self.mesh, self._group = mesh, group if mesh is None else comm_ops.group_of(mesh)
         self.hooks = []  # every ModuleHooks
+        self.hooks_of_all = user_hooks_of_all()  # that were registered for every module when it was split
         self._programs = {}
         self.compiled = False  # whether a part of the call ran compiled, which the log does not tell of
         self.recomputing = False  # a backward runs, in which checkpoints find the programs of their forward
+        self.weights = None  # Weights
         self.paths, self.call = None, None  # Paths; the call that the user made, while it runs
         # What it has done so far: a path where a module starts, (name, CallProgram) of a call that was counted, True
         # where one ends (False: failed).
         self.log = []
-        self.holders = []  # tensors that keep what an action made of them, in a forward with gradients
+        self.made = {}  # what actions made of tensors in the forward that runs: see `apply`
         # How many modules have run; such numbers of which it is known that no module was changed.
         self.ran, self.counts = 0, set()
+        self.random_is_shared = False  # in the forward that runs
         self.first_hook = 0  # hooks with this id or a later one were added since it began
         # Of each forward that runs, one in the other: (ModuleHooks, program, parameters shown, whether it has a frame
         # in calls, what `apply` keeps, whether it is compiled).
@@ -40,7 +45,7 @@ class Context:
     @property
     def group(self):
         if self._group is None:
-            self._group = self.mesh.get_group()
+            self._group = comm_ops.group_of(self.mesh)
         return self._group
 
     @property
@@ -63,16 +68,46 @@ class Context:
 
     def __deepcopy__(self, memo):
         new = Context(self.mesh, self._group)
-        new._programs, new.paths = self._programs, self.paths
+        new._programs, new.paths = self._programs, self.paths and self.paths.apart()
+        new.weights = None  # a copy's own are not looked at
+        new.hooks_of_all = self.hooks_of_all
         return new
 
     def __getstate__(self):
-        return {**vars(self), "_group": None, "call": None, "running": [], "log": [], "hooks": [], "holders": []}
+        return {
+            **vars(self),
+            "_group": None,
+            "call": None,
+            "running": [],
+            "log": [],
+            "hooks": [],
+            "made": {},
+            "weights": None,
+        }
+
+    def check_hooks(self):
+        """Refuse hooks on all modules that the user registered since the split: they would see shards."""
+        new = [h for h in user_hooks_of_all() if all(h is not known for known in self.hooks_of_all)]
+        if new and self.mesh.size() > 1:
+            name = getattr(new[0], "__qualname__", type(new[0]).__name__)
+            raise RuntimeError(
+                f"{name}: a hook was registered for all modules since the model was split "
+                "(torch.nn.modules.module.register_module_forward_hook?), and would see this rank's shards: register it "
+                "before apply_tensor_parallel, which then keeps whole what it sees, or remove it before the call"
+            )
+
+    def share_random(self):
+        """All ranks draw from one random state in the forward that begins."""
+        if self.mesh.size() > 1 and not self.random_is_shared:
+            share_random_state(self.mesh)
+        self.random_is_shared = True
 
     def go_on(self, programs, stack):
         """Run on by other programs, from these frames of the running modules; returns those that stay on calls'
         stack."""
         self.programs, frames = programs, []
+        if programs[self.call[0]].random:  # nothing was drawn so far, or they share one already
+            self.share_random()
         for i, frame in enumerate(stack):
             # One that ends is still to be popped.
             counted = i == len(self.running) or bool(frames) or frame[1].names is not None
@@ -98,10 +133,10 @@ class Context:
         return DTensor.from_local(x, self.mesh, [Shard(a.dim)], run_check=False)
 
     def apply(self, obj, at, fixed=(), depth=-1):
-        """Apply `at[path]` to the tensor at each path of a nested argument. A tensor that several calls read is
-        communicated once: the result is kept with the tensor until it changes; in compiled code, which cannot ask
-        whether it does, that of one whose path is in `fixed`, in the list of the forward that reads it, at a depth of
-        `running`."""
+        """Apply `at[path]` to the tensor at each path of a nested argument. A tensor that several calls of one forward
+        read is communicated once, unless it changes. Whether it does is asked of its version; where none is kept
+        (inference mode, compiled code), only one whose path is in `fixed` is communicated once. Compiled code keeps
+        results in the list of the forward that reads them, at a depth of `running`."""
         if not at:
             return obj
         with quiet():
@@ -114,27 +149,19 @@ class Context:
                 if compiling(self):
                     kept = self.running[depth][4] if path in fixed and len(self.running) >= -depth else None
                     changes[path] = self.once(actions, x, kept)
-                    continue
-                version = 0 if x.is_inference() else x._version
-                key = (actions, version, torch.is_grad_enabled())
-                kept = getattr(x, "_tp_kept", None)
-                if kept is None or kept[0] != key or kept[1] is not self:
-                    y = self.act(actions, x)
-                    if y is not x:
-                        x._tp_kept = kept = (key, self, y)
-                        if y.requires_grad:
-                            self.holders.append(x)
-                    else:
-                        kept = (key, self, x)
-                changes[path] = kept[2]
+                elif x.is_inference() and path not in fixed:
+                    changes[path] = self.act(actions, x)
+                else:
+                    changes[path] = self.remembered(actions, x)
             return replace(obj, changes)
 
-    def forget(self):
-        """At the end of a forward. The result of an action refers to the tensor that keeps it, through the autograd
-        graph, where Python's garbage collector does not see it: neither would ever be freed."""
-        for x in self.holders:
-            vars(x).pop("_tp_kept", None)
-        self.holders.clear()
+    def remembered(self, actions, x):
+        """The actions on a tensor, done once in a forward while it does not change."""
+        version = 0 if x.is_inference() else x._version
+        key = (id(x), actions, version, torch.is_grad_enabled())
+        if key not in self.made:
+            self.made[key] = (x, self.act(actions, x))  # x itself too: its id is its own as long as it lives
+        return self.made[key][1]
 
     def once(self, actions, x, kept):
         """The actions on a tensor, done once for those that read it in one compiled forward."""
@@ -153,11 +180,25 @@ class _AddOnce(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, first):
+        ctx.first = first
         return x.view_as(x) if first else torch.zeros_like(x)
 
     @staticmethod
     def backward(ctx, grad):
-        return grad, None
+        return _OfOne.apply(grad, ctx.first), None
+
+
+class _OfOne(torch.autograd.Function):
+    """y = x, as rank 0 holds it; the ranks' x are equal. Its gradient counts once: the adjoint of `_AddOnce`."""
+
+    @staticmethod
+    def forward(ctx, x, first):
+        ctx.first = first
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _AddOnce.apply(grad, ctx.first), None
 
 
 def _parts(x, a, group, whole):

@@ -8,18 +8,17 @@ import sys
 from functools import partial
 
 import torch
-from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
-from ..agreement import share_random_state
 from ..fsdp import quieten
-from ..private import compiling, in_backward, not_compiled, top_not_compiled, within_compiled
+from ..private import compiling, in_backward, not_compiled, top_not_compiled, transforms_aside, within_compiled
 from ..tracing.ghost import hooks_of, put_last, user_hooks
 from ..utils import SHARDS, lookup, quiet, tensors
-from .calls import calls
+from .calls import Starts, calls
 from .context import AGAIN
 from .program import NOTHING
+from .shown import Shown, hide, keep_data, now, show, writable
 
 OUR_ID = -2  # of the hooks' handles: the same in every module, for torch.compile guards it; torch counts its own from 0
 
@@ -44,7 +43,11 @@ class ModuleHooks:
         paths = self.context.paths
         self.program, self.reached = programs.get(self.path), paths is None or paths.reached(self.path, programs)
         params = self.program.params if self.program is not None else {}
-        self.params = [(owner, attr, acts) for name, acts in params.items() for owner, attr in self.owners[name]]
+        self.params = [
+            (owner, attr, acts, name in self.program.written)
+            for name, acts in params.items()
+            for owner, attr in self.owners[name]
+        ]
 
     @top_not_compiled
     def before(self, module, args, kwargs):
@@ -63,6 +66,9 @@ class ModuleHooks:
                 torch.compiler.disable(self.choose)(module, args, kwargs, True)
         elif calls.frames and not self.reached:
             calls.start(context, self.path)
+        if self.program is not None and not self.program.fits(module):
+            what = f"{self.path or 'the model'} is set otherwise now (train or eval mode, an attribute)"
+            calls.change(context, Starts(self.path, module), what)
         program, shown = self.program, []
         if program is not None and sum(map(len, hooks_of(module))) != self.count:
             self.check(module, program)
@@ -78,13 +84,14 @@ class ModuleHooks:
         if program is None:
             return None
         if self.params:
-            with quiet():
+            with quiet(), transforms_aside():  # gathered as they are, within torch.vmap and the like too
                 self.show_params(shown)
         return context.apply((args, kwargs), program.inputs, program.fixed, -2)
 
     def choose(self, module, args, kwargs, compiled):
         """The programs for a call that the user makes."""
         context = self.context
+        context.check_hooks()
         if not in_backward():
             context.call, context.log = (self.path, self.owners, module, args, kwargs, compiled), []
             context.first_hook, context.compiled, context.recomputing = RemovableHandle.next_id, False, False
@@ -93,8 +100,14 @@ class ModuleHooks:
                 quieten(module)
                 self.settled = True
             context.programs = context.paths.programs(*context.call)
-            if context.mesh.size() > 1 and context.paths.random(self.path, module, context.programs):
-                share_random_state(context.mesh)
+            with context.paths.in_step.explained():
+                if context.weights is not None and (context.paths.fresh or context.paths.other_kind):
+                    context.weights.check_assigned()
+                if context.weights is not None and context.paths.fresh:
+                    context.weights.check_shared()
+                context.random_is_shared = False
+                if context.paths.random(self.path, module, context.programs):
+                    context.share_random()
 
     def check(self, module, program):
         """Refuse hooks that the user added since, where they would see shards. Those that the model adds while it runs
@@ -112,18 +125,57 @@ class ModuleHooks:
             )
 
     def show_params(self, shown):
-        for owner, attr, actions in self.params:
-            if attr not in owner.__dict__:
-                p = owner._parameters[attr]
-                if not isinstance(p, DTensor) and self.context.mesh is not None:
-                    name = next(n for n, at in self.owners.items() if (owner, attr) in at)
-                    raise RuntimeError(
-                        f"{name}: expected the DTensor that apply_tensor_parallel made, found a {type(p).__name__} "
-                        "(replaced, or loaded with assign=True?): copy values into the DTensor, or change the model "
-                        "before it is split"
-                    )
-                show(owner, attr, self.context.act(actions, p.to_local() if isinstance(p, DTensor) else p))
-                shown.append((owner, attr, p))
+        """Show the module, and whoever looks while it runs, the local tensors of the parameters that it reads. One
+        that a module around it shows too is shown as this one's program says, until it ends."""
+        for owner, attr, actions, written in self.params:
+            before = now(owner, attr)
+            outer = None if isinstance(before, DTensor) else self.shown_around(owner, attr, before)
+            if outer is not None:
+                param, local = outer.param, outer.local
+                if written:
+                    keep_data(param, local)
+            elif isinstance(before, DTensor) or self.context.mesh is None:
+                param, local = before, self.local(owner, attr, before, written)
+            else:
+                self.replaced(owner, attr, before)
+                continue
+            again = outer is not None and outer.actions == actions  # one tensor, to take gradients with respect to
+            tensor = outer.tensor if again else self.context.act(actions, local)
+            show(owner, attr, tensor)
+            shown.append(Shown(owner, attr, before, tensor, param, local, actions, written))
+
+    def shown_around(self, owner, attr, tensor):
+        """The Shown of a module around this one that shows this tensor there; None where none does."""
+        for running in reversed(self.context.running):
+            for s in running[2]:
+                if s.owner is owner and s.attr == attr and s.tensor is tensor:
+                    return s
+        return None
+
+    def local(self, owner, attr, p, written):
+        """This rank's part of a parameter."""
+        if not isinstance(p, DTensor):
+            return p
+        if p.device_mesh.ndim > 1:
+            raise RuntimeError(
+                f"{self.name_of(owner, attr)}: it is read while FSDP holds it sharded, outside of the module that "
+                "fully_shard was called on: call fully_shard on a module that holds all that read it"
+            )
+        return writable(p.to_local()) if written else p.to_local()
+
+    def replaced(self, owner, attr, p):
+        """A parameter is another tensor than the one that was split. Within a forward that replaces it for some runs of
+        this module only (torch.func.functional_call), this is one of those."""
+        name = self.name_of(owner, attr)
+        if name not in self.program.optional:
+            raise RuntimeError(
+                f"{name}: expected the DTensor that apply_tensor_parallel made, found a {type(p).__name__} "
+                "(replaced, or loaded with assign=True?): copy values into the DTensor, or change the model "
+                "before it is split"
+            )
+
+    def name_of(self, owner, attr):
+        return next(n for n, at in self.owners.items() if (owner, attr) in at)
 
     @top_not_compiled
     def after(self, module, args, kwargs, output):
@@ -143,8 +195,8 @@ class ModuleHooks:
         finally:
             if not compiling(context):
                 context.log.append(output is not None)
-            for owner, attr, p in shown:
-                hide(owner, attr, p)
+            for s in reversed(shown):
+                hide(s)
             if not context.running:
                 context.call = None
                 self.mark((args, kwargs, output))
@@ -152,8 +204,8 @@ class ModuleHooks:
                     self.check_modules(module, program, failed=output is None)
         if program is not None and output is not None and program.outputs:
             output = context.apply(output, program.outputs)
-        if context.holders and not context.running:
-            context.forget()
+        if not context.running:
+            context.made.clear()
         if program is None:
             return None
         if not context.running and context.paths is not None:
@@ -168,6 +220,8 @@ class ModuleHooks:
         missing. They are looked at where another number of them ran than in the forward that was shown, or something
         failed."""
         context = self.context
+        if failed and (error := sys.exc_info()[1]) is not None:
+            context.paths.in_step.explain(error)
         if not failed and (context.compiled or program is None or context.ran in (program.modules, *context.counts)):
             return
         changed = changed_modules(module, context, self.path)
@@ -194,24 +248,6 @@ class ModuleHooks:
         for path, shards in program.shards.items() if program is not None else ():
             if (holder := lookup(objects, path)) is not None:
                 vars(holder)[SHARDS] = shards
-
-
-def show(owner, attr, tensor):
-    """Let `owner.attr` give `tensor` for now. The instance's dict hides the registered parameter."""
-    if type(owner).__setattr__ is not nn.Module.__setattr__:  # keeps a list of its own, as nn.LSTM does
-        if isinstance(tensor, nn.Parameter):  # a DTensor parameter's local tensor is marked as one
-            tensor = tensor.view_as(tensor)
-        del owner._parameters[attr]
-        setattr(owner, attr, tensor)
-    else:
-        owner.__dict__[attr] = tensor
-
-
-def hide(owner, attr, param):
-    """End `show`."""
-    owner.__dict__.pop(attr, None)
-    if attr not in owner._parameters:
-        setattr(owner, attr, param)
 
 
 def hook(module, context, path, owners):

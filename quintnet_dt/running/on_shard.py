@@ -8,18 +8,23 @@ import torch.nn.functional as F
 from .. import comm_ops
 
 
-def on_shard(context, action, func, args, kwargs):
-    """Run a call on this rank's shard, which lies in the whole as `action` says."""
+def on_shard(context, action, func, args, kwargs, order=None):
+    """Run a call on this rank's shard, which lies in the whole as `action` says. `order`: of its dims in memory in the
+    whole model, where that differs."""
+    if action.kind == "dropout":
+        return _drop_out(context, action, order, func, *args, **kwargs)
     return _INSTEAD[action.kind](context, action, func, *args, **kwargs)
 
 
-def _drop_out(context, action, func, x, *rest, **kwargs):
+def _drop_out(context, action, order, func, x, *rest, **kwargs):
     """This rank's part of the whole tensor's mask: results and random states are those of the whole model."""
     with torch.no_grad():
         sizes = comm_ops.chunk_sizes(action.units, comm_ops.group_size(context.group))
         shape = list(x.shape)
         shape[action.dim] = shape[action.dim] // sizes[comm_ops.group_rank(context.group)] * action.units
-        order = sorted(range(x.dim()), key=x.stride, reverse=True)  # a mask is drawn in the order of memory
+        if order is None:
+            order = sorted(range(x.dim()), key=x.stride, reverse=True)  # a mask is drawn in the order of memory
+        order = [*order, *(d for d in range(x.dim()) if d not in order)]
         ones = x.new_ones([shape[d] for d in order]).permute([order.index(d) for d in range(x.dim())])
         mask = context.act([replace(action, kind="split")], func(ones, *rest, **kwargs))
     inplace = kwargs.get("inplace", len(rest) > 2 and rest[2])
@@ -86,4 +91,4 @@ def _cross_entropy(
     return loss.to(input.dtype)
 
 
-_INSTEAD = {"dropout": _drop_out, "embedding": _look_up, "cross_entropy": _cross_entropy}
+_INSTEAD = {"embedding": _look_up, "cross_entropy": _cross_entropy}

@@ -5,6 +5,14 @@ from dataclasses import dataclass, field
 from ..axes.sharding import Action
 
 
+@dataclass(frozen=True)
+class Bound:
+    """A number with which a call indexes a sharded dim: as the code gives it, and what it is on a shard."""
+
+    given: int
+    local: int
+
+
 @dataclass
 class CallProgram:
     """What is done around a call: actions on its arguments and outputs, sizes replaced, what is run instead."""
@@ -13,6 +21,8 @@ class CallProgram:
     outputs: dict = field(default_factory=dict)
     fixed: set = field(default_factory=set)  # paths of those inputs that no later call writes to
     sizes: list = field(default_factory=list)  # paths of sizes to divide by the number of ranks
+    bounds: dict = field(default_factory=dict)  # path -> Bound of the numbers that index a sharded dim
+    order: tuple | None = None  # of the dims in memory, outermost first, that its input has in the whole model
     kept: dict = field(default_factory=dict)  # buffers that the call updates: split for it, gathered after it
     instead: Action | None = None  # what on_shard.py runs in its place
 
@@ -26,6 +36,13 @@ class Program:
     outputs: dict = field(default_factory=dict)
     calls: dict = field(default_factory=dict)
     names: list | None = None  # of all its calls, where they are watched
+    # Number of a call -> CallKind that it was shown right for, where it works on shards or may draw random numbers.
+    kinds: dict = field(default_factory=dict)
+    training: bool | None = field(default=None, compare=False)  # the module's mode; None where it had both
+    # What else a module of torch.nn does as its attributes say: {name: number or string}.
+    settings: dict = field(default_factory=dict, compare=False)
+    written: set = field(default_factory=set, compare=False)  # parameters that the forward writes to
+    optional: set = field(default_factory=set, compare=False)  # parameters that not every run of it reads
     aside: bool = field(default=False, compare=False)  # its calls are numbered by its callers
     fixed: set = field(default_factory=set, compare=False)  # paths of those inputs that no later call writes to
     random: bool = field(default=False, compare=False)  # of what the user calls: whether it draws random numbers
@@ -34,6 +51,12 @@ class Program:
     inside: bool = field(default=False, compare=False)
     # Path of an object in (args, kwargs, output) -> {place: Action} of the shards that it keeps.
     shards: dict = field(default_factory=dict)
+
+    def fits(self, module):
+        """Whether a module is set as it was when its forward was shown."""
+        if self.training is None:
+            return True
+        return module.training is self.training and self.settings.items() <= vars(module).items()
 
 
 NOTHING = Program(aside=True)  # that of a module that no traced forward reached: its calls are its callers'

@@ -3,29 +3,34 @@
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
+
+import torch
 
 
 class Value:
     """A tensor at one moment: an in-place operator makes a new Value of the same tensor.
 
-    `param` is its name if it is a parameter, `producer` the index of the call that made it.
+    `param` is its name if it is a parameter, `producer` the index of the call that made it. Its `tensor` is let go of when
+    the forward is over.
     """
 
     def __init__(self, id, tensor, producer=None, param=None):
         self.id, self.tensor = id, tensor
         self.producer, self.param = producer, param
-        self.shape, self.dtype = tuple(tensor.shape), tensor.dtype
+        self.shape, self.dtype, self.device = tuple(tensor.shape), tensor.dtype, tensor.device
+        self.strides = tensor.stride() if tensor.layout == torch.strided else None
         # Whether it could ever need a gradient: made from a parameter or an input that could.
-        self.trainable = tensor.requires_grad
+        self.trainable = self.differentiable = tensor.requires_grad
         self.memory = self  # the value whose memory it shares, if it is a view
 
     @property
-    def differentiable(self):
-        return self.tensor.requires_grad
+    def numel(self):
+        return prod(self.shape)
 
     @property
     def nbytes(self):
-        return self.tensor.numel() * self.tensor.element_size()
+        return self.numel * self.dtype.itemsize
 
 
 @dataclass
@@ -56,9 +61,17 @@ class Call:
     opaque: str = ""  # why it must get whole tensors, with whole gradients
     # As `utils.callers` counts them; more than its module's: it is run again when that is not running.
     checkpoints: int = 0
+    hidden: bool = False  # its operators were called by no torch function that a mode sees: by TorchScript, by a vmap
 
     def __str__(self):
         return f"{self.name} in {self.module.path or 'the root'} ({self.source})"
+
+
+def next_seen(calls, at):
+    """The index of the first call, from `at` on, that a mode sees when the forward runs again."""
+    while at < len(calls) and calls[at].hidden:
+        at += 1
+    return at
 
 
 @dataclass
@@ -73,6 +86,8 @@ class ModuleCall:
     steady: bool = False
     watched: bool = False
     checkpoints: int = 0
+    training: bool = False
+    settings: dict = field(default_factory=dict)  # of a module of torch.nn: {attribute: number or string}
 
     def chain(self):
         """This run and those that called it, innermost first."""
@@ -101,6 +116,7 @@ class Graph:
     held: list = field(default_factory=list)
     given: dict = field(default_factory=dict)
     random: bool = False  # whether it draws random numbers
+    rewritten: set = field(default_factory=set)  # names of the parameters that the forward writes to
 
     @property
     def outputs(self):
@@ -146,7 +162,7 @@ class Graph:
         users = {}
         for call in self.calls:
             made_of = [self.made_of[v.id] for v in call.inputs.values() if call.nodes and v.id in self.made_of]
-            for name in set().union(*made_of):
+            for name in sorted(set().union(*made_of)):
                 users.setdefault(name, []).append(call)
         return users
 

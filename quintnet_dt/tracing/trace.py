@@ -7,28 +7,35 @@ operators inside them, few and regular, which are what the axis rules read.
 """
 
 import contextlib
-import gc
-from functools import cache, partial
-from types import CellType
+import sys
+from functools import partial
 
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
-from ..private import FakeTensor, FakeTensorMode, TorchDispatchMode, hidden_fakes, silent_fakes, unset_fake_temporarily
+from ..around import tools_aside
+from ..private import (
+    FakeTensor,
+    FakeTensorMode,
+    HigherOrderOperator,
+    TorchDispatchMode,
+    hidden_fakes,
+    saves_by_hooks,
+    silent_fakes,
+    transform,
+    unset_fake_temporarily,
+)
 from ..utils import call_name, callers, held, is_float, replace, shard_kept, source_line, tensors
 from .caches import forgotten
 from .composites import restated
-from .ghost import StrayParameter, fake_inputs, ghost, put_last, real_inputs, user_hooks
+from .escapes import let_go
+from .ghost import StrayParameter, fake_inputs, ghost, put_last, real_inputs, user_hooks, user_hooks_of_all
 from .graph import Call, Graph, ModuleCall, Node, Value
-
-# What a forward may read of its values: on fake tensors these have no answer.
-READS_VALUES = (
-    "aten::_local_scalar_dense aten::nonzero aten::nonzero_static aten::unique_dim aten::_unique2 "
-    "aten::unique_consecutive "
-    "aten::masked_select aten::bincount aten::equal aten::is_nonzero aten::repeat_interleave"
-).split()
+from .higher import higher_order
+from .known import Known
+from .operators import aliased, draws, reads_values, written_by
 
 UNSEEN = {"tolist", "numpy"}  # these read values with no operator
 
@@ -39,43 +46,64 @@ STEADY = {
     + (nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Identity, nn.Dropout, nn.Softmax, nn.Sequential, nn.Bilinear)
 }
 
-BATCH_NORMS = {"aten::native_batch_norm", "aten::cudnn_batch_norm", "aten::miopen_batch_norm"}
-
 # Why a call must get whole tensors.
 OPAQUE = "it reads tensors or gradients in ways that operators do not show (an autograd.Function, a hook, torch.vmap)"
-
-# Elements up to which a tensor that follows from the inputs alone is kept: masks and positions, not activations.
-KNOWN_SIZE = 1 << 16
+HIDDEN = "its operators are not called by Python code that can be intercepted (TorchScript, torch.vmap)"
 
 
-def trace(model, args=(), kwargs=None, *, device=None):
+class UnknownValues(RuntimeError):
+    """A forward reads values that depend on parameters, which a model on the meta device does not have."""
+
+    def __init__(self, call):
+        super().__init__(
+            f"expected a forward that reads no values of its parameters, since the model is on "
+            f"the meta device and has none; found that it does: {call}"
+        )
+
+
+def trace(model, args=(), kwargs=None, *, device=None, any_rank=bool):
     """Run the model's forward once on a ghost and record it.
 
     Args: model, whole (its parameters have their whole shapes); `args`, `kwargs`: example inputs; `device`: where a
-    model on the meta device is imagined to be. Returns: Graph.
+    model on the meta device is imagined to be; `any_rank`: of a model that is split, tells whether what is so here is
+    so on any rank, since real parameters are gathered by all ranks or none. Returns: Graph.
 
     What a forward reads of values that follow from its inputs alone (is there padding?) is known. One that reads values
     which depend on parameters (which expert is hit?), or asks what a fake tensor cannot answer, is run again on the
     parameters themselves.
     """
     kwargs = kwargs or {}
-    fake_mode, recorder = FakeTensorMode(allow_non_fake_inputs=True), Recorder()
+    fake_mode, recorder, graph = FakeTensorMode(allow_non_fake_inputs=True), Recorder(), None
     try:
         copied = ghost(model, fake_mode, device=device)
-        fakes = fake_inputs(fake_mode, args, kwargs, recorder.known)
-        graph = record(copied, *fakes, modes=[fake_mode], recorder=recorder)
+        given = fake_inputs(fake_mode, args, kwargs, recorder.known)
+        graph = record(copied, *given, modes=[fake_mode], recorder=recorder)
     except StrayParameter:
         raise
-    except Exception:
-        shards = any(shard_kept(holder, place) for _, holder, place, _ in held((args, kwargs)))
-        if shards or any(p.device.type == "meta" for p in model.parameters()):
+    except Exception as e:
+        on_meta = any(p.device.type == "meta" for p in model.parameters())
+        if on_meta and recorder.asked is not None:
+            raise UnknownValues(recorder.asked) from e
+        if on_meta or any(shard_kept(holder, place) for _, holder, place, _ in held((args, kwargs))):
             raise
-        graph = record(ghost(model, device=device), *real_inputs(args, kwargs))
-    read = {id(v.tensor) for v in graph.values}  # of the model itself, not of its copy: through a lambda
-    captured = [(name, gc.get_referrers(p)) for name, p in model.named_parameters() if id(p) in read]
-    if stray := [name for name, holders in captured if any(type(x) is CellType for x in holders)]:
+    if any_rank(graph is None):
+        copied, given = ghost(model, device=device), real_inputs(args, kwargs)
+        graph = record(copied, *given)
+    read = {id(v.tensor) for v in graph.values}  # of the model itself, not of its copy
+    if stray := [name for name, p in model.named_parameters() if id(p) in read]:
         raise StrayParameter(stray)
+    let_go_of_graph(graph)
     return graph
+
+
+def let_go_of_graph(graph):
+    """A Graph keeps no tensors; the values that something else keeps are noted as stored."""
+    given = {id(v.tensor) for v in graph.values if v.producer is None} | {id(v.tensor) for _, _, v in graph.held if v}
+    made = [v for v in graph.values if id(v.tensor) not in given]
+    tensors = [v.tensor for v in made]
+    for v in graph.values:
+        v.tensor = None
+    graph.stored += [made[i] for i in let_go(tensors)]
 
 
 def record(model, args, kwargs, modes=(), recorder=None):
@@ -88,13 +116,17 @@ def record(model, args, kwargs, modes=(), recorder=None):
         stack.enter_context(forgotten(model))
         stack.enter_context(torch.random.fork_rng(devices=gpus))
         torch.manual_seed(0)  # the same path on every rank
-        unseen = saved_tensors_hooks(lambda t: t, lambda t: t)  # a checkpoint around us must not see ours
-        modes = hidden_fakes(), silent_fakes(), unseen, *modes, _Nodes(recorder), _Calls(recorder)
+        if saves_by_hooks():  # a checkpoint around us must not see ours
+            stack.enter_context(saved_tensors_hooks(lambda t: t, lambda t: t))
+        if "torch._dynamo" in sys.modules:  # what a forward compiles is recorded as it was written
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        modes = tools_aside(), hidden_fakes(), silent_fakes(), *modes, _Nodes(recorder), _Calls(recorder)
         for mode in modes:
             stack.enter_context(mode)
         recorder.give((args, kwargs))
         out = model(*args, **kwargs)
     recorder.keep(model, (args, kwargs, out))
+    recorder.end()
     return recorder.graph
 
 
@@ -107,7 +139,8 @@ class Recorder:
         self._stack = []  # module calls that are running
         self._call = None
         self.fake = False
-        self.known = {}  # id of a fake tensor -> the real one, where it follows from the inputs alone
+        self.known = Known()
+        self.asked = None  # the last call that read values which do not follow from the inputs
 
     @property
     def paused(self):
@@ -121,9 +154,9 @@ class Recorder:
                 if id(p) not in self._values:
                     v = self.graph.params[name] = self.value(p)
                     v.param, v.trainable = name, is_float(v)
-            steady, watched = type(module).forward in STEADY, bool(
-                user_hooks(module).keys() - vars(module).get("_tp_later", [])
-            )
+            steady = type(module).forward in STEADY
+            seen = user_hooks(module).keys() - vars(module).get("_tp_later", [])
+            watched = bool(seen or user_hooks_of_all())
             module.register_forward_pre_hook(partial(self.enter, path, steady, watched), with_kwargs=True, prepend=True)
             module.register_forward_hook(self.leave, with_kwargs=True, always_call=True)
             put_last(module)
@@ -142,6 +175,12 @@ class Recorder:
         self.graph.stored = [v for v in values if v is not None and v.producer is not None]
         self.graph.held = [(path, place, self._values.get(id(t))) for path, _, place, t in held(objects)]
 
+    def end(self):
+        """The forward is over: only the graph is left."""
+        for v in self.graph.values:
+            v.differentiable = v.tensor.requires_grad
+        self._values, self.known = {}, Known()
+
     def value(self, tensor, producer=None, new=False):
         if new or id(tensor) not in self._values:
             v = Value(len(self.graph.values), tensor, producer)
@@ -155,8 +194,14 @@ class Recorder:
         return {p: self.value(t) for p, t in tensors(obj)}
 
     def enter(self, path, steady, watched, module, args, kwargs):
+        if self._call is not None and isinstance(self._call.func, HigherOrderOperator):
+            raise RuntimeError(
+                f"{path}: expected a forward that calls its modules itself, found one called within {self._call}, which "
+                "compiles what it is given: choose between modules by a Python if, or write such branches without any"
+            )
         parent = self._stack[-1] if self._stack else None
-        call = ModuleCall(path, parent, self.values((args, kwargs)), {}, steady, watched, callers()[1])
+        given, checkpoints = self.values((args, kwargs)), callers()[1]
+        call = ModuleCall(path, parent, given, {}, steady, watched, checkpoints, module.training, settings_of(module))
         if parent is None:
             for v in call.inputs.values():
                 v.trainable = is_float(v)
@@ -172,16 +217,21 @@ class Recorder:
         call = Call(len(self.graph.calls), func, name, self._stack[-1], given, inputs, source=source_line())
         sets = getattr(func, "__name__", "") == "__set__"  # x.data = y
         custom, call.checkpoints = callers()
-        call.opaque = OPAQUE if sets or custom or name in ("register_hook", "retain_grad") else ""
+        unseen = sets or custom or name in ("register_hook", "retain_grad") or transform() is not None
+        call.opaque = OPAQUE if unseen else ""
         self._call = call
         try:
             out = self.read(func, *args) if name in UNSEEN else func(*args, **kwargs)
         finally:
             self._call = None
         written = [call.inputs[0, 0]] if sets else [v for n in call.nodes for v in n.inputs if v.id in n.mutated]
-        if param := next((v.param for v in written if v.param), None):
+        if sets and call.inputs[0, 0].param:  # the parameter is another value from here on
+            self.value(args[0], call.index, new=True).trainable = call.inputs[0, 0].trainable
+        self.graph.rewritten |= {v.memory.param or v.param for v in written} - {None}
+        if self.graph.rewritten and not self.fake:
             raise RuntimeError(
-                f"{call}: expected a forward that leaves {param} as it is; write to it in place and through its `.data`"
+                f"{call}: expected a forward that reads values to leave {sorted(self.graph.rewritten)} as they are: it is "
+                "traced on the parameters themselves"
             )
         self.graph.calls.append(call)
         known = {v.id for v in (*call.inputs.values(), *(v for n in call.nodes for v in n.outputs))}
@@ -192,14 +242,25 @@ class Recorder:
         call.outputs = {p: self.value(t, producer=call.index) for p, t in tensors(out)}
         return out
 
+    def hidden_call(self):
+        """The Call for an operator that none has called which a mode sees: one for all that follow each other."""
+        calls, run = self.graph.calls, self._stack[-1]
+        if not calls or not calls[-1].hidden or calls[-1].module is not run:
+            name = "hidden operators"
+            calls.append(
+                Call(len(calls), None, name, run, ((), {}), {}, source=source_line(), opaque=HIDDEN, hidden=True)
+            )
+        return calls[-1]
+
     def read(self, func, x, *args):
         """A call that reads values with no operator: `x.tolist()`."""
         real = self.known.get(id(x)) if isinstance(x, FakeTensor) else x
         if real is None:
+            self.asked = self._call
             raise RuntimeError("a fake tensor has no values to read")
         with unset_fake_temporarily():
             out = func(real, *args)
-        self.graph.readings.append((len(self.graph.calls), out, self.fake))
+        self.note_reading(out, self.fake and not self.known.random({(): x}))
         return out
 
     def compute(self, func, args, kwargs):
@@ -213,10 +274,12 @@ class Recorder:
             return func(x.bfloat16(), w.bfloat16(), *rest, **kwargs).to(x.dtype)
         return func(*args, **kwargs)
 
-    def know(self, func, args, kwargs, given):
+    def know(self, func, args, kwargs, given, written):
         """Run one operator on the tensors `given`; on the real ones behind fake ones too, where those are known."""
         reads = reads_values(func, args)
-        real = self.run_known(func, args, kwargs, given) if self.fake else None
+        real = self.known.run(func, args, kwargs, given, written) if self.fake else None
+        if reads and real is None:
+            self.asked = self._call
         if reads and real is not None:
             out = real
             if isinstance(real, torch.Tensor):
@@ -224,35 +287,40 @@ class Recorder:
         else:
             out = self.compute(func, args, kwargs)
         if real is not None:
-            pairs = [(a, b) for (_, a), (_, b) in zip(tensors((out,)), tensors((real,)))]
-            self.known.update((id(a), b) for a, b in pairs if isinstance(a, FakeTensor) and b.numel() <= KNOWN_SIZE)
+            self.known.note(func, given, out, real)
         if reads:
             result = tuple(out.shape) if isinstance(out, torch.Tensor) else out
-            self.graph.readings.append((len(self.graph.calls), result, real is not None))
+            self.note_reading(result, real is not None and not self.known.random(given))
         return out
 
-    def run_known(self, func, args, kwargs, given):
-        """The operator's result on real tensors, None where one of them is not known."""
-        real = {p: self.known.get(id(x), None if isinstance(x, FakeTensor) else x) for p, x in given.items()}
-        small = all(x is not None and x.numel() <= KNOWN_SIZE and x.device.type != "meta" for x in real.values())
-        if small and torch.Tag.nondeterministic_seeded not in func.tags:
-            with unset_fake_temporarily():
-                return func(*replace(args, _under(real, 0)), **replace(kwargs, _under(real, 1)))
-        if any(id(x) in self.known for x in _written(func, args, kwargs)):
-            self.known = {}  # others may share its memory
-        return None
+    def note_reading(self, result, follows):
+        """What was read of values; `follows`: it follows from the inputs alone."""
+        at = self._call.index if self._call is not None else len(self.graph.calls)
+        self.graph.readings.append((at, result, follows))
 
     def run_node(self, func, args, kwargs):
         if self.paused:
             return func(*args, **kwargs)
+        if self._call is not None or not self._stack:
+            return self.record_node(func, args, kwargs)
+        self._call = call = self.hidden_call()
+        try:
+            return self.record_node(func, args, kwargs)
+        finally:
+            self._call = None
+            for node in call.nodes[-1:]:
+                call.inputs.update({("hidden", v.id): v for v in node.inputs if v.producer != call.index})
+                call.outputs.update({("hidden", v.id): v for v in node.outputs if v.producer == call.index})
+
+    def record_node(self, func, args, kwargs):
         given = dict(tensors((args, kwargs)))
         inputs = {p: self.value(t) for p, t in given.items()}
-        shared = _aliased(func, args)
+        shared = aliased(func, args)
         memory = None if shared is None else self.value(shared).memory
         margs, mkwargs = replace((args, kwargs), inputs)
-        written = _written(func, args, kwargs)
+        written = written_by(func, args, kwargs)
         self.graph.random |= draws(func, args, kwargs)
-        out = self.know(func, args, kwargs, given)
+        out = self.know(func, args, kwargs, given, written)
         producer = self._call.index if self._call is not None else None
         old = {id(t): self.value(t).id for t in written}
         for t in written:
@@ -270,45 +338,12 @@ class Recorder:
         return out
 
 
-def _under(changes, first):
-    """The changes whose path starts with `first`, with the rest of the path."""
-    return {p[1:]: x for p, x in changes.items() if p[0] == first}
-
-
-def reads_values(func, args):
-    """Whether the result of an ATen operator, or its shape, depends on its inputs' values."""
-    if func._schema.name == "aten::index":
-        return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
-    return func._schema.name in READS_VALUES and "self_int" not in str(func)
-
-
-def draws(func, args, kwargs):
-    """Whether an ATen operator draws random numbers; attention does where it drops out."""
-    if torch.Tag.nondeterministic_seeded not in func.tags:
-        return False
-    names = [a.name for a in func._schema.arguments]
-    return "dropout_p" not in names or bool(dict(zip(names, args), **kwargs).get("dropout_p"))
-
-
-@cache
-def _aliases(func):
-    """(position, name) of the arguments whose memory an operator's outputs share, and of those that it writes to."""
-    marked = [(i, a) for i, a in enumerate(func._schema.arguments) if a.alias_info is not None]
-    views = any(r.alias_info is not None for r in func._schema.returns)
-    return [(i, a.name) for i, a in marked if views], [(i, a.name) for i, a in marked if a.alias_info.is_write]
-
-
-def _aliased(func, args):
-    """The tensor whose memory an operator's outputs share; None if they own theirs."""
-    return next((args[i] for i, _ in _aliases(func)[0] if i < len(args) and isinstance(args[i], torch.Tensor)), None)
-
-
-def _written(func, args, kwargs):
-    """The tensors that an operator writes to."""
-    found = [args[i] if i < len(args) else kwargs.get(name) for i, name in _aliases(func)[1]]
-    if func._schema.name in BATCH_NORMS and args[5]:
-        found += args[3:5]  # running statistics, which its schema does not tell of
-    return [t for _, t in tensors(found)]
+def settings_of(module):
+    """What a module of torch.nn computes by its attributes, which a user may change: its numbers and strings."""
+    if not type(module).__module__.startswith("torch.nn."):
+        return {}
+    plain = (int, float, str)
+    return {name: x for name, x in vars(module).items() if isinstance(x, plain) and name != "training"}
 
 
 class _Calls(TorchFunctionMode):
@@ -328,6 +363,8 @@ class _Calls(TorchFunctionMode):
 
 
 class _Nodes(TorchDispatchMode):
+    supports_higher_order_operators = True
+
     def __init__(self, recorder):
         super().__init__()
         self.recorder = recorder
@@ -335,6 +372,11 @@ class _Nodes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.prim.device.default:  # asked several times an operator
             return args[0].device
+        if isinstance(func, HigherOrderOperator):
+            func = higher_order(func)
+            for branch, operands in func.branches(args):  # for what they read besides
+                with self:
+                    branch(*operands)
         if func.namespace == "prim":
             return func(*args, **(kwargs or {}))
         return self.recorder.run_node(func, args, kwargs or {})

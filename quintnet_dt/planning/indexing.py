@@ -1,0 +1,208 @@
+"""Which elements a call takes of its tensors: the numbers in a model's code that index a dim.
+
+That a slice of a shard has the expected length proves nothing: `y[..., 6:12]` of a shard of 9 has length 3, as it
+should, and other rows. So each cut of a dim on shards is compared with the whole forward's, position by position, and
+numbers that were written for the whole dim are translated.
+"""
+
+from dataclasses import dataclass
+
+from ..comm_ops import chunk_sizes
+from ..running.program import Bound
+from ..utils import leaves
+from .analysis import op_name
+
+SPLITS = {"split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "unbind"}
+CUTS = SPLITS | {"slice", "select"}
+
+# Torch functions whose integers index a dim; where the dim is among their arguments.
+DIM_ARGUMENT = {
+    "narrow": 1,
+    "select": 1,
+    "split": 2,
+    "split_with_sizes": 2,
+    "unsafe_split": 2,
+    "chunk": 2,
+    "unsafe_chunk": 2,
+    "tensor_split": 2,
+}
+INDEXING = {"__getitem__", "__setitem__", *DIM_ARGUMENT}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Elements `start`, `start + step`, ... of a dim, `length` of them."""
+
+    start: int
+    length: int
+    step: int = 1
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What one ATen operator takes of a dim: a Part for each of its outputs."""
+
+    name: str
+    dim: int
+    parts: tuple
+
+
+def cut_of(op, args, kwargs, in_shape, out_shapes):
+    """The Cut that one of the ATen operators in CUTS makes."""
+    name = op_name(op)
+    names = [a.name for a in op._schema.arguments]
+    given = {a.name: a.default_value for a in op._schema.arguments} | dict(zip(names, args)) | kwargs
+    dim = given["dim"] % len(in_shape)
+    size = in_shape[dim]
+    if name == "select":
+        return Cut(name, dim, (Part(given["index"] % size, 1),))
+    if name == "slice":
+        start = min(max(_from_end(given["start"] or 0, size), 0), size)
+        return Cut(name, dim, (Part(start, out_shapes[0][dim], given["step"]),))
+    start, parts = 0, []
+    for shape in out_shapes:
+        length = 1 if name == "unbind" else shape[dim]
+        parts.append(Part(start, length))
+        start += length
+    return Cut(name, dim, tuple(parts))
+
+
+def whole_cuts(call):
+    """[(node, Cut), ...] of a call of the whole forward."""
+    cutting = [node for node in call.nodes if op_name(node.op) in CUTS]
+    shapes = [(node.inputs[0].shape, [v.shape for v in node.outputs]) for node in cutting]
+    return [(node, cut_of(node.op, node.args, node.kwargs, *s)) for node, s in zip(cutting, shapes)]
+
+
+def other_elements(call, local_cuts, axis, axes, n):
+    """Why a call on shards takes other elements than the whole forward's call; "" where every rank takes its own.
+
+    Args: `local_cuts`: Cuts of rank 0's call; `axis`: the Axis that it works on, None if it is replicated.
+    """
+    expected = whole_cuts(call)
+    if [cut.name for _, cut in expected] != [cut.name for cut in local_cuts]:
+        return "it cuts a dim in other places on shards"
+    for (node, whole), local in zip(expected, local_cuts):
+        at = None if axis is None else axis.find(axes, node.inputs[0])
+        if not at or at[0] != whole.dim:
+            if whole != local:
+                return f"{whole.name} takes {local.parts} of dim {whole.dim} on shards, not {whole.parts}"
+        elif not _own_parts(node, whole, local, at, axis, axes, n):
+            return f"{whole.name} takes {local.parts} of a shard, which are not those that it has of {whole.parts}"
+    return ""
+
+
+def _own_parts(node, whole, local, at, axis, axes, n):
+    """Whether each rank's parts of its shard are its shards of the whole's parts, where the dim that is cut is
+    sharded."""
+    sizes = chunk_sizes(axis.size, n)
+    if len(set(sizes)) > 1 or len(whole.parts) != len(local.parts):
+        return False  # numbers that suit one rank's length suit no other's
+    for out, theirs, mine in zip(node.outputs, whole.parts, local.parts):
+        out_at = axis.find(axes, out)
+        if theirs.step != 1 or mine.step != 1 or not out_at or out_at[0] != at[0]:
+            return False
+        for rank in range(n):
+            wanted = [(theirs.start + start, length) for start, length in segments(out_at, axis.size, rank, n)]
+            if _taken(segments(at, axis.size, rank, n), mine) != wanted:
+                return False
+    return True
+
+
+def segments(at, units, rank, n):
+    """[(start, length), ...]: where one rank's part of a sharded dim lies in the whole dim. `at` as `Axis.find`."""
+    _, outer, inner = at
+    sizes = chunk_sizes(units, n)
+    before, mine = sum(sizes[:rank]), sizes[rank]
+    start, found = 0, []
+    for count, width in outer if isinstance(outer, tuple) else ((outer, inner),):
+        for _ in range(count):
+            found.append((start + before * width, mine * width))
+            start += units * width
+    return _joined(found)
+
+
+def _taken(found, part):
+    """The segments of a part of what lies one after the other in some segments."""
+    taken, at, end = [], 0, part.start + part.length
+    for start, length in found:
+        first, last = max(part.start, at), min(end, at + length)
+        if first < last:
+            taken.append((start + first - at, last - first))
+        at += length
+    return _joined(taken)
+
+
+def _joined(found):
+    """Segments, those that touch made one."""
+    joined = []
+    for start, length in found:
+        if joined and sum(joined[-1]) == start:
+            joined[-1] = (joined[-1][0], joined[-1][1] + length)
+        else:
+            joined.append((start, length))
+    return joined
+
+
+# ---- the numbers themselves
+
+
+def indexed_dims(call):
+    """{path of an integer in (args, kwargs): the dim of the first argument that it indexes} of a call in INDEXING."""
+    args, kwargs = call.args
+    if not args or not hasattr(args[0], "shape"):
+        return {}
+    ndim = len(args[0].shape)
+    if call.name not in DIM_ARGUMENT:
+        return _dims_of_items(args[1], ndim)
+    position = DIM_ARGUMENT[call.name]
+    place = (0, position) if position < len(args) else (1, "dim")
+    dim = args[position] if position < len(args) else kwargs.get("dim", 0)
+    return {path: dim % ndim for path, x in leaves(call.args) if _is_int(x) and path != place}
+
+
+def _dims_of_items(index, ndim):
+    """As `indexed_dims`, of the second argument of `x[index]`."""
+    several = isinstance(index, tuple)
+    items = index if several else (index,)
+    dim, dims = 0, {}
+    for place, item in enumerate(items):
+        if item is Ellipsis:
+            dim += ndim - sum(map(_consumed, items))
+            continue
+        at = (0, 1, place) if several else (0, 1)
+        dims.update({(*at, *path): dim for path, x in leaves(item) if _is_int(x)})
+        dim += _consumed(item)
+    return dims
+
+
+def _consumed(item):
+    """How many dims an item of an index takes."""
+    if item is None or item is Ellipsis or isinstance(item, bool):
+        return 0
+    masks = str(getattr(item, "dtype", "")) in ("torch.bool", "torch.uint8")
+    return len(item.shape) if masks else 1
+
+
+def _is_int(x):
+    return isinstance(x, int) and not isinstance(x, bool)
+
+
+def bounds(call, given, axis, axes, n):
+    """{path: Bound} of the numbers with which a call indexes a sharded dim: as they are, and as they would be of a
+    shard. `given`: its (args, kwargs) on shards."""
+    at = None if axis is None else axis.find(axes, call.args[0][0])
+    if not at:
+        return {}
+    size, dims = call.args[0][0].shape[at[0]], indexed_dims(call)
+    numbers = {path: x for path, x in leaves(given) if dims.get(path) == at[0] and _is_int(x)}
+    return {path: Bound(x, _of_shard(x, size, n)) for path, x in numbers.items()}
+
+
+def _of_shard(x, size, n):
+    """A number that indexes a dim of `size`, for a shard of it; one beyond its ends is beyond the shard's."""
+    return x // n if abs(x) < size and x % n == 0 else x
+
+
+def _from_end(x, size):
+    return x + size if x < 0 else x
