@@ -144,6 +144,7 @@ class _Checker(Recorder):
         self._call = call
         try:
             out = self.shown(call, func, args, kwargs, expected, axis)
+            self.values(out)
         finally:
             self._call = None
         self.at += 1
