@@ -5,6 +5,7 @@ import functools
 import inspect
 import os
 import sys
+import threading
 
 import torch
 
@@ -115,11 +116,13 @@ class quiet:
         silence.depth -= 1
 
 
-class _Silence:
+class _Depth(threading.local):
+    """How deep in something this thread is."""
+
     depth = 0
 
 
-silence = _Silence()
+silence = _Depth()
 
 
 def source_line():

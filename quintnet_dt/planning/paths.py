@@ -35,6 +35,7 @@ class Paths:
         self.plan, self.defaults, self.mesh = plan, defaults, mesh
         self.in_step = InStep(mesh, split_id)
         self.learning = False  # whether all ranks learn a call now
+        self.root = None  # a weak reference to the model
         self.key = None  # that of the latest call
         self.numbers = {}  # (module path, kind) -> the first numbers that such calls were given
         self.known = {}
@@ -89,6 +90,9 @@ class Paths:
     def any_rank(self, yes):
         """Whether it is so on any rank, where all of them learn a call."""
         return any_rank(yes, self.mesh.get_group()) if self.learning else yes
+
+    def __getstate__(self):
+        return {**vars(self), "root": None}
 
     def apart(self):
         """For a copy of the model, whose calls are its own."""

@@ -7,6 +7,7 @@ operators inside them, few and regular, which are what the axis rules read.
 """
 
 import contextlib
+import threading
 from functools import cache, partial
 
 import torch
@@ -18,7 +19,7 @@ from ..private import FakeTensor, FakeTensorMode, TorchDispatchMode, hidden_fake
 from ..utils import call_name, callers, held, is_float, replace, shard_kept, source_line, tensors
 from .caches import forgotten
 from .composites import restated
-from .ghost import StrayParameter, fake_inputs, ghost, put_last, real_inputs, user_hooks
+from .ghost import SplitWithin, StrayParameter, fake_inputs, ghost, put_last, real_inputs, user_hooks
 from .graph import Call, Graph, ModuleCall, Node, Value
 
 # What a forward may read of its values: on fake tensors these have no answer.
@@ -63,7 +64,7 @@ def trace(model, args=(), kwargs=None, *, device=None, any_rank=bool):
         copied = ghost(model, fake_mode, device=device)
         fakes = fake_inputs(fake_mode, args, kwargs, recorder.known)
         graph = record(copied, *fakes, modes=[fake_mode], recorder=recorder)
-    except StrayParameter:
+    except (StrayParameter, SplitWithin):
         raise
     except Exception:
         shards = any(shard_kept(holder, place) for _, holder, place, _ in held((args, kwargs)))
@@ -77,12 +78,31 @@ def trace(model, args=(), kwargs=None, *, device=None, any_rank=bool):
     return graph
 
 
+class _Tracing(threading.local):
+    """Whether this thread runs a forward to record it."""
+
+    depth = 0
+
+    def __enter__(self):
+        self.depth += 1
+
+    def __exit__(self, *_):
+        self.depth -= 1
+
+
+tracing = _Tracing()
+# The random state, a patch of torch's and the caches of model code are one for all threads. Nothing is communicated in
+# it, so that ranks whose threads come in another order do not wait for each other.
+_one_at_a_time = threading.RLock()
+
+
 def record(model, args, kwargs, modes=(), recorder=None):
     """Run `model(*args, **kwargs)` under a Recorder and return its Graph."""
     recorder = recorder or Recorder()
     recorder.fake = bool(modes)
     recorder.attach(model)
-    with contextlib.ExitStack() as stack:
+    with _one_at_a_time, contextlib.ExitStack() as stack:
+        stack.enter_context(tracing)
         gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
         stack.enter_context(forgotten(model))
         stack.enter_context(torch.random.fork_rng(devices=gpus))
