@@ -14,6 +14,7 @@ from ..in_step import CHECKED, Apart, InStep
 from ..plan import EXCHANGED, LOCAL, WEIGHT_GATHERED, TensorParallelPlan
 from ..private import as_compiled
 from ..running.context import AGAIN
+from ..running.hooks import hooks_on
 from ..together import any_rank, together
 from ..tracing.trace import trace
 from ..utils import leaves, opaque
@@ -173,7 +174,10 @@ class Paths:
             optional, written = ({names[inner] for inner in x} for x in (program.optional, program.written))
             return replace(program, params=params, optional=optional, written=written)
 
-        return {**self.defaults, **{".".join(filter(None, (path, inner))): renamed(p) for inner, p in programs.items()}}
+        # By their paths in the model: a module that several parts share has the first of them.
+        places = {inner: h.path for inner, m in module.named_modules() if (h := hooks_on(m)) is not None}
+        found = {places.get(inner, ".".join(filter(None, (path, inner)))): p for inner, p in programs.items()}
+        return {**self.defaults, **{at: renamed(program) for at, program in found.items()}}
 
 
 def device_of(model):
