@@ -238,9 +238,9 @@ def _check_shared(model, context):
     shared = [path for m, path in mine.items() if m in theirs]
     if root not in mine and model not in theirs and shared:
         raise ValueError(
-            f"{shared[0]}: expected modules of one model, found one that is a part of a {type(root).__name__} too, which "
-            f"was split before: make one module that holds it and this {type(model).__name__}, split that, and call its "
-            "parts"
+            f"{shared[0]}: expected modules of one model, found one that is a part of a {type(root).__name__} too, "
+            f"which was split before: make one module that holds it and this {type(model).__name__}, split that, and "
+            "call its parts"
         )
 
 

@@ -32,8 +32,8 @@ class SplitWithin(RuntimeError):
 
     def __init__(self, module, path):
         super().__init__(
-            f"{type(module).__name__}{path and f' ({path})'}: expected a forward that calls no model which was split by "
-            "itself, found one: make it a submodule and split the whole, or call it outside and pass on what it gives"
+            f"{type(module).__name__}{path and f' ({path})'}: expected a forward that calls no model which was split "
+            "by itself, found one: make it a submodule and split the whole, or call it outside and pass on what it gives"
         )
 
 
