@@ -69,8 +69,9 @@ class InStep:
         """Note a call that is about to run.
 
         Args: `key`, its kind; `shapes` of its tensors; `same`: data that must be the same on all ranks; `call`: (module
-        path, module, args, kwargs); `new`: whether this rank has no programs for it yet. Returns: (how many calls of this kind there were, whether it is new to any
-        rank). Raises: Apart, where the ranks are found to make different calls, on all that told of theirs.
+        path, module, args, kwargs); `new`: whether this rank has no programs for it yet.
+        Returns: (how many calls of this kind there were, whether it is new to any rank).
+        Raises: Apart, where the ranks are found to make different calls, on all that told of theirs.
         """
         if len(self.kinds) > KEPT:
             self.kinds, self.after = {}, {}  # on all ranks: they had the same calls

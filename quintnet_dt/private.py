@@ -1,31 +1,78 @@
-"""The private names of torch that the library cannot do without, each with its reason."""
+"""The private names of torch that the library cannot do without, each with its reason.
+
+A release of torch that lacks one costs what needs it, told when it is used, and not the import. Nothing of torch is
+changed by importing this.
+"""
 
 import contextlib
+import functools
 import inspect
 import logging
 import sys
+import threading
 
 import torch
 
-# One fake forward gives every shape with no memory and no arithmetic; torch has no public way to it.
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode, unset_fake_temporarily  # noqa: F401
 
-# A dim that holds k fused pieces, each sharded ([q | k | v]): DTensor knows it, under a private name.
-from torch.distributed.tensor.placement_types import _StridedShard  # noqa: F401
+def _absent(name):
+    """What stands for a name that this release of torch lacks."""
+
+    class Absent:
+        def __init__(self, *args, **kwargs):
+            raise RuntimeError(
+                f"expected {name}, which torch {torch.__version__} does not have: this version of quintnet_dt needs "
+                "another release of torch for what was asked of it"
+            )
+
+    return Absent
+
+
+try:  # one fake forward gives every shape with no memory and no arithmetic; torch has no public way to it
+    from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode, unset_fake_temporarily
+except ImportError:
+    FakeCopyMode, FakeTensor, FakeTensorMode, unset_fake_temporarily = [_absent("torch._subclasses.fake_tensor")] * 4
+
+try:  # a dim that holds k fused pieces, each sharded ([q | k | v]): DTensor knows it, under a private name
+    from torch.distributed.tensor.placement_types import _StridedShard
+except ImportError:
+    _StridedShard = _absent("torch.distributed.tensor.placement_types._StridedShard")
+
+try:  # every operator of a forward as it is dispatched: documented, and used by many, under this name
+    from torch.utils._python_dispatch import TorchDispatchMode
+except ImportError:
+    TorchDispatchMode = _absent("torch.utils._python_dispatch.TorchDispatchMode")
+
+try:  # the softmax within F.scaled_dot_product_attention: a row of which every element is masked gives zeros
+    safe_softmax = torch.ops.aten._safe_softmax
+except AttributeError:
+    safe_softmax = _absent("torch.ops.aten._safe_softmax")
+
+try:  # what the two functions on compiled code below ask
+    eval_frame_callback = torch._C._dynamo.eval_frame.get_eval_frame_callback
+except AttributeError:
+    eval_frame_callback = None
+
+try:
+    graph_task_id = torch._C._current_graph_task_id
+except AttributeError:
+    graph_task_id = _absent("torch._C._current_graph_task_id")
 
 # Before it, DTensor cannot gather a _StridedShard of a 1-D mesh, and compiled collectives lose what they write.
 SINCE_2_13 = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 
-try:  # how DTensor runs fused Adam on lists of tensors, each as it is placed; it forgot fused SGD
-    from torch.distributed.tensor._ops._pointwise_ops import _register_single_dim_pointwise
-except ImportError:  # before 2.13: SGD(fused=True) raises
-    pass
-else:
-    for _op in (torch.ops.aten._fused_sgd_.default, torch.ops.aten._fused_sgd_.tensor_lr):
-        _register_single_dim_pointwise(_op)
 
-# Every operator of a forward as it is dispatched: documented, and used by many, under this name.
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: F401
+@functools.cache
+def run_fused_sgd():
+    """Let DTensor run SGD(fused=True) as it runs fused Adam, on lists of tensors, each as it is placed: it forgot it.
+    Before 2.13 there is no way: it raises."""
+    try:
+        from torch.distributed.tensor._ops._pointwise_ops import _register_single_dim_pointwise
+
+        for op in (torch.ops.aten._fused_sgd_.default, torch.ops.aten._fused_sgd_.tensor_lr):
+            _register_single_dim_pointwise(op)
+    except (ImportError, AttributeError, TypeError):
+        pass
+
 
 try:  # the stacks of modes, and of functional transforms: torch has no public way to leave one for a while
     from torch.overrides import _len_torch_function_stack
@@ -52,9 +99,6 @@ except ImportError:
     class HigherOrderOperator:
         """None is known."""
 
-
-# The softmax within F.scaled_dot_product_attention: a row of which every element is masked gives zeros.
-safe_softmax = torch.ops.aten._safe_softmax
 
 # What torch.autograd.detect_anomaly asks of gradients.
 is_any_true = getattr(torch.ops.aten, "_is_any_true", None) and torch.ops.aten._is_any_true.default
@@ -158,17 +202,19 @@ def compiling(context):
 
 def top_not_compiled(function):
     """torch.compile inlines calls of a function, but compiles none by itself, as it would the hooks of its module."""
-    frames = torch._C._dynamo.eval_frame
-    frames.set_code_exec_strategy(
-        function.__code__, frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.DEFAULT)
-    )
+    try:
+        frames = torch._C._dynamo.eval_frame
+        skipped = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.DEFAULT)
+        frames.set_code_exec_strategy(function.__code__, skipped)
+    except (AttributeError, TypeError):  # it is compiled too: slower
+        pass
     return function
 
 
 @top_not_compiled
 def within_compiled():
     """Whether this is Python code that runs as it is in a function given to torch.compile, and not its graph."""
-    return torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
+    return eval_frame_callback is not None and eval_frame_callback() is not None
 
 
 @top_not_compiled
@@ -190,19 +236,25 @@ def at_end_of_backward(function):
 
 def in_backward():
     """Whether autograd is running a backward in this thread; torch has no public way to ask."""
-    return torch._C._current_graph_task_id() != -1
+    return graph_task_id() != -1
+
+
+_asked = threading.RLock()  # a flag of torch's is one for all threads
 
 
 @contextlib.contextmanager
 def as_compiled(compiled):
     """Model code that asks whether torch.compile is tracing it is told yes; torch has no public way to say so."""
-    was, ask = torch.compiler._is_compiling_flag, torch.compiler.is_dynamo_compiling
-    if compiled:
-        torch.compiler._is_compiling_flag, torch.compiler.is_dynamo_compiling = True, lambda: True
-    try:
+    if not compiled:
         yield
-    finally:
-        torch.compiler._is_compiling_flag, torch.compiler.is_dynamo_compiling = was, ask
+        return
+    with _asked:
+        was, ask = torch.compiler._is_compiling_flag, torch.compiler.is_dynamo_compiling
+        torch.compiler._is_compiling_flag, torch.compiler.is_dynamo_compiling = True, lambda: True
+        try:
+            yield
+        finally:
+            torch.compiler._is_compiling_flag, torch.compiler.is_dynamo_compiling = was, ask
 
 
 def constant(function):

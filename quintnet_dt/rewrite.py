@@ -1,6 +1,7 @@
 """apply_tensor_parallel: trace, plan, prove, apply. The one call, and the plan without it."""
 
 import warnings
+import weakref
 from dataclasses import replace
 
 import torch
@@ -30,7 +31,7 @@ from .running.weights import Weights
 from .together import together
 from .tracing import inputs
 from .tracing.composites import adapt
-from .tracing.ghost import StrayParameter
+from .tracing.ghost import SplitWithin, StrayParameter
 from .tracing.trace import UnknownValues, trace
 
 
@@ -158,7 +159,7 @@ def _make_plan(model, n, example_inputs, user, loss_parallel, contiguous, kept):
             graph = trace(model, args, kwargs, device=device)
             break
         except Exception as e:
-            if isinstance(e, StrayParameter) or given and not isinstance(e, UnknownValues):
+            if isinstance(e, (StrayParameter, SplitWithin)) or given and not isinstance(e, UnknownValues):
                 raise
             failed = failed or e
     else:
@@ -228,6 +229,7 @@ def _kept(model, mesh):
     splits = {id(h.context): h for m in model.modules() if (h := hooks_on(m)) and h.context.paths is not None}
     entries = {}
     for h in splits.values():
+        _check_shared(model, h.context)
         for name, at in h.owners.items():
             entries.update({id(m._parameters.get(attr)): h.context.paths.plan[name] for m, attr in at})
     params = {name: p for name, p in model.named_parameters() if isinstance(p, DTensor) and p.device_mesh == mesh}
@@ -235,6 +237,22 @@ def _kept(model, mesh):
     if same and len(params) == len(list(model.parameters())):
         raise ValueError("the model was split already, and not changed since: apply tensor parallelism once")
     return {name: replace(entries[id(p)], name=name) for name, p in params.items() if id(p) in entries}
+
+
+def _check_shared(model, context):
+    """Refuse to split a module again as a part of a model that neither holds the one it was split in nor is a part of
+    it: its hooks can serve one of them."""
+    root = context.paths.root and context.paths.root()
+    if root is None or root is model:
+        return
+    mine, theirs = dict(map(reversed, model.named_modules())), set(root.modules())
+    shared = [path for m, path in mine.items() if m in theirs]
+    if root not in mine and model not in theirs and shared:
+        raise ValueError(
+            f"{shared[0]}: expected modules of one model, found one that is a part of a {type(root).__name__} too, "
+            f"which was split before: make one module that holds it and this {type(model).__name__}, split that, and "
+            "call its parts"
+        )
 
 
 def _apply(model, mesh, plan, known, src_data_rank, split_id):
@@ -245,6 +263,7 @@ def _apply(model, mesh, plan, known, src_data_rank, split_id):
             vars(module).pop(attr, None)
     defaults = _default_programs(model, plan)
     context.paths = Paths(plan, defaults, known, mesh, split_id)
+    context.paths.root = weakref.ref(model)
     context.programs = next(iter(context.paths.known.values()), [defaults])[0]
     owners, made = parameter_owners(model), {}
     for path, module in model.named_modules():

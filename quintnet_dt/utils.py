@@ -5,6 +5,7 @@ import functools
 import inspect
 import os
 import sys
+import threading
 
 import torch
 
@@ -126,11 +127,13 @@ class Quietly:
             return self.hook(*args, **kwargs)
 
 
-class _Silence:
+class _Depth(threading.local):
+    """How deep in something this thread is."""
+
     depth = 0
 
 
-silence = _Silence()
+silence = _Depth()
 
 
 def source_line():

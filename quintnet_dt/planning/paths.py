@@ -15,6 +15,7 @@ from ..in_step import CHECKED, Apart, InStep
 from ..plan import EXCHANGED, LOCAL, WEIGHT_GATHERED, TensorParallelPlan
 from ..private import as_compiled
 from ..running.context import AGAIN
+from ..running.hooks import hooks_on
 from ..together import any_rank, together
 from ..tracing.trace import trace
 from ..utils import leaves, opaque
@@ -36,6 +37,7 @@ class Paths:
         self.plan, self.defaults, self.mesh = plan, defaults, mesh
         self.in_step = InStep(mesh, split_id)
         self.learning = False  # whether all ranks learn a call now
+        self.root = None  # a weak reference to the model
         self.key = None  # that of the latest call
         self.numbers = {}  # (module path, kind) -> the first numbers that such calls were given
         self.known = {}
@@ -91,6 +93,9 @@ class Paths:
     def any_rank(self, yes):
         """Whether it is so on any rank, where all of them learn a call."""
         return any_rank(yes, self.mesh.get_group()) if self.learning else yes
+
+    def __getstate__(self):
+        return {**vars(self), "root": None}
 
     def apart(self):
         """For a copy of the model, whose calls are its own."""
@@ -172,7 +177,10 @@ class Paths:
             optional, written = ({names[inner] for inner in x} for x in (program.optional, program.written))
             return replace(program, params=params, optional=optional, written=written)
 
-        return {**self.defaults, **{".".join(filter(None, (path, inner))): renamed(p) for inner, p in programs.items()}}
+        # By their paths in the model: a module that several parts share has the first of them.
+        places = {inner: h.path for inner, m in module.named_modules() if (h := hooks_on(m)) is not None}
+        found = {places.get(inner, ".".join(filter(None, (path, inner)))): p for inner, p in programs.items()}
+        return {**self.defaults, **{at: renamed(program) for at, program in found.items()}}
 
 
 def device_of(model):

@@ -1,6 +1,7 @@
 """Single calls within a module's forward: the mode that counts them and runs their programs."""
 
 import dataclasses
+import threading
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -15,9 +16,9 @@ from .program import NOTHING
 from .shown import put_back
 
 
-class _Calls(TorchFunctionMode):
-    """Runs the programs of single calls. One mode for the process's thread; each module that has some pushes a
-    frame."""
+class _Calls(threading.local, TorchFunctionMode):
+    """Runs the programs of single calls. One mode, of which every thread has its own; each module that has some pushes
+    a frame."""
 
     def __init__(self):
         super().__init__()

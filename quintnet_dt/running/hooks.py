@@ -5,6 +5,7 @@ so that the forward computes on plain tensors at their cost.
 """
 
 import sys
+import threading
 from functools import partial
 
 import torch
@@ -13,7 +14,8 @@ from torch.utils.hooks import RemovableHandle
 
 from ..fsdp import quieten
 from ..private import compiling, in_backward, not_compiled, top_not_compiled, transforms_aside, within_compiled
-from ..tracing.ghost import hooks_of, put_last, user_hooks
+from ..tracing.ghost import SplitWithin, hooks_of, put_last, user_hooks
+from ..tracing.trace import tracing
 from ..utils import SHARDS, lookup, quiet, tensors
 from .calls import Starts, calls
 from .context import AGAIN
@@ -21,6 +23,8 @@ from .program import NOTHING
 from .shown import Shown, hide, keep_data, now, show, writable
 
 OUR_ID = -2  # of the hooks' handles: the same in every module, for torch.compile guards it; torch counts its own from 0
+
+_ids = threading.Lock()  # torch's counter is one for all threads
 
 
 class ModuleHooks:
@@ -92,6 +96,8 @@ class ModuleHooks:
         """The programs for a call that the user makes."""
         context = self.context
         context.check_hooks()
+        if tracing.depth:
+            raise SplitWithin(module, self.path)
         if not in_backward():
             context.call, context.log = (self.path, self.owners, module, args, kwargs, compiled), []
             context.first_hook, context.compiled, context.recomputing = RemovableHandle.next_id, False, False
@@ -253,10 +259,11 @@ class ModuleHooks:
 def hook(module, context, path, owners):
     """Register the hooks of one module."""
     hooks = ModuleHooks(context, path, owners)
-    next_id, RemovableHandle.next_id = RemovableHandle.next_id, OUR_ID
-    module.register_forward_pre_hook(hooks.before, with_kwargs=True, prepend=True)
-    module.register_forward_hook(hooks.after, with_kwargs=True, always_call=True)
-    RemovableHandle.next_id = next_id
+    with _ids:
+        next_id, RemovableHandle.next_id = RemovableHandle.next_id, OUR_ID
+        module.register_forward_pre_hook(hooks.before, with_kwargs=True, prepend=True)
+        module.register_forward_hook(hooks.after, with_kwargs=True, always_call=True)
+        RemovableHandle.next_id = next_id
     put_last(module)
     hooks.count, hooks.known = sum(map(len, hooks_of(module))), set(user_hooks(module))
 

@@ -27,6 +27,17 @@ class StrayParameter(ValueError):
         )
 
 
+class SplitWithin(RuntimeError):
+    """A model that was split by itself is called by one that is being planned."""
+
+    def __init__(self, module, path):
+        name = f"{type(module).__name__}{path and f' ({path})'}"
+        super().__init__(
+            f"{name}: expected a forward that calls no model which was split by itself, found one: make it a submodule "
+            "and split the whole, or call it outside and pass on what it gives"
+        )
+
+
 class _Memo(dict):
     """Counts how often a copy meets each object."""
 

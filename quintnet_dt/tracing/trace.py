@@ -8,6 +8,7 @@ operators inside them, few and regular, which are what the axis rules read.
 
 import contextlib
 import sys
+import threading
 from functools import partial
 
 import torch
@@ -31,7 +32,16 @@ from ..utils import call_name, callers, held, is_float, replace, shard_kept, sou
 from .caches import forgotten
 from .composites import restated
 from .escapes import let_go
-from .ghost import StrayParameter, fake_inputs, ghost, put_last, real_inputs, user_hooks, user_hooks_of_all
+from .ghost import (
+    SplitWithin,
+    StrayParameter,
+    fake_inputs,
+    ghost,
+    put_last,
+    real_inputs,
+    user_hooks,
+    user_hooks_of_all,
+)
 from .graph import Call, Graph, ModuleCall, Node, Value
 from .higher import higher_order
 from .known import Known
@@ -78,7 +88,7 @@ def trace(model, args=(), kwargs=None, *, device=None, any_rank=bool):
         copied = ghost(model, fake_mode, device=device)
         given = fake_inputs(fake_mode, args, kwargs, recorder.known)
         graph = record(copied, *given, modes=[fake_mode], recorder=recorder)
-    except StrayParameter:
+    except (StrayParameter, SplitWithin):
         raise
     except Exception as e:
         on_meta = any(p.device.type == "meta" for p in model.parameters())
@@ -106,12 +116,31 @@ def let_go_of_graph(graph):
     graph.stored += [made[i] for i in let_go(tensors)]
 
 
+class _Tracing(threading.local):
+    """Whether this thread runs a forward to record it."""
+
+    depth = 0
+
+    def __enter__(self):
+        self.depth += 1
+
+    def __exit__(self, *_):
+        self.depth -= 1
+
+
+tracing = _Tracing()
+# The random state, a patch of torch's and the caches of model code are one for all threads. Nothing is communicated in
+# it, so that ranks whose threads come in another order do not wait for each other.
+_one_at_a_time = threading.RLock()
+
+
 def record(model, args, kwargs, modes=(), recorder=None):
     """Run `model(*args, **kwargs)` under a Recorder and return its Graph."""
     recorder = recorder or Recorder()
     recorder.fake = bool(modes)
     recorder.attach(model)
-    with contextlib.ExitStack() as stack:
+    with _one_at_a_time, contextlib.ExitStack() as stack:
+        stack.enter_context(tracing)
         gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
         stack.enter_context(forgotten(model))
         stack.enter_context(torch.random.fork_rng(devices=gpus))
