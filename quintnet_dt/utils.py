@@ -188,5 +188,5 @@ _QUERIES = set(
     "size dim numel stride is_grad_enabled _set_grad_enabled is_inference is_floating_point ndimension nelement "
     "__len__ "
     "is_contiguous is_complex get_device storage_offset is_tensor data_ptr element_size is_inference_mode_enabled "
-    "is_autocast_enabled get_autocast_dtype promote_types requires_grad_".split()
+    "is_autocast_enabled get_autocast_dtype promote_types requires_grad_ device".split()
 )

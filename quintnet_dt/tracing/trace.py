@@ -72,7 +72,7 @@ def trace(model, args=(), kwargs=None, *, device=None):
     which depend on parameters (which expert is hit?), or asks what a fake tensor cannot answer, is run again on the
     parameters themselves.
     """
-    kwargs = kwargs or {}
+    kwargs, compiles = kwargs or {}, "torch._dynamo" in sys.modules
     fake_mode, recorder = FakeTensorMode(allow_non_fake_inputs=True), Recorder()
     try:
         copied = ghost(model, fake_mode, device=device)
@@ -81,6 +81,8 @@ def trace(model, args=(), kwargs=None, *, device=None):
     except StrayParameter:
         raise
     except Exception as e:
+        if not compiles and "torch._dynamo" in sys.modules:  # `record` knows now that it must not compile
+            return trace(model, args, kwargs, device=device)
         on_meta = any(p.device.type == "meta" for p in model.parameters())
         if on_meta and recorder.asked is not None:
             raise UnknownValues(recorder.asked) from e
@@ -177,8 +179,8 @@ class Recorder:
     def enter(self, path, steady, watched, module, args, kwargs):
         if self._call is not None and isinstance(self._call.func, HigherOrderOperator):
             raise RuntimeError(
-                f"{path}: expected a forward that calls its modules itself, found one called within {self._call}, which "
-                "compiles what it is given: choose between modules by a Python if, or write such branches without any"
+                f"{path}: expected a forward that calls its modules itself, found one called within {self._call}, "
+                "which compiles what it is given: choose between modules by a Python if"
             )
         parent = self._stack[-1] if self._stack else None
         given, checkpoints = self.values((args, kwargs)), callers()[1]
@@ -211,8 +213,8 @@ class Recorder:
         self.graph.rewritten |= {v.memory.param or v.param for v in written} - {None}
         if self.graph.rewritten and not self.fake:
             raise RuntimeError(
-                f"{call}: expected a forward that reads values to leave {sorted(self.graph.rewritten)} as they are: it is "
-                "traced on the parameters themselves"
+                f"{call}: expected a forward that reads values to leave {sorted(self.graph.rewritten)} as they are: it "
+                "is traced on the parameters themselves"
             )
         self.graph.calls.append(call)
         known = {v.id for v in (*call.inputs.values(), *(v for n in call.nodes for v in n.outputs))}
