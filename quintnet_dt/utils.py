@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from .private import constant
+from .private import HigherOrderOperator, constant
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _HERE = os.path.dirname(__file__) + os.sep
@@ -174,7 +174,10 @@ _TENSOR_PROPERTIES = {"T", "mT", "H", "mH", "real", "imag", "data", "grad"}
 
 @constant
 def call_name(func):
-    """The name of a torch function, None for a read of `.shape`, `.dtype` and the like, which computes nothing."""
+    """The name of a torch function, None for a read of `.shape`, `.dtype` and the like, which computes nothing, and for
+    operators that are given functions, which torch compiles (torch.cond, flex_attention)."""
+    if isinstance(func, HigherOrderOperator):
+        return None
     name = getattr(func, "__name__", str(func))
     if name in ("__get__", "__set__"):
         name = getattr(getattr(func, "__self__", None), "__name__", name)

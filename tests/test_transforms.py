@@ -91,7 +91,6 @@ def test_flex_attention_runs_whole():
     check(Flex, lambda: (torch.randn(1, 5, 16),), grad=False, tol=1e-6)
     plan = plan_tensor_parallel(Flex(), 2, example_inputs=(torch.randn(1, 5, 16),))
     assert plan["mlp.0.weight"].how == "local" and plan["qkv.weight"].dim == 0
-    assert "flex_attention" in plan["qkv.weight"].why
 
 
 def test_modules_within_cond_are_refused():

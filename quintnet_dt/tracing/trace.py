@@ -34,7 +34,7 @@ from .caches import forgotten
 from .composites import restated
 from .ghost import StrayParameter, fake_inputs, ghost, put_last, real_inputs, user_hooks
 from .graph import Call, Graph, ModuleCall, Node, Value
-from .higher import higher_order
+from .higher import HigherOrder, higher_order
 from .known import Known
 from .operators import aliased, draws, reads_values, written_by
 
@@ -177,7 +177,7 @@ class Recorder:
         return {p: self.value(t) for p, t in tensors(obj)}
 
     def enter(self, path, steady, watched, module, args, kwargs):
-        if self._call is not None and isinstance(self._call.func, HigherOrderOperator):
+        if self._call is not None and isinstance(self._call.func, HigherOrder):
             raise RuntimeError(
                 f"{path}: expected a forward that calls its modules itself, found one called within {self._call}, "
                 "which compiles what it is given: choose between modules by a Python if"
@@ -225,14 +225,15 @@ class Recorder:
         call.outputs = {p: self.value(t, producer=call.index) for p, t in tensors(out)}
         return out
 
-    def hidden_call(self):
+    def hidden_call(self, func):
         """The Call for an operator that none has called which a mode sees: one for all that follow each other."""
-        calls, run = self.graph.calls, self._stack[-1]
-        if not calls or not calls[-1].hidden or calls[-1].module is not run:
-            name = "hidden operators"
-            calls.append(
-                Call(len(calls), None, name, run, ((), {}), {}, source=source_line(), opaque=HIDDEN, hidden=True)
-            )
+        calls, run, higher = self.graph.calls, self._stack[-1], isinstance(func, HigherOrder)
+        last = calls[-1] if calls and calls[-1].hidden else None
+        if last is None or last.module is not run or higher or last.func is not None:
+            name = func.operator.name() if higher else "hidden operators"
+            made = Call(len(calls), func if higher else None, name, run, ((), {}), {}, source=source_line())
+            made.opaque, made.hidden = HIDDEN, True
+            calls.append(made)
         return calls[-1]
 
     def read(self, func, x, *args):
@@ -286,7 +287,7 @@ class Recorder:
             return func(*args, **kwargs)
         if self._call is not None or not self._stack:
             return self.record_node(func, args, kwargs)
-        self._call = call = self.hidden_call()
+        self._call = call = self.hidden_call(func)
         try:
             return self.record_node(func, args, kwargs)
         finally:
