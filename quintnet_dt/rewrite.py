@@ -15,6 +15,7 @@ from .adopt import adopt
 from .around import undisturbed
 from .axes.axes import Axes
 from .axes.sharding import Action, pieces
+from .fsdp import wrapped_by_fsdp1
 from .layers import ShardedModule
 from .plan import EXCHANGED, GATHERED, LOCAL, REPLICATED, WEIGHT_GATHERED, Entry, TensorParallelPlan, check_user_plan
 from .planning.cost import cost
@@ -97,6 +98,10 @@ def apply_tensor_parallel(
     if mesh is not None and not isinstance(mesh, DeviceMesh):
         raise TypeError(f"mesh: expected a 1-D DeviceMesh or a ProcessGroupManager, found {type(mesh).__name__}")
     mesh = ProcessGroupManager(tp_size, mesh=mesh).mesh
+    if src_data_rank is not None and (type(src_data_rank) is not int or not 0 <= src_data_rank < mesh.size()):
+        raise ValueError(
+            f"src_data_rank: expected a rank of the tp group, 0 to {mesh.size() - 1}, or None, found {src_data_rank!r}"
+        )
     if contiguous is None:
         contiguous = mesh.size() < dist.get_world_size() or not SINCE_2_13
     with together(mesh.get_group()):
@@ -115,6 +120,11 @@ def _make_plan(model, n, example_inputs, user, loss_parallel, contiguous, kept):
     """(plan, {signature: programs}) for a model. `kept`: Entries of parameters that are split already."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, found {type(model).__name__}")
+    if wrapped := wrapped_by_fsdp1(model):
+        raise TypeError(
+            f"{wrapped}: expected a model that is split before any data parallelism, found FullyShardedDataParallel: apply "
+            "tensor parallelism first, then torch.distributed.fsdp.fully_shard"
+        )
     if strange := [name for name, p in model.named_parameters() if isinstance(p, DTensor) and name not in kept]:
         raise ValueError(
             f"{', '.join(strange[:5])}: expected a model that is whole, or that this function split, found DTensors "

@@ -72,28 +72,36 @@ def trace(model, args=(), kwargs=None, *, device=None):
     which depend on parameters (which expert is hit?), or asks what a fake tensor cannot answer, is run again on the
     parameters themselves.
     """
-    kwargs, compiles = kwargs or {}, "torch._dynamo" in sys.modules
-    fake_mode, recorder = FakeTensorMode(allow_non_fake_inputs=True), Recorder()
-    try:
-        copied = ghost(model, fake_mode, device=device)
-        fakes = fake_inputs(fake_mode, args, kwargs, recorder.known)
-        graph = record(copied, *fakes, modes=[fake_mode], recorder=recorder)
-    except StrayParameter:
-        raise
-    except Exception as e:
-        if not compiles and "torch._dynamo" in sys.modules:  # `record` knows now that it must not compile
-            return trace(model, args, kwargs, device=device)
-        on_meta = any(p.device.type == "meta" for p in model.parameters())
-        if on_meta and recorder.asked is not None:
-            raise UnknownValues(recorder.asked) from e
-        if on_meta or any(shard_kept(holder, place) for _, holder, place, _ in held((args, kwargs))):
-            raise
+    kwargs = kwargs or {}
+    graph = _on_fakes(model, args, kwargs, device)
+    if graph is None:
         graph = record(ghost(model, device=device), *real_inputs(args, kwargs))
     read = {id(v.tensor) for v in graph.values}  # of the model itself, not of its copy: through a lambda
     captured = [(name, gc.get_referrers(p)) for name, p in model.named_parameters() if id(p) in read]
     if stray := [name for name, holders in captured if any(type(x) is CellType for x in holders)]:
         raise StrayParameter(stray)
     return graph
+
+
+def _on_fakes(model, args, kwargs, device):
+    """The Graph of a forward on fake tensors; None where it must run on the parameters themselves."""
+    fake_mode, recorder = FakeTensorMode(allow_non_fake_inputs=True), Recorder()
+    compiles = "torch._dynamo" in sys.modules
+    try:
+        copied = ghost(model, fake_mode, device=device)
+        fakes = fake_inputs(fake_mode, args, kwargs, recorder.known)
+        return record(copied, *fakes, modes=[fake_mode], recorder=recorder)
+    except StrayParameter:
+        raise
+    except Exception as e:
+        on_meta = any(p.device.type == "meta" for p in model.parameters())
+        shards = any(shard_kept(holder, place) is not None for _, holder, place, _ in held((args, kwargs)))
+        again = not compiles and "torch._dynamo" in sys.modules  # `record` knows now that it must not compile
+        if not again and on_meta and recorder.asked is not None:
+            raise UnknownValues(recorder.asked) from e
+        if not again and (on_meta or shards):
+            raise
+    return _on_fakes(model, args, kwargs, device) if again else None
 
 
 def record(model, args, kwargs, modes=(), recorder=None):
