@@ -14,6 +14,7 @@ from ..axes.sharding import Axis, LayoutError, Sharding
 from ..plan import EXCHANGED, LOCAL, WEIGHT_GATHERED, TensorParallelPlan
 from ..private import as_compiled
 from ..running.context import AGAIN
+from ..tracing.attributes import kinds_at
 from ..tracing.trace import trace
 from ..utils import leaves, opaque
 from .planner import Planner, divides, indices, settle, spans
@@ -37,15 +38,18 @@ class Paths:
         self.key = None  # that of the latest call
         self.numbers = {}  # (module path, kind) -> the first numbers that such calls were given
         self.known = {}
+        self.changes = {}  # module path -> attributes that a forward of this module changes
+        self.first = {}  # module path -> those attributes at the first call: as when they were planned
         for given, programs in known.items():
             self.known[self.key_of("", given)] = [{**defaults, **programs}]
+            self.changes[""] = programs[""].changes
 
     def programs(self, path, owners, module, args, kwargs, compiled=False):
         """The programs for this call of `module`; raises RuntimeError where it cannot be shown right, ValueError where
         ranks are given different batches. `compiled`: by torch.compile, of which models ask and then take other
         paths."""
         look_around(path, args, kwargs)
-        before, key = self.key, self.key_of(path, signature(module, args, kwargs), compiled)
+        before, key = self.key, self.key_of(path, signature(module, args, kwargs), compiled, self.state(path, module))
         self.key, self.other_kind = key, key != before
         self.grad = torch.is_grad_enabled()
         self.fresh = self.checked[key] < CHECKED
@@ -58,10 +62,18 @@ class Paths:
             self.known[key] = [self.learn(path, owners, module, args, kwargs, compiled)]
         return self.known[key][0]
 
-    def key_of(self, path, given, compiled=False):
+    def state(self, path, module):
+        """What an earlier forward has left in attributes, where one does; empty if nothing yet."""
+        names = self.changes.get(path)
+        if not names:
+            return ()
+        now = (len(names), *kinds_at(module, names))
+        return () if self.first.setdefault(path, now) == now else now
+
+    def key_of(self, path, given, compiled=False, state=()):
         """Under which key the programs of a call with this Signature are known. After some values of its numbers, any
         other is one: what a call computes with a number that indexes shards is checked as it runs."""
-        kind = (path, given.kind, compiled)
+        kind = (path, given.kind, compiled, *state)
         known = self.numbers.setdefault(kind, [])
         if given.numbers not in known and len(known) < VALUES:
             known.append(given.numbers)
@@ -132,6 +144,10 @@ class Paths:
             optional, written = ({names[inner] for inner in x} for x in (program.optional, program.written))
             return replace(program, params=params, optional=optional, written=written)
 
+        known = self.changes.get(path, [])
+        self.changes[path] = names_changed = known + [key for key in programs[""].changes if key not in known]
+        if names_changed and not known:
+            self.first[path] = (len(names_changed), *kinds_at(module, names_changed))
         return {**self.defaults, **{".".join(filter(None, (path, inner))): renamed(p) for inner, p in programs.items()}}
 
 

@@ -30,6 +30,7 @@ from ..private import (
     unset_fake_temporarily,
 )
 from ..utils import call_name, callers, held, is_float, replace, shard_kept, source_line, tensors
+from .attributes import attributes, changed
 from .caches import forgotten
 from .composites import restated
 from .ghost import StrayParameter, fake_inputs, ghost, put_last, real_inputs, user_hooks
@@ -146,6 +147,7 @@ class Recorder:
 
     def attach(self, model):
         """Hooks that tell when each module starts and ends; parameters get their names."""
+        self.before = attributes(model)
         for path, module in model.named_modules():
             for name, p in module.named_parameters(path, recurse=False):
                 if id(p) not in self._values:
@@ -170,6 +172,7 @@ class Recorder:
         inside = [x for m in model.modules() for x in [*m._buffers.values(), *vars(m).values()]]
         values = [self._values.get(id(t)) for _, t in tensors(inside)]
         self.graph.stored = [v for v in values if v is not None and v.producer is not None]
+        self.graph.changes = changed(self.before, attributes(model))
         self.graph.held = [(path, place, self._values.get(id(t))) for path, _, place, t in held(objects)]
 
     def value(self, tensor, producer=None, new=False):
