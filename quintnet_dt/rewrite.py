@@ -187,7 +187,7 @@ def _why_blind(failed):
 
 def _blind_plan(model, n, fixed, note, kept):
     """Every large weight split on its longest dim, but for those that are split already."""
-    plan = TensorParallelPlan(n, note=note)
+    plan = TensorParallelPlan(n, bytes_per_step=None, note=note)
     for name, p in model.named_parameters():
         longest = max(range(p.dim()), key=lambda d: p.shape[d], default=None)
         dim = fixed.get(name, longest if p.dim() > 1 and p.shape[longest] >= n else None)
