@@ -61,8 +61,8 @@ class Entry:
 @dataclass
 class TensorParallelPlan:
     """How a model is split over `tp_size` ranks. `entries` holds an Entry a parameter, by name; `bytes_per_step` is
-    what a rank sends in one forward and backward of the traced inputs (ring collectives); None where none was traced. `plan[name] = Shard(0)` or
-    `Replicate()` edits it: what a user sets, wins."""
+    what a rank sends in one forward and backward of the traced inputs (ring collectives); None where none was traced.
+    `plan[name] = Shard(0)` or `Replicate()` edits it: what a user sets, wins."""
 
     tp_size: int
     entries: dict = field(default_factory=dict)
