@@ -120,11 +120,7 @@ def _make_plan(model, n, example_inputs, user, loss_parallel, contiguous, kept):
     """(plan, {signature: programs}) for a model. `kept`: Entries of parameters that are split already."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, found {type(model).__name__}")
-    if wrapped := wrapped_by_fsdp1(model):
-        raise TypeError(
-            f"{wrapped}: expected a model that is split before any data parallelism, found FullyShardedDataParallel: apply "
-            "tensor parallelism first, then torch.distributed.fsdp.fully_shard"
-        )
+    _check_modules(model)
     if strange := [name for name, p in model.named_parameters() if isinstance(p, DTensor) and name not in kept]:
         raise ValueError(
             f"{', '.join(strange[:5])}: expected a model that is whole, or that this function split, found DTensors "
@@ -173,6 +169,21 @@ def _make_plan(model, n, example_inputs, user, loss_parallel, contiguous, kept):
     for name, e in kept.items():
         plan.entries[name].why = e.why
     return plan, {signature(model, args, kwargs): programs}
+
+
+def _check_modules(model):
+    """Raise TypeError where a module is of a kind that cannot be split."""
+    if wrapped := wrapped_by_fsdp1(model):
+        raise TypeError(
+            f"{wrapped}: expected a model that is split before any data parallelism, found FullyShardedDataParallel: "
+            "apply tensor parallelism first, then torch.distributed.fsdp.fully_shard"
+        )
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(
+                f"{path or 'the model'}: expected modules written in Python, found a ScriptModule, whose weights and "
+                "calls are out of reach: use the module that it was made from (functions of torch.jit.script are fine)"
+            )
 
 
 def _why_blind(failed):

@@ -58,6 +58,13 @@ def test_foreign_objects():
     run_ranks(ranks, 2)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_script_modules():
+    model = nn.Sequential(MLP(), torch.jit.script(MLP()))
+    with pytest.raises(TypeError, match="1: expected modules written in Python, found a ScriptModule"):
+        plan_tensor_parallel(model, 2, example_inputs=(torch.ones(1, 8),))
+
+
 def test_a_plan_made_without_a_forward_says_that_nothing_was_counted():
     with torch.device("meta"):
         model = Reads()

@@ -296,7 +296,7 @@ class Recorder:
     def run_node(self, func, args, kwargs):
         if self.paused:
             return func(*args, **kwargs)
-        if self._call is not None or not self._stack:
+        if self._call is not None or not self._stack or not any(True for _ in tensors((args, kwargs))):
             return self.record_node(func, args, kwargs)
         self._call = call = self.hidden_call(func)
         try:
