@@ -1,6 +1,9 @@
-"""What the ranks of a tp group must have in common as a model runs: the batch, and what is random."""
+"""What the ranks of a tp group must have in common: the model and its plan, then, as it runs, the batch and what is
+random."""
 
 import ctypes
+import hashlib
+import uuid
 import zlib
 
 import torch
@@ -8,9 +11,72 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from .around import undisturbed
+from .canonical import canonical
 from .comm_ops import all_gather
 from .processgroup import ProcessGroupManager
 from .utils import leaves
+
+
+def agree(model, options, programs, mesh):
+    """Raise RuntimeError, on every rank, unless all ranks of a tp group are about to split the same model in the same
+    way; called on every rank, before any collective depends on it.
+
+    Args: `options`: {name: value} of what the user chose for all ranks; `programs`: data, what the plan will run.
+    Returns: a text that is the same on all of them, and that no other split has.
+    """
+    held, group = {**_held(model), **options}, mesh.get_group()
+    digest = hashlib.sha256(canonical(([*held.items()], programs)).encode()).hexdigest()
+    everyone = [None] * mesh.size()
+    dist.all_gather_object(everyone, (digest, uuid.uuid4().hex), group=group)
+    if len({digest for digest, _ in everyone}) == 1:
+        return everyone[0][1]
+    dist.all_gather_object(everyone, held, group=group)
+    for rank, other in enumerate(everyone):
+        if found := _difference(everyone[0], other, rank):
+            raise RuntimeError(f"{found} on every rank")
+    raise RuntimeError(
+        "the ranks made different plans for one model; pass the same example_inputs and plan, and register the same "
+        "hooks, on every rank"
+    )
+
+
+def agree_on(programs, mesh):
+    """Raise RuntimeError, on every rank, unless all are about to run a new kind of call by the same programs."""
+    digests = [None] * mesh.size()
+    mine = hashlib.sha256(canonical(programs).encode()).hexdigest()
+    dist.all_gather_object(digests, mine, group=mesh.get_group())
+    if len(set(digests)) > 1:
+        raise RuntimeError(
+            "the ranks of a tp group would run this call in different ways: give all of them the same arguments (and "
+            "dicts in the same order), and register the same hooks"
+        )
+
+
+def _held(model):
+    """What a model holds, in its order: {name: a text}."""
+    held = {}
+    for kind, tensors in ("parameter", model.named_parameters()), ("buffer", model.named_buffers()):
+        for name, t in tensors:
+            meta = ", on the meta device" if t.is_meta else ""
+            held[f"{kind} {name}"] = f"{tuple(t.shape)} {t.dtype} requires_grad={t.requires_grad}{meta}"
+    return held
+
+
+def _difference(first, other, rank):
+    """The first thing that rank 0 and another have otherwise, and what to do about it; None where nothing is."""
+    for name in {**first, **other}:
+        a, b = first.get(name, "absent"), other.get(name, "absent")
+        if a != b and name.partition(" ")[0] in ("parameter", "buffer"):
+            return (
+                f"the model differs between ranks: {name} is {a} on rank 0 and {b} on rank {rank}; build the same model"
+            )
+        if a != b:
+            return f"{name} is {a} on rank 0 and {b} on rank {rank}; give apply_tensor_parallel the same"
+    for a, b in zip(first, other):
+        if a != b:
+            where = f"where rank 0 has {a}, rank {rank} has {b}"
+            return f"the model holds the same in another order: {where} (made in the order of a set?); build it alike"
+    return None
 
 
 @undisturbed
@@ -30,7 +96,7 @@ def check_batch(batch, mesh):
     if not isinstance(mesh, DeviceMesh):
         raise TypeError(f"mesh: expected a 1-D DeviceMesh or a ProcessGroupManager, found {type(mesh).__name__}")
     mine = {path: _digest(x) for path, x in leaves(batch)}
-    if _alike(zlib.crc32(repr(mine).encode()), mesh):
+    if mesh.size() == 1 or _alike(zlib.crc32(repr(mine).encode()), mesh):
         return
     everyone = [None] * mesh.size()
     dist.all_gather_object(everyone, mine, group=mesh.get_group())

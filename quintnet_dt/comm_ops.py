@@ -56,6 +56,11 @@ Group = ProcessGroup | SimulatedGroup
 Sizes = Sequence[int] | None
 
 
+def group_of(mesh) -> Group:
+    """The group of a 1-D DeviceMesh; of one rank, one that outlives its process group, which it does not need."""
+    return SimulatedGroup(0, 1) if mesh.size() == 1 else mesh.get_group()
+
+
 def group_rank(group: Group) -> int:
     """This process's rank in ``group``, from 0."""
     return group.rank if isinstance(group, SimulatedGroup) else group.rank()

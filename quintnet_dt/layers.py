@@ -1,15 +1,17 @@
 """The ParallelStyle that makes a module compute on shards, and drop-in layers for models that are written for it."""
 
 from torch import nn
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
 from .adopt import Split
 from .axes.sharding import Action
+from .carried import distribute
 from .processgroup import ProcessGroupManager
 from .running.context import Context
 from .running.hooks import hook, parameter_owners
 from .running.program import CallProgram, Program
+from .state.loading import place_on_load
 
 
 class ShardedModule(ParallelStyle):
@@ -33,11 +35,12 @@ class ShardedModule(ParallelStyle):
                 self.made[id(p)] = Split(p, p if isinstance(p, DTensor) else self.distribute(p, mesh, placement))
             setattr(module, attr, self.made[id(p)].new)
         hook(module, self.context, self.path, self.owners)
+        place_on_load(module)
         return module
 
     def distribute(self, p, mesh, placement):
         def split(t):
-            return distribute_tensor(t, mesh, [placement], src_data_rank=self.src_data_rank)
+            return distribute(t, mesh, placement, self.src_data_rank)
 
         new = nn.Parameter(split(p.detach()), p.requires_grad)
         vars(new).update(vars(p))

@@ -1,6 +1,7 @@
 """The private names of torch that the library cannot do without, each with its reason."""
 
 import contextlib
+import inspect
 import logging
 import sys
 
@@ -134,9 +135,9 @@ class transforms_aside:
 
 
 def global_hooks():
-    """The hooks that run for every module, before and after its forward, in the dicts that torch keeps them in."""
-    kept = torch.nn.modules.module
-    return [getattr(kept, name, {}) for name in ("_global_forward_pre_hooks", "_global_forward_hooks")]
+    """The hooks that run for every module, in the dicts that torch keeps them in: it has no public way to see them."""
+    names = "_global_forward_pre_hooks _global_forward_hooks _global_backward_pre_hooks _global_backward_hooks".split()
+    return [getattr(torch.nn.modules.module, name, {}) for name in names]
 
 
 def saves_by_hooks():
@@ -218,10 +219,14 @@ def share_hooks(old, new):
             setattr(new, name, getattr(old, name))
 
 
-def broadcasts_state():
-    """Whether the caller is torch's set_model_state_dict(broadcast_from_rank0=True), which fills `_StridedShard`
-    parameters wrongly and tells nobody."""
+def broadcasting():
+    """Whether torch's set_model_state_dict or set_state_dict runs in this thread with broadcast_from_rank0=True. It is
+    told by the public functions' own code and their public argument; what they call is not looked at."""
+    from torch.distributed.checkpoint import state_dict
+
+    setters = {inspect.unwrap(f).__code__ for f in (state_dict.set_model_state_dict, state_dict.set_state_dict)}
     frame = sys._getframe(1)
-    while frame is not None and frame.f_code.co_name != "_load_model_state_dict":
+    while frame is not None and frame.f_code not in setters:
         frame = frame.f_back
-    return frame is not None and getattr(frame.f_locals.get("info"), "broadcast_from_rank0", False)
+    options = None if frame is None else frame.f_locals.get("options")
+    return getattr(options, "broadcast_from_rank0", False)

@@ -1,11 +1,16 @@
 """Who computes together: a 1-D DeviceMesh named "tp", from whatever there is."""
 
+import math
 import os
 from contextlib import AbstractContextManager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed import DeviceMesh, ProcessGroup, init_device_mesh
+
+# Seconds that a collective waits for other ranks: torch's own are 1800 for gloo, long after one has died.
+TIMEOUT = 600
 
 _RUN = "run: torchrun --standalone --nproc-per-node %s your_script.py"
 
@@ -25,12 +30,15 @@ class ProcessGroupManager(AbstractContextManager):
         mesh: a 1-D DeviceMesh of any name, such as ``mesh["tp"]`` of a larger one.
         group: a ProcessGroup that this process is in.
         device_type: "cpu", "cuda", ...; None for that of the mesh or the group's backend.
+        timeout: seconds, above 0, after which a collective raises in the groups that this makes; None for those of the
+            default process group where there is one, else 600.
 
     Attributes: ``mesh``, the 1-D mesh of the tp group; ``world_mesh``, of all ranks, ("dp", "tp"), or ``mesh`` if
     tp_size is the world's or a mesh or group was given.
 
     Raises ValueError: more than one source; a mesh not 1-D; a tp_size that is no positive int, does not divide the
-    world or is not the mesh's; a mesh or group without this rank. RuntimeError: nothing tells where the others are.
+    world or is not the mesh's; a mesh or group without this rank; a timeout that is no number above 0, or of a mesh or
+    group, which have theirs. RuntimeError: nothing tells where the others are.
 
     Example::
 
@@ -38,13 +46,15 @@ class ProcessGroupManager(AbstractContextManager):
             print(pgm.tp_rank, pgm.dp_rank)  # 0 0, 1 0, 0 1, 1 1
     """
 
-    def __init__(self, tp_size=None, *, mesh=None, group=None, device_type=None):
+    def __init__(self, tp_size=None, *, mesh=None, group=None, device_type=None, timeout=None):
         # No ProcessGroup is stored: it cannot be copied, and a mesh can.
         self._opened = None  # "world", "groups" of a given world, or None
+        self.alone = False  # whether it opened a world of this process alone, which no launcher started
         if tp_size is not None and (type(tp_size) is not int or tp_size < 1):
             raise ValueError(f"expected tp_size to be an int from 1 on, found {tp_size!r}")
         if mesh is not None and group is not None:
             raise ValueError("expected a mesh or a group, found a mesh and a group")
+        timeout = _checked(timeout, mesh if mesh is not None else group)
         if mesh is not None:
             if mesh.ndim != 1:
                 raise ValueError(f"expected a 1-D mesh, found {mesh}; pass mesh['tp'], say")
@@ -60,11 +70,11 @@ class ProcessGroupManager(AbstractContextManager):
             device_type = device_type or _device_type(group)
             self.mesh = self.world_mesh = DeviceMesh.from_group(group, device_type, mesh_dim_names=("tp",))
         else:
-            self._open(tp_size, device_type)
+            self._open(tp_size, device_type, timeout)
         if tp_size not in (None, self.tp_size):
             raise ValueError(f"expected tp_size={tp_size} ranks, found {self.tp_size}; leave tp_size out")
 
-    def _open(self, tp_size, device_type):
+    def _open(self, tp_size, device_type, timeout):
         fresh = not dist.is_initialized()
         missing = [v for v in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if fresh and v not in os.environ]
         if missing and (tp_size not in (None, 1) or os.environ.get("WORLD_SIZE", "1") != "1"):
@@ -82,8 +92,9 @@ class ProcessGroupManager(AbstractContextManager):
             if device_type == "cuda":
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
             one = dict(store=dist.HashStore(), rank=0, world_size=1) if missing else {}
-            dist.init_process_group(backend, **one)  # after all that can be checked is
-            self._opened = "world"
+            wait = timeout or timedelta(seconds=TIMEOUT)
+            dist.init_process_group(backend, timeout=wait, **one)  # after all that can be checked is
+            self._opened, self.alone = "world", bool(missing)
         device_type = device_type or _device_type(dist.group.WORLD)
         if tp_size == world:
             self.mesh = self.world_mesh = init_device_mesh(device_type, (world,), mesh_dim_names=("tp",))
@@ -91,6 +102,9 @@ class ProcessGroupManager(AbstractContextManager):
             self._opened = self._opened or "groups"
             self.world_mesh = init_device_mesh(device_type, (world // tp_size, tp_size), mesh_dim_names=("dp", "tp"))
             self.mesh = self.world_mesh["tp"]
+            for group in self.world_mesh.get_all_groups():  # a mesh makes them with the backend's own timeout
+                if group is not dist.group.WORLD and hasattr(group, "set_timeout"):
+                    group.set_timeout(timeout or timeout_of(dist.group.WORLD))
 
     @property
     def group(self) -> ProcessGroup:
@@ -129,11 +143,29 @@ class ProcessGroupManager(AbstractContextManager):
         self.close()
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_opened": None}
+        return {**self.__dict__, "_opened": None, "alone": False}
 
     def __repr__(self) -> str:
         values = ", ".join(f"{name}={getattr(self, name)}" for name in ("tp_rank", "tp_size", "dp_rank", "dp_size"))
         return f"ProcessGroupManager({values}, {self.mesh.device_type})"
+
+
+def _checked(timeout, given):
+    """The timeout as torch takes it, None where there is none."""
+    if timeout is None:
+        return None
+    number = isinstance(timeout, (int, float)) and not isinstance(timeout, bool)
+    if not number or not math.isfinite(timeout) or timeout <= 0:
+        raise ValueError(f"timeout: expected a number of seconds above 0, found {timeout!r}")
+    if given is not None:
+        raise ValueError(f"timeout: expected None with a mesh or a group, which have theirs, found {timeout!r}")
+    return timedelta(seconds=timeout)
+
+
+def timeout_of(group: ProcessGroup) -> timedelta:
+    """How long a group's store waits for its ranks: as long as collectives of the default group do."""
+    store = group.get_group_store() if hasattr(group, "get_group_store") else None
+    return store.timeout if store is not None else timedelta(seconds=TIMEOUT)
 
 
 def _device_type(group: ProcessGroup) -> str:

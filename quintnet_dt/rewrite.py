@@ -1,6 +1,5 @@
 """apply_tensor_parallel: trace, plan, prove, apply. The one call, and the plan without it."""
 
-import hashlib
 import warnings
 from dataclasses import replace
 
@@ -12,16 +11,18 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 
 from .adopt import adopt
+from .agreement import agree
 from .around import undisturbed
 from .axes.axes import Axes
 from .axes.sharding import Action, pieces
+from .carried import carried
 from .fsdp import wrapped_by_fsdp1
 from .layers import ShardedModule
 from .plan import EXCHANGED, GATHERED, LOCAL, REPLICATED, WEIGHT_GATHERED, Entry, TensorParallelPlan, check_user_plan
 from .planning.cost import cost
 from .planning.paths import Paths, device_of, sharding_of, signature
 from .planning.planner import Planner, settle
-from .private import SINCE_2_13, broadcasts_state
+from .private import SINCE_2_13
 from .processgroup import ProcessGroupManager
 from .running.context import Context
 from .running.hooks import changed_modules, hooks_on, parameter_owners, unhook
@@ -75,7 +76,7 @@ def apply_tensor_parallel(
     Args:
         model: any nn.Module, live or on the meta device.
         tp_size: number of ranks to split over; with no mesh, the world is laid out as by
-            `ProcessGroupManager(tp_size)`.
+            `ProcessGroupManager(tp_size)`. In a process that no launcher started, 1 leaves no process group open.
         mesh: a 1-D DeviceMesh or a ProcessGroupManager, instead of tp_size.
         example_inputs: a tuple (positional) or dict (keyword) for the model's forward; made up from the first layer if
             left out.
@@ -97,19 +98,26 @@ def apply_tensor_parallel(
     mesh = mesh.mesh if isinstance(mesh, ProcessGroupManager) else mesh
     if mesh is not None and not isinstance(mesh, DeviceMesh):
         raise TypeError(f"mesh: expected a 1-D DeviceMesh or a ProcessGroupManager, found {type(mesh).__name__}")
-    mesh = ProcessGroupManager(tp_size, mesh=mesh).mesh
-    if src_data_rank is not None and (type(src_data_rank) is not int or not 0 <= src_data_rank < mesh.size()):
-        raise ValueError(
-            f"src_data_rank: expected a rank of the tp group, 0 to {mesh.size() - 1}, or None, found {src_data_rank!r}"
-        )
+    ranks = ProcessGroupManager(tp_size, mesh=mesh)
+    try:
+        _split(model, ranks.mesh, example_inputs, plan, loss_parallel, contiguous, src_data_rank)
+    finally:
+        if ranks.alone:  # nothing more will be communicated
+            ranks.close()
+    return model
+
+
+def _split(model, mesh, example_inputs, plan, loss_parallel, contiguous, src_data_rank):
     if contiguous is None:
         contiguous = mesh.size() < dist.get_world_size() or not SINCE_2_13
     with together(mesh.get_group()):
+        if src_data_rank is not None and src_data_rank not in range(mesh.size()):
+            raise ValueError(f"src_data_rank: expected None or a rank of the tp group, found {src_data_rank!r}")
         kept = _kept(model, mesh) if isinstance(model, nn.Module) else {}
         plan, known = _make_plan(model, mesh.size(), example_inputs, plan, loss_parallel, contiguous, kept)
-    _agree(model, plan, known, mesh)
-    _apply(model, mesh, plan, known, src_data_rank)
-    return model
+    options = {"src_data_rank": src_data_rank, "contiguous": contiguous, "loss_parallel": plan.loss_parallel}
+    split_id = agree(model, options, (plan.to_json(), known), mesh)
+    _apply(model, mesh, plan, known, src_data_rank, split_id)
 
 
 # ---- planning
@@ -232,26 +240,6 @@ def _describe(planner, sharding, layout, fixed):
 # ---- applying
 
 
-def _agree(model, plan, known, mesh):
-    """Every rank must have planned the same for the same model, and be about to run it alike; else all raise."""
-    mine = {n: f"{tuple(p.shape)} {p.dtype} requires_grad={p.requires_grad}" for n, p in model.named_parameters()}
-    made = plan.to_json(), list(known.values())
-    digests = [hashlib.sha256(repr((sorted(mine.items()), made)).encode()).hexdigest()] * mesh.size()
-    dist.all_gather_object(digests, digests[0], group=mesh.get_group())
-    if len(set(digests)) == 1:
-        return
-    all_params = [None] * mesh.size()
-    dist.all_gather_object(all_params, mine, group=mesh.get_group())
-    for rank, other in enumerate(all_params):
-        for name in {**all_params[0], **other}:
-            a, b = all_params[0].get(name, "absent"), other.get(name, "absent")
-            if a != b:
-                found = f"{name} is {a} on rank 0 and {b} on rank {rank}"
-                raise RuntimeError(f"the model differs between ranks: {found}; build the same model on every rank")
-    found = "the ranks made different plans for one model"
-    raise RuntimeError(f"{found}; pass the same example_inputs and plan, and register the same hooks, on every rank")
-
-
 def _kept(model, mesh):
     """{name: Entry} of the parameters that this library has split already."""
     splits = {id(h.context): h for m in model.modules() if (h := hooks_on(m)) and h.context.paths is not None}
@@ -266,14 +254,14 @@ def _kept(model, mesh):
     return {name: replace(entries[id(p)], name=name) for name, p in params.items() if id(p) in entries}
 
 
-def _apply(model, mesh, plan, known, src_data_rank):
-    context, again = Context(mesh), "tensor_parallel_plan" in vars(model)
+def _apply(model, mesh, plan, known, src_data_rank, split_id):
+    context = Context(mesh)
     for module in model.modules():
         unhook(module)
         for attr in "tensor_parallel_plan", "tensor_parallel_mesh":
             vars(module).pop(attr, None)
     defaults = _default_programs(model, plan)
-    context.paths = Paths(plan, defaults, known, mesh)
+    context.paths = Paths(plan, defaults, known, mesh, split_id)
     context.programs = next(iter(context.paths.known.values()), [defaults])[0]
     owners, made = parameter_owners(model), {}
     for path, module in model.named_modules():
@@ -288,30 +276,17 @@ def _apply(model, mesh, plan, known, src_data_rank):
                 _broadcast(buffer, source, mesh.get_group())
     adapt(model)
     context.weights = Weights(owners, mesh)
-    if not again:
-        model.register_load_state_dict_pre_hook(_refuse_broadcast)
     model.tensor_parallel_plan, model.tensor_parallel_mesh = plan, mesh
 
 
 def _broadcast(buffer, source, group):
     """Every rank takes a buffer's values from one; a sparse one's elements may differ in number."""
     if buffer.layout == torch.strided:
-        return dist.broadcast(buffer, source, group=group)
+        return dist.broadcast(carried(buffer), source, group=group)
     box = [buffer]
     dist.broadcast_object_list(box, source, group=group)
     with torch.no_grad():
         buffer.copy_(box[0])
-
-
-def _refuse_broadcast(model, *_):
-    plan = getattr(model, "tensor_parallel_plan", None)  # none in a model that was split again as a part of another
-    fused = [name for name, e in plan.entries.items() if e.pieces > 1] if plan and broadcasts_state() else []
-    if fused:
-        raise RuntimeError(
-            f"set_model_state_dict(broadcast_from_rank0=True) has filled {', '.join(fused[:5])} wrongly: torch cannot "
-            "place fused pieces; use load_checkpoint or load_safetensors, leave broadcast_from_rank0 out, or give "
-            "apply_tensor_parallel contiguous=True"
-        )
 
 
 def _default_programs(model, plan):

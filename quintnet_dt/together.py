@@ -32,12 +32,37 @@ def together(group=None):
     if dist.is_initialized():
         told = [None] * dist.get_world_size(group)
         dist.all_gather_object(told, error and f"{type(error).__name__}: {error}", group=group)
-        failed = [f"rank {dist.get_global_rank(group, r) if group else r}: {e}" for r, e in enumerate(told) if e]
-        if failed and error is None:
-            error = RuntimeError("failed on another rank: " + "; ".join(failed))
+        error = error or _failed(told, group)
     if error is not None:
         setattr(error, _TOLD, True)
         raise error
 
 
+def any_rank(yes, group):
+    """Whether any rank of a group says yes. Within `together`, every rank that does not fail asks this; where one fails
+    in its place, it raises RuntimeError on the others."""
+    told = [None] * dist.get_world_size(group)
+    dist.all_gather_object(told, bool(yes), group=group)
+    if (error := _failed(told, group)) is not None:
+        setattr(error, _TOLD, True)
+        raise error
+    return any(told)
+
+
+def _failed(told, group):
+    """The error to raise for those that ranks told of; None where there are none."""
+    errors = [(r, e) for r, e in enumerate(told) if isinstance(e, str)]
+    failed = [f"rank {dist.get_global_rank(group, r) if group else r}: {e}" for r, e in errors]
+    return RuntimeError("failed on another rank: " + "; ".join(failed)) if failed else None
+
+
 _TOLD = "_told_to_all_ranks"  # the attribute of such an exception
+
+
+def gather(x, group=None):
+    """Every rank's x, in the order of the ranks of a group (the world by default); of a picklable object."""
+    if not dist.is_initialized():
+        return [x]
+    everyone = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, x, group=group)
+    return everyone

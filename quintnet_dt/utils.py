@@ -168,6 +168,18 @@ def _own_backward(code):
     return any(getattr(inspect.unwrap(f), "__code__", None) is code for f in forwards)
 
 
+_BACKWARD_HOOKS = os.path.join(_TORCH, "utils", "hooks.py")
+_FUNCTION = os.path.join(_TORCH, "autograd", "function.py")
+
+
+def for_backward_hook():
+    """Whether torch is calling this for a backward hook of a module, which sees views of its inputs and outputs."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith((_HERE, _FUNCTION)):
+        frame = frame.f_back
+    return frame is not None and frame.f_code.co_filename == _BACKWARD_HOOKS
+
+
 OPERATORS = type(torch.ops.aten.add), type(torch.ops.aten.add.Tensor)
 _TENSOR_PROPERTIES = {"T", "mT", "H", "mH", "real", "imag", "data", "grad"}
 

@@ -14,6 +14,9 @@ The processes are forked, so the function may be a closure and torch is not impo
 again (0.3 s a call). The calling process must not have initialised a default process
 group itself, nor run a backward: torch for CUDA then refuses one in a fork of it.
 Tests that need one take `own_process`.
+
+Forks share one hash seed, which processes that torchrun starts do not: ``fresh=True``
+starts new ones, each with a seed of its own (2 s a call).
 """
 
 import faulthandler
@@ -36,7 +39,7 @@ import torch.distributed as dist
 _GRACE = 1.0  # seconds the other ranks have to report after one has failed
 
 
-def run_ranks(fn, n, *args, timeout=60, init=True, expect_failure=False):
+def run_ranks(fn, n, *args, timeout=60, init=True, expect_failure=False, fresh=False):
     """``[fn(0, *args), ..., fn(n - 1, *args)]``, each on a process of its own.
 
     Each process has one thread, RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE in
@@ -50,6 +53,8 @@ def run_ranks(fn, n, *args, timeout=60, init=True, expect_failure=False):
         init: False makes no process group, but sets MASTER_ADDR and MASTER_PORT as
             torchrun does, so that ``fn`` can initialise one itself.
         expect_failure: every rank must raise; returns each one's "Type: message".
+        fresh: each process is a new one, with another PYTHONHASHSEED; ``fn`` must then be
+            a function of a module, and ``args`` be picklable.
 
     Raises:
         AssertionError: a rank raised (with its traceback), died, or ran out of time
@@ -57,8 +62,9 @@ def run_ranks(fn, n, *args, timeout=60, init=True, expect_failure=False):
     """
     if dist.is_initialized():
         raise RuntimeError(
-            "run_ranks forks, and this process has a default process group; call " "dist.destroy_process_group() first"
+            "run_ranks forks, and this process has a default process group; call dist.destroy_process_group() first"
         )
+    start = _start if fresh else _fork
     reports, pids = [None] * n, []
     with tempfile.TemporaryDirectory() as folder, socket.socket() as listener:
         store = None
@@ -71,14 +77,8 @@ def run_ranks(fn, n, *args, timeout=60, init=True, expect_failure=False):
             sys.stdout.flush(), sys.stderr.flush()
             for rank in range(n):
                 r, w = os.pipe()
-                with warnings.catch_warnings():  # fork with threads around
-                    warnings.simplefilter("ignore", DeprecationWarning)
-                    pid = os.fork()
-                if pid == 0:
-                    os.close(release_w)
-                    port = None if init else listener.getsockname()[1]
-                    _child(fn, rank, n, args, timeout, folder, port, w, release_r)
-                pids.append(pid)
+                port = None if init else listener.getsockname()[1]
+                pids.append(start((fn, rank, n, args, timeout, folder, port, w, release_r), release_w))
                 os.close(w)
                 pipes.append(r)
             if not init:  # the store's server, as torchrun's agent holds it
@@ -127,6 +127,31 @@ def own_process(test):
     return wrapped
 
 
+def _fork(life, release_w):
+    with warnings.catch_warnings():  # fork with threads around
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pid = os.fork()
+    if pid == 0:
+        os.close(release_w)
+        _child(*life)
+    return pid
+
+
+def _start(life, release_w):
+    rank, *_, folder, _, out, release_r = life[1:]
+    path = os.path.join(folder, f"life{rank}")
+    with open(path, "wb") as file:
+        pickle.dump(life, file)
+    env = {**os.environ, "PYTHONHASHSEED": str(rank + 1), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    code = f"import pickle, ranks; ranks._child(*pickle.load(open({path!r}, 'rb')))"
+    for fd in out, release_r:
+        os.set_inheritable(fd, True)
+    pid = os.posix_spawn(sys.executable, [sys.executable, "-c", code], env)
+    for fd in out, release_r:
+        os.set_inheritable(fd, False)
+    return pid
+
+
 def _child(fn, rank, n, args, timeout, folder, port, out, release):
     """The life of one rank; never returns."""
     try:
@@ -158,7 +183,7 @@ def _child(fn, rank, n, args, timeout, folder, port, out, release):
             )
         message = pickle.dumps(("returned", fn(rank, *args)))
     except BaseException as error:  # SystemExit and pytest's outcomes too
-        text = f"{type(error).__name__}: {error}"
+        text = "\n".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])])
         message = pickle.dumps(("raised", text, traceback.format_exc()))
     try:
         sys.stdout.flush(), sys.stderr.flush()

@@ -271,6 +271,16 @@ def broken_files(folder):
         text = json.dumps({**header, "out.weight": {**header["out.weight"], **entry}}).encode()
         return file(name, struct.pack("<Q", len(text)) + text + data[8 + length :])
 
+    def written(name, text, bytes_=data[8 + length :]):
+        return file(name, struct.pack("<Q", len(text)) + text + bytes_)
+
+    def moved(name, by):
+        """A header in which the last tensor of the file begins elsewhere."""
+        last = max(header, key=lambda n: header[n].get("data_offsets", [-1])[0])
+        start, end = header[last]["data_offsets"]
+        entry = {**header[last], "data_offsets": [start + by, end + by]}
+        return written(name, json.dumps({**header, last: entry}).encode(), data[8 + length :] + b"\0" * max(by, 0))
+
     def index(name, content):
         (folder / f"{name}.safetensors.index.json").write_text(content)
         return folder / f"{name}.safetensors.index.json"
@@ -292,6 +302,23 @@ def broken_files(folder):
     yield changed("negative", data_offsets=[-576, 0]), "out.weight of"
     yield changed("short", data_offsets=[0, 572]), "out.weight of"
     yield changed("dtype", dtype="F4"), "out.weight of .*F4"
+    text, twice = data[8 : 8 + length], json.dumps(header)[:-1] + ', "f.bias": {}}'
+    yield file("trailing", data + b"\0" * 3), "trailing.safetensors: .*3 bytes after the end of .*, the last tensor"
+    yield file(
+        "shorter header", struct.pack("<Q", length - 1) + data[8:]
+    ), "shorter header.safetensors: expected a whole"
+    yield written(
+        "longer header", text + b" " * 8, data[16 + length :]
+    ), "longer header.safetensors: .*expected a whole"
+    yield written("longer", text + b"{"), "longer.safetensors: expected a whole"
+    yield moved("overlap", -1), "overlap.safetensors: .* overlaps with"
+    yield moved("hole", 1), "hole.safetensors: .* begins 1 bytes after the end of"
+    yield written("twice", twice.encode()), "twice.safetensors: .*f.bias is there twice"
+    yield written(
+        "metadata", json.dumps({**header, "__metadata__": {"a": 1}}).encode()
+    ), "metadata.*: .*no map of texts"
+    yield changed("true", shape=[True, 144]), "true.safetensors: .*out.weight of"
+    yield written("utf-16", json.dumps(header).encode("utf-16")), "utf-16.safetensors: expected a whole"
     yield index("text", "{"), "expected an index"
     yield index("map", '{"weight_map": 3}'), "expected an index"
     yield index("gone", '{"weight_map": {"a": "gone.safetensors"}}'), "gone.safetensors"
@@ -361,7 +388,9 @@ def test_exports_that_fail(tmp_path):
     (tmp_path / "file").write_text("")
     big = tmp_path / "full"
     export_safetensors(big, make(Odd), progress=False)
+    (big / "model.safetensors.partial").write_text("a download of the user's")
     before = written(big)
+    (big / "model.safetensors.partial-0123456789abcdef").write_text("of an export that was killed")
 
     def ranks(rank):
         model = split(make(Odd, 1), Odd, "tp")

@@ -89,8 +89,9 @@ class Sharding:
 
     def follow(self, names, graph, axes):
         """Split these parameters too, along the axes that stay sharded through the model, where they have one."""
+        through = dict.fromkeys(axis for _, axis in self.params.values() if axis in self.through)  # every rank's order
         for name in sorted(names):
-            for axis in self.through:
+            for axis in through:
                 at = axis.find(axes, graph.params[name])
                 if at and at[1] == 1:
                     self.params.setdefault(name, (at[0], axis))

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 
 from ..axes.sharding import PARTIAL, LayoutError
 from ..running.kinds import call_kind
+from ..running.memory import is_contiguous
 from ..running.program import CallProgram, Program
-from ..utils import leaves, replace
+from ..utils import leaves
 from .analysis import linear
 
 # Calls that draw random numbers or not, as their arguments say.
@@ -175,7 +176,7 @@ class _Compiler:
         for x in chain[::-1]:
             if self.output(x, actions):
                 return
-            if x.tensor.is_contiguous() and not v.tensor.is_contiguous():
+            if is_contiguous(x.shape, x.strides) and not is_contiguous(v.shape, v.strides):
                 break  # a later dropout draws in the order of memory, which a collective makes that of the dims
         call = self.graph.calls[x.producer]
         at = [p for p, y in call.outputs.items() if y is x]
@@ -267,8 +268,7 @@ def _share_params(old, new):
 
 def kind_of(call):
     """The CallKind of a call of the graph."""
-    given = {p: v.tensor for p, v in call.inputs.items() if p[0] in (0, 1)}
-    args, kwargs = replace(call.args, given)
+    args, kwargs = call.args
     indexes = call.name in ("__getitem__", "__setitem__")  # their numbers are places
     named = set() if indexes else {d for node in call.nodes for d in _named_dims(node)}
     dims = []

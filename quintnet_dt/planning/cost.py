@@ -1,5 +1,7 @@
 """What a layout sends, and how to send less: bytes by action, and reductions moved to where there are fewer."""
 
+from math import fsum
+
 from ..axes.sharding import Action
 
 
@@ -15,8 +17,9 @@ def cost(graph, layout, n):
     for i, at in layout.kept.items():
         seen |= {(graph.calls[i].inputs[p].id, Action("gather", a.dim)) for p, a in at.items()}
     losses = [(graph.calls[i], a) for i, a in layout.instead.items() if a.kind == "cross_entropy"]
-    rows = sum(max(v.nbytes for v in call.inputs.values()) / a.units for call, a in losses)
-    return sum(action_bytes(graph.values[v], a, n) for v, a in seen) + 5 * rows * (n - 1) / n
+    rows = fsum(max(v.nbytes for v in call.inputs.values()) / a.units for call, a in losses)
+    sent = fsum(action_bytes(graph.values[v], a, n) for v, a in seen)  # rounded once: the same in any order of the set
+    return sent + 5 * rows * (n - 1) / n
 
 
 def action_bytes(value, action, n):

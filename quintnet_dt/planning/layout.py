@@ -72,7 +72,7 @@ class _Pass:
         for v in self.graph.stored:
             if self.layout.states.get(v.id) is not None:
                 call = self.graph.calls[v.producer]
-                raise LayoutError("a module keeps what would be a shard", call, self.layout.axis_of.get(call.index))
+                raise LayoutError("something keeps what would be a shard", call, self.layout.axis_of.get(call.index))
         for v in self.graph.seen.values():
             if self.now.get(v.id) not in (None, PARTIAL) and v.id not in self.gathered:
                 raise LayoutError("a hook sees what would be a shard", axis=self.now[v.id])

@@ -1,19 +1,21 @@
 """The forwards that were shown right, by signature. A call with a new one is traced and shown before it runs, once."""
 
-from collections import Counter
+import copy
 from dataclasses import replace
 from itertools import combinations
 from typing import NamedTuple
 
 import torch
 
-from ..agreement import check_batch
+from ..agreement import agree_on, check_batch
 from ..around import look_around, undisturbed
 from ..axes.axes import Axes, lone_axis, own_axis
 from ..axes.sharding import Axis, LayoutError, Sharding
+from ..in_step import CHECKED, Apart, InStep
 from ..plan import EXCHANGED, LOCAL, WEIGHT_GATHERED, TensorParallelPlan
 from ..private import as_compiled
 from ..running.context import AGAIN
+from ..together import any_rank, together
 from ..tracing.attributes import kinds_at
 from ..tracing.trace import trace
 from ..utils import leaves, opaque
@@ -22,7 +24,6 @@ from .planner import Planner, divides, indices, settle, spans
 VALUES = 2  # numbers of a kind of call that have programs of their own; all others share theirs
 KEPT = 64  # kinds of calls whose programs are kept
 VARIANTS = 16  # paths of one kind of call that are kept
-CHECKED = 2  # the first calls of a kind, in which a wrong sampler shows
 
 
 class Paths:
@@ -32,9 +33,10 @@ class Paths:
     `defaults`: programs of modules that no traced forward reached.
     """
 
-    def __init__(self, plan, defaults, known, mesh):
+    def __init__(self, plan, defaults, known, mesh, split_id):
         self.plan, self.defaults, self.mesh = plan, defaults, mesh
-        self.checked = Counter()  # calls of each kind whose batch was compared
+        self.in_step = InStep(mesh, split_id)
+        self.learning = False  # whether all ranks learn a call now
         self.key = None  # that of the latest call
         self.numbers = {}  # (module path, kind) -> the first numbers that such calls were given
         self.known = {}
@@ -46,20 +48,29 @@ class Paths:
 
     def programs(self, path, owners, module, args, kwargs, compiled=False):
         """The programs for this call of `module`; raises RuntimeError where it cannot be shown right, ValueError where
-        ranks are given different batches. `compiled`: by torch.compile, of which models ask and then take other
-        paths."""
+        ranks make different calls or are given different batches. `compiled`: by torch.compile, of which models ask and
+        then take other paths. All ranks compare their batches, and all learn, or none does."""
         look_around(path, args, kwargs)
-        before, key = self.key, self.key_of(path, signature(module, args, kwargs), compiled, self.state(path, module))
+        given = signature(module, args, kwargs)
+        before, key = self.key, self.key_of(path, given, compiled, self.state(path, module))
         self.key, self.other_kind = key, key != before
         self.grad = torch.is_grad_enabled()
-        self.fresh = self.checked[key] < CHECKED
-        if self.fresh and self.mesh.size() > 1:
-            self.checked[key] += 1
-            check_batch((args, kwargs), self.mesh)
-        if key not in self.known:
-            if len(self.known) >= KEPT:
+        try:
+            same = (path, compiled, *given)
+            calls, new = self.in_step.call(key, given.shapes, same, (path, module, args, kwargs), key not in self.known)
+            self.fresh = calls < CHECKED  # a wrong sampler shows in them
+            if self.fresh and self.mesh.size() > 1:
+                check_batch((args, kwargs), self.mesh)
+        except Apart as e:
+            self.forget(key)
+            if e.batch:
+                check_batch((args, kwargs), self.mesh)  # says which argument it is
+            raise
+        if new:
+            programs = self.learn_together(path, owners, module, args, kwargs, compiled)
+            if key not in self.known and len(self.known) >= KEPT:
                 del self.known[next(iter(self.known))]
-            self.known[key] = [self.learn(path, owners, module, args, kwargs, compiled)]
+            self.known.setdefault(key, [programs])
         return self.known[key][0]
 
     def state(self, path, module):
@@ -69,6 +80,35 @@ class Paths:
             return ()
         now = (len(names), *kinds_at(module, names))
         return () if self.first.setdefault(path, now) == now else now
+
+    def forget(self, key):
+        """The numbers of a call that other ranks did not make are not among the first of its kind."""
+        kind, numbers = key
+        if key not in self.known and numbers in self.numbers[kind]:
+            self.numbers[kind].remove(numbers)
+
+    def learn_together(self, *call):
+        """Programs for a call that all ranks make: the same on all, or an error on all."""
+        if self.mesh.size() == 1:
+            return self.learn(*call)
+        with together(self.mesh.get_group()):
+            self.learning = True
+            try:
+                programs = self.learn(*call)
+            finally:
+                self.learning = False
+        agree_on(programs, self.mesh)
+        return programs
+
+    def any_rank(self, yes):
+        """Whether it is so on any rank, where all of them learn a call."""
+        return any_rank(yes, self.mesh.get_group()) if self.learning else yes
+
+    def apart(self):
+        """For a copy of the model, whose calls are its own."""
+        new = copy.copy(self)
+        new.in_step = copy.copy(self.in_step)
+        return new
 
     def key_of(self, path, given, compiled=False, state=()):
         """Under which key the programs of a call with this Signature are known. After some values of its numbers, any
@@ -118,7 +158,7 @@ class Paths:
         names = {inner: names[id(p)] for inner, p in module.named_parameters()}
         device = device_of(module)
         try:
-            graph = trace(module, args, kwargs, device=device)
+            graph = trace(module, args, kwargs, device=device, any_rank=self.any_rank)
         except Exception as e:
             if not any(opaque(x) for _, x in leaves((args, kwargs))):
                 raise
@@ -159,23 +199,28 @@ def device_of(model):
 
 class Signature(NamedTuple):
     """What tells one path through a forward from another. `kind`: the mode, which arguments are there, their kinds,
-    dtypes, ranks and dims of size 1. `numbers`: the ints and floats among them, which may vary."""
+    dtypes, ranks and dims of size 1. `numbers`: the ints and floats among them, which may vary; `shapes`: of tensors.
+    """
 
     kind: tuple
     numbers: tuple
+    shapes: tuple
 
 
 def signature(model, args, kwargs):
-    """The Signature of a call."""
-    numbers = []
-    kinds = tuple(_kinds((args, kwargs), 0, {}, numbers))
-    return Signature((model.training, torch.is_grad_enabled(), *kinds), tuple(numbers))
+    """The Signature of a call. The order of keyword arguments is none of it: each rank may have its own."""
+    numbers, shapes = [], []
+    ordered = dict(sorted(kwargs.items())) if len(kwargs) > 1 else kwargs
+    kinds = tuple(_kinds((args, ordered), 0, {}, numbers, shapes))
+    return Signature((model.training, torch.is_grad_enabled(), *kinds), tuple(numbers), tuple(shapes))
 
 
-def _kinds(obj, depth, seen, numbers):
+def _kinds(obj, depth, seen, numbers, shapes):
     for path, x in leaves(obj):
         if isinstance(x, torch.Tensor):
             same = seen.setdefault(id(x), len(seen))  # query, key and value may be one tensor
+            if depth == 0:
+                shapes.append(x.shape)
             yield path, same, x.dtype, x.requires_grad, tuple(s == 1 for s in x.shape)
         elif isinstance(x, (bool, str, type(None))):
             yield path, x
@@ -185,7 +230,8 @@ def _kinds(obj, depth, seen, numbers):
         elif opaque(x) and depth < 4:  # a cache: empty or filled
             sizes = [v for v in vars(x).values() if type(v) in (int, float)]
             yield path, type(x), tuple((a > b) - (a < b) for a, b in combinations(sizes, 2))  # of lengths: is it full?
-            yield from _kinds([v for v in vars(x).values() if type(v) not in (int, float)], depth + 1, seen, numbers)
+            others = [v for v in vars(x).values() if type(v) not in (int, float)]
+            yield from _kinds(others, depth + 1, seen, numbers, shapes)
         else:
             yield path, type(x)
 

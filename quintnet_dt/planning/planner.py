@@ -4,7 +4,7 @@ weights."""
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations, groupby
-from math import prod
+from math import fsum, prod
 
 from ..axes.axes import lone_axis, own_axis
 from ..axes.factors import flat, leaves
@@ -96,7 +96,7 @@ class Planner:
                     self.touch.setdefault(f, {})[call.index] = call
 
     def numel(self, name):
-        return self.params[name].tensor.numel()
+        return self.params[name].numel
 
     def note(self, names, why):
         for name in names:
@@ -194,7 +194,8 @@ class Planner:
 
     def _apart(self, params):
         """Bytes a step if each of these weights is split alone; those that would stay whole send none."""
-        return sum(b for p in params if p not in self.small and (b := self.alone(p).bytes) != float("inf"))
+        sent = (self.alone(p).bytes for p in params if p not in self.small)
+        return fsum(b for b in sent if b != float("inf"))  # rounded once: the same in any order of a set
 
     def _best(self, region):
         """Of candidates that stand in each other's way, those that send the fewest bytes, counting the weights left as

@@ -16,6 +16,7 @@ from ..running.context import Context
 from ..running.hooks import install
 from ..running.memory import dims_in_memory, laid_out
 from ..running.program import Bound
+from ..tracing.escapes import let_go
 from ..tracing.ghost import fake_inputs, ghost
 from ..tracing.graph import Call, next_seen
 from ..tracing.trace import UNSEEN, Recorder, draws, reads_values, record
@@ -63,12 +64,15 @@ def run_local(model, args, kwargs, programs, checker, sharding, n, device=None):
     context = Context(group=SimulatedGroup(0, n))
     context.programs = programs
     install(copied, context)
+    given = fake_inputs(fake_mode, args, kwargs)
     try:
-        record(copied, *fake_inputs(fake_mode, args, kwargs), modes=[fake_mode], recorder=checker)
+        record(copied, *given, modes=[fake_mode], recorder=checker)
     except LayoutError:
         raise
     except Exception as e:
         raise checker.error(f"{type(e).__name__}: {e}") from e
+    finally:
+        checker.let_go(copied, given)
     if next_seen(checker.whole, checker.at) != len(checker.whole):
         raise checker.error("the forward ended early")
 
@@ -140,6 +144,7 @@ class _Checker(Recorder):
         self._call = call
         try:
             out = self.shown(call, func, args, kwargs, expected, axis)
+            self.values(out)
         finally:
             self._call = None
         self.at += 1
@@ -173,7 +178,7 @@ class _Checker(Recorder):
         self.note(reason, go_on=expected.keys() == {()})
         if found == expected:
             return out
-        kind = {"dtype": call.outputs[()].dtype, "device": call.outputs[()].tensor.device}
+        kind = {"dtype": call.outputs[()].dtype, "device": call.outputs[()].device}
         return torch.empty(expected[()], **kind, requires_grad=call.outputs[()].differentiable).clone()
 
     def attempt(self, call, func, args, kwargs, expected, axis):
@@ -195,9 +200,9 @@ class _Checker(Recorder):
         whole forward's order, which a collective may have changed."""
         if not call.inputs:
             return args, kwargs
-        whole, (path, local) = next(iter(call.inputs.values())).tensor, next(tensors((args, kwargs)))
-        order = dims_in_memory(whole)
-        if order == dims_in_memory(local, whole):
+        whole, (path, local) = next(iter(call.inputs.values())), next(tensors((args, kwargs)))
+        order = dims_in_memory(whole.shape, whole.strides)
+        if order == dims_in_memory(whole.shape, local.stride()):
             return args, kwargs
         if call.index not in self.found.order:
             self.found.order[call.index], self.changed = order, True
@@ -247,9 +252,22 @@ class _Checker(Recorder):
     def keep(self, model, objects):
         pass
 
+    def end(self):
+        pass
+
     def value(self, tensor, producer=None, new=False):
         self.graph.values.append(tensor)  # keep it alive
         return tensor
+
+    def let_go(self, model, inputs):
+        """The forward is over; none of its tensors is to stay in a list of the user's."""
+        states = [*model.parameters(), *model.buffers(), *(t for _, t in tensors(inputs))]
+        others = set(map(id, states))
+        made = {id(t): t for t in self.graph.values if id(t) not in others}
+        self.graph = None
+        left = list(made.values())
+        made.clear()
+        let_go(left)
 
 
 def width(at):

@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor, Shard
 from .. import comm_ops
 from ..agreement import share_random_state
 from ..private import at_end_of_backward, compiling
+from ..tracing.ghost import user_hooks_of_all
 from ..utils import lookup, quiet, replace
 
 AGAIN = (
@@ -21,8 +22,9 @@ class Context:
     """What the hooks of one model share: the mesh, and which programs are in force. A copy of it shares the mesh."""
 
     def __init__(self, mesh=None, group=None):
-        self.mesh, self._group = mesh, group if mesh is None else mesh.get_group()
+        self.mesh, self._group = mesh, group if mesh is None else comm_ops.group_of(mesh)
         self.hooks = []  # every ModuleHooks
+        self.hooks_of_all = user_hooks_of_all()  # that were registered for every module when it was split
         self._programs = {}
         self.compiled = False  # whether a part of the call ran compiled, which the log does not tell of
         self.recomputing = False  # a backward runs, in which checkpoints find the programs of their forward
@@ -43,7 +45,7 @@ class Context:
     @property
     def group(self):
         if self._group is None:
-            self._group = self.mesh.get_group()
+            self._group = comm_ops.group_of(self.mesh)
         return self._group
 
     @property
@@ -66,8 +68,9 @@ class Context:
 
     def __deepcopy__(self, memo):
         new = Context(self.mesh, self._group)
-        new._programs, new.paths = self._programs, self.paths
+        new._programs, new.paths = self._programs, self.paths and self.paths.apart()
         new.weights = None  # a copy's own are not looked at
+        new.hooks_of_all = self.hooks_of_all
         return new
 
     def __getstate__(self):
@@ -81,6 +84,17 @@ class Context:
             "made": {},
             "weights": None,
         }
+
+    def check_hooks(self):
+        """Refuse hooks on all modules that the user registered since the split: they would see shards."""
+        new = [h for h in user_hooks_of_all() if all(h is not known for known in self.hooks_of_all)]
+        if new and self.mesh.size() > 1:
+            name = getattr(new[0], "__qualname__", type(new[0]).__name__)
+            raise RuntimeError(
+                f"{name}: a hook was registered for all modules since the model was split "
+                "(torch.nn.modules.module.register_module_forward_hook?), and would see this rank's shards: register it "
+                "before apply_tensor_parallel, which then keeps whole what it sees, or remove it before the call"
+            )
 
     def share_random(self):
         """All ranks draw from one random state in the forward that begins."""

@@ -91,6 +91,7 @@ class ModuleHooks:
     def choose(self, module, args, kwargs, compiled):
         """The programs for a call that the user makes."""
         context = self.context
+        context.check_hooks()
         if not in_backward():
             context.call, context.log = (self.path, self.owners, module, args, kwargs, compiled), []
             context.first_hook, context.compiled, context.recomputing = RemovableHandle.next_id, False, False
@@ -99,13 +100,14 @@ class ModuleHooks:
                 quieten(module)
                 self.settled = True
             context.programs = context.paths.programs(*context.call)
-            if context.weights is not None and (context.paths.fresh or context.paths.other_kind):
-                context.weights.check_assigned()
-            if context.weights is not None and context.paths.fresh:
-                context.weights.check_shared()
-            context.random_is_shared = False
-            if context.paths.random(self.path, module, context.programs):
-                context.share_random()
+            with context.paths.in_step.explained():
+                if context.weights is not None and (context.paths.fresh or context.paths.other_kind):
+                    context.weights.check_assigned()
+                if context.weights is not None and context.paths.fresh:
+                    context.weights.check_shared()
+                context.random_is_shared = False
+                if context.paths.random(self.path, module, context.programs):
+                    context.share_random()
 
     def check(self, module, program):
         """Refuse hooks that the user added since, where they would see shards. Those that the model adds while it runs
@@ -218,6 +220,8 @@ class ModuleHooks:
         missing. They are looked at where another number of them ran than in the forward that was shown, or something
         failed."""
         context = self.context
+        if failed and (error := sys.exc_info()[1]) is not None:
+            context.paths.in_step.explain(error)
         if not failed and (context.compiled or program is None or context.ran in (program.modules, *context.counts)):
             return
         changed = changed_modules(module, context, self.path)

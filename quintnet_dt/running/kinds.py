@@ -105,7 +105,7 @@ def _slice(x):
 
 
 def _other(x):
-    if isinstance(x, torch.Tensor):
+    if isinstance(x, torch.Tensor) or hasattr(x, "producer"):  # a Value of a graph
         return TENSOR
     if isinstance(x, (tuple, list)):
         return _several(x)

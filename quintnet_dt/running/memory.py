@@ -1,11 +1,20 @@
 """How a tensor lies in memory: random numbers are drawn in that order, so a mask depends on it."""
 
 
-def dims_in_memory(x, whole=None):
-    """The dims of a tensor that are longer than 1 (in `whole`, where it is a part of that), outermost in memory
-    first."""
-    longer = [d for d, size in enumerate((x if whole is None else whole).shape) if size > 1]
-    return tuple(sorted(longer, key=lambda d: (x.stride(d), x.shape[d]), reverse=True))
+def dims_in_memory(shape, strides):
+    """The dims that are longer than 1 of a tensor of this shape, outermost in memory first."""
+    longer = [d for d, size in enumerate(shape) if size > 1]
+    return tuple(sorted(longer, key=lambda d: strides[d], reverse=True))
+
+
+def is_contiguous(shape, strides):
+    """Whether a tensor's elements lie in memory in the order of its dims, with nothing between them."""
+    expected = 1
+    for size, stride in zip(shape[::-1], strides[::-1]):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 def laid_out(x, order):

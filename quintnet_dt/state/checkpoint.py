@@ -7,24 +7,24 @@ load them too), and `state.pt` for all that is no tensor of the model or the opt
 
 import io
 import os
-import shutil
+import secrets
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.tensor import DTensor
 
 from ..agreement import random_state, set_random_state
-from ..together import together
-from ..utils import tensors
-from .chunks import Chunk
+from ..together import gather, together
+from .contents import check_fit, collect, copied, model_state, name_of, optimizer_to_fill, packed, plain
 from .dcp import Item, LoadPlanner, Reader, SavePlanner
-from .folder import STATE, begin, checksum, complete, finish, manifest_of, saving, verify, write_file
+from .folder import INDEX, STATE, begin, checksum, finish, marked, remove, saving, write_file
+from .given import check_model, check_optimizer, path_of
+from .index import faults, read_index
+from .opened import opened
 
 
 def save_checkpoint(path, model, optimizer=None, *, extra=None, async_=False):
@@ -34,8 +34,8 @@ def save_checkpoint(path, model, optimizer=None, *, extra=None, async_=False):
     the same file system.
 
     Args:
-        path: the checkpoint's folder. A checkpoint that is there is replaced; anything else is left alone, with an
-            error.
+        path: the checkpoint's folder, or a link to one. A checkpoint that is there is replaced (files that you put into
+            it stay there); anything else is left alone, with an error.
         model: sharded by `apply_tensor_parallel`, by FSDP2 on top of it, or plain. What its `state_dict` holds is
             saved.
         optimizer: a torch.optim.Optimizer of the model's parameters.
@@ -48,17 +48,18 @@ def save_checkpoint(path, model, optimizer=None, *, extra=None, async_=False):
     Raises: ValueError, TypeError, OSError, RuntimeError, on every rank, also when only one failed; what was there
     before is then as it was.
     """
-    path, group = Path(os.path.abspath(path)), None
+    group = None
     with together(group):
-        items, state = _collect(model, optimizer)
+        path = _checked(path, model, optimizer)
+        items, state = collect(model, optimizer)
         state["extra"] = extra
     mine = _dp_leader(model), random_state(torch.cuda.is_initialized())
-    state["random"] = dict(reversed(_gather(mine)))  # by tp group, that of its first rank
+    state["random"] = dict(reversed(gather(mine)))  # by tp group, that of its first rank
     if not async_:
         return _write(path, items, state, group)
     with together(group):
-        items = {name: Item(i.path, i.shape, i.dtype, [_copied(c) for c in i.chunks]) for name, i in items.items()}
-        state = torch.load(io.BytesIO(_packed(state)), weights_only=True)  # a copy
+        items = {name: Item(i.path, i.shape, i.dtype, [copied(c) for c in i.chunks]) for name, i in items.items()}
+        state = torch.load(io.BytesIO(packed(state)), weights_only=True)  # a copy
     if dist.is_initialized():
         group = dist.new_group(backend="gloo")  # the thread's collectives must not meet those of the training
     pool = ThreadPoolExecutor(1, "save_checkpoint")
@@ -74,111 +75,24 @@ def load_checkpoint(path, model, optimizer=None):
     against the model's. No code that a checkpoint may hold is run. The random state is restored too: each rank gets
     that of the ranks with its data-parallel index.
 
+    A save that runs meanwhile does no harm: what is loaded is one checkpoint, or an error is raised.
+
     Args: as for `save_checkpoint`. The optimizer may be new, its groups hold the same parameters.
     Returns: `extra`.
-    Raises: FileNotFoundError, ValueError, RuntimeError, on every rank, also when only one failed.
+    Raises: FileNotFoundError, TypeError, ValueError, RuntimeError, on every rank, also when only one failed.
     """
-    path = Path(os.path.abspath(path))
     with together():
-        path = complete(path)
-        manifest = manifest_of(path)
-    with together():
-        verify(path, manifest)
-        reader = Reader(path)
-        saved = reader.read_metadata().state_dict_metadata
-        state = torch.load(path / STATE, weights_only=True, map_location="cpu")
-        items = {_name(("model", k)): Item.of(("model", k), t) for k, t in _model_state(model)[0].items()}
-        names = {n for n in saved if n.startswith("model.")}
-        _check(path, items, saved, names)
-        new_state, groups = {}, None
-        if optimizer is not None:
-            optimizer_items, new_state, groups = _optimizer_to_fill(path, model, optimizer, saved, state["optimizer"])
-            items |= optimizer_items
-    _dcp(dcp.load, items, storage_reader=reader, planner=LoadPlanner())
-    if optimizer is not None:
-        optimizer.state.clear()
-        optimizer.state.update(new_state)
-        for group, options in zip(optimizer.param_groups, groups):
-            group.update(options)
-    if state["objects"]:
-        model.load_state_dict(state["objects"], strict=False)
-    _restore_random(model, state["random"])
-    return state["extra"]
+        path = _checked(path, model, optimizer)
+    with opened(path) as checkpoint:
+        return _load(checkpoint, model, optimizer)
 
 
-# ---- what is saved
-
-
-def _name(path):
-    return ".".join(path)
-
-
-def _plain(model):
-    """The module behind torch.compile's wrapper."""
-    return getattr(model, "_orig_mod", model)
-
-
-def _model_state(model):
-    """(tensors, other objects) by name. FSDP2 reshards here, so that the model's parameters are then its shards."""
-    state = _plain(model).state_dict()
-    found = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
-    if meta := [k for k, v in found.items() if v.device.type == "meta"]:
-        raise ValueError(f"{', '.join(meta[:5])}: expected storage, found the meta device: materialize the model first")
-    return found, {k: v for k, v in state.items() if k not in found}
-
-
-def _collect(model, optimizer):
-    """(Items by name, the rest) of a model and its optimizer."""
-    found, objects = _model_state(model)
-    found = {("model", k): t for k, t in found.items()}
-    rest = {"objects": objects, "optimizer": None}
-    if optimizer is not None:
-        names, state = _names(model, optimizer), {}
-        for p, values in optimizer.state.items():
-            kept = state[names[id(p)]] = {}
-            for k, v in values.items():
-                kept[k] = None if isinstance(v, torch.Tensor) else v
-                if isinstance(v, torch.Tensor):
-                    found["optimizer", "state", names[id(p)], k] = v
-                if isinstance(v, DTensor) and v.shape != p.shape:
-                    what = f"{k} of shape {tuple(v.shape)} for {names[id(p)]} of shape {tuple(p.shape)}"
-                    raise ValueError(
-                        f"{type(optimizer).__name__}: expected a state of the parameter's shape, found {what}"
-                    )
-        groups = [{**g, "params": [names[id(p)] for p in g["params"]]} for g in optimizer.param_groups]
-        rest["optimizer"] = {"state": state, "groups": groups}
-    return {_name(path): Item.of(path, t) for path, t in found.items()}, rest
-
-
-def _names(model, optimizer):
-    """id of each parameter of an optimizer -> its name in the model."""
-    names = {id(p): name for name, p in _plain(model).named_parameters()}
-    if any(id(p) not in names for g in optimizer.param_groups for p in g["params"]):
-        expected = "expected an optimizer of the model's parameters, found one with others"
-        raise ValueError(f"{type(optimizer).__name__}: {expected}: make it after apply_tensor_parallel and fully_shard")
-    return names
-
-
-def _copied(chunk):
-    return Chunk(chunk.offsets, chunk.tensor.to("cpu", copy=True))
-
-
-def _packed(state):
-    """`state` as bytes that torch.load reads without running code."""
-    if any(isinstance(t, DTensor) for _, t in tensors(state["extra"])):
-        raise TypeError(
-            "extra: expected whole tensors, found a DTensor: save what is sharded in a checkpoint of its own"
-        )
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    try:
-        torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
-    except UnpicklingError as e:
-        raise TypeError(
-            "extra, or the state of a module or optimizer: expected numbers, strings, tensors, lists and dicts, "
-            f"found something else: {e}"
-        ) from e
-    return buffer.getvalue()
+def _checked(path, model, optimizer):
+    """The folder that is meant, where a link leads to."""
+    path = path_of("path", path)
+    check_model(model)
+    check_optimizer(optimizer)
+    return Path(os.path.realpath(path))
 
 
 # ---- random state
@@ -186,59 +100,59 @@ def _packed(state):
 
 def _dp_leader(model):
     """The first rank of this rank's tp group: what is random is the same in all of it."""
-    mesh = getattr(_plain(model), "tensor_parallel_mesh", None)
+    mesh = getattr(plain(model), "tensor_parallel_mesh", None)
     return int(mesh.mesh.min()) if mesh is not None else dist.get_rank() if dist.is_initialized() else 0
 
 
 def _restore_random(model, saved):
     """Ranks take the state of those that had their place among the tp groups."""
-    leaders = sorted(set(_gather(_dp_leader(model))))
+    leaders = sorted(set(gather(_dp_leader(model))))
     set_random_state(saved[sorted(saved)[leaders.index(_dp_leader(model)) % len(saved)]])
-
-
-def _gather(x):
-    """Every rank's x."""
-    if not dist.is_initialized():
-        return [x]
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, x)
-    return everyone
 
 
 # ---- writing
 
 
 def _write(path, items, state, group):
-    temporary = saving(path)
     rank = dist.get_rank(group) if dist.is_initialized() else 0
-    first = rank == 0
+    first, token = rank == 0, gather(secrets.token_hex(8), group)[0]
+    temporary = saving(path, token)
     try:
         with together(group):
             if first:
-                begin(path)
-                write_file(temporary / STATE, _packed(state))
+                begin(path, token)
+                write_file(temporary / STATE, packed(state))
+        with together(group):
+            if not marked(temporary, path, token):
+                raise FileNotFoundError(
+                    f"{temporary}: expected the folder that rank 0 made, found none: all ranks must save to one file "
+                    "system, by the same path"
+                )
         _dcp(
             dcp.save, items, storage_writer=dcp.FileSystemWriter(temporary), planner=SavePlanner(), process_group=group
         )
-        sums = {}
         with together(group):
-            own = [*temporary.glob(f"__{rank}_*")] + ([temporary / STATE, temporary / ".metadata"] if first else [])
-            sums = {file.name: checksum(file) for file in own}
-        everyone = [sums]
-        if dist.is_initialized():
-            everyone = [None] * dist.get_world_size(group)
-            dist.all_gather_object(everyone, sums, group=group)
+            sums = _sums([*temporary.glob(f"__{rank}_*")] + [temporary / STATE, temporary / INDEX] * first)
+        files = {name: found for sums in gather(sums, group) for name, found in sums.items()}
         with together(group):
             if first:
-                files = {name: found for sums in everyone for name, found in sums.items()}
-                finish(path, files)
+                finish(path, token, files)
     except BaseException:
-        if first:
-            shutil.rmtree(temporary, ignore_errors=True)
+        if first and marked(temporary, path, token):
+            remove(temporary)
         raise
     finally:
         if group is not None:
             dist.destroy_process_group(group)
+
+
+def _sums(files):
+    """{name: [size, CRC-32]} of files."""
+    found = {}
+    for path in files:
+        with open(path, "rb") as file:
+            found[path.name] = checksum(file)
+    return found
 
 
 def _dcp(function, *args, **kwargs):
@@ -257,52 +171,51 @@ def _dcp(function, *args, **kwargs):
 # ---- reading
 
 
-def _check(path, items, saved, names):
-    """Names, shapes and dtypes of a model and a checkpoint agree."""
-    wrong = [f"{n}: not in the checkpoint" for n in items if n not in names]
-    wrong += [f"{n}: not in the model" for n in sorted(names) if n not in items]
-    for n, item in items.items():
-        if n in names:
-            mine, theirs = (item.shape, item.dtype), (saved[n].size, saved[n].properties.dtype)
-            if mine != theirs:
-                (a, b), (c, d) = mine, theirs
-                wrong.append(f"{n}: expected {tuple(a)} {b}, found {tuple(c)} {d}")
-    if wrong:
-        more = [f"and {len(wrong) - 20} more"] if len(wrong) > 20 else []
-        raise ValueError("\n  ".join([f"{path} does not fit the model:", *wrong[:20], *more]))
+def _load(checkpoint, model, optimizer):
+    with together():
+        checkpoint.verify()
+    with together():  # only now: what a damaged file is read as, is no matter
+        index, state = _index(checkpoint), _state(checkpoint)
+        saved, path = index.state_dict_metadata, checkpoint.path
+        items = {name_of(("model", k)): Item.of(("model", k), t) for k, t in model_state(model)[0].items()}
+        check_fit(path, items, saved, {n for n in saved if n.startswith("model.")})
+        new_state, groups = {}, None
+        if optimizer is not None:
+            optimizer_items, new_state, groups = optimizer_to_fill(path, model, optimizer, saved, state["optimizer"])
+            items |= optimizer_items
+        if wrong := [found for n in items if (found := faults(index, n, checkpoint.files))]:
+            raise ValueError("\n  ".join([f"{path / INDEX}: {len(wrong)} of its tensors are not whole:", *wrong[:20]]))
+    _dcp(dcp.load, items, storage_reader=Reader(checkpoint, index), planner=LoadPlanner())
+    if optimizer is not None:
+        optimizer.state.clear()
+        optimizer.state.update(new_state)
+        for group, options in zip(optimizer.param_groups, groups):
+            group.update(options)
+    if state["objects"]:
+        model.load_state_dict(state["objects"], strict=False)
+    _restore_random(model, state["random"])
+    return state["extra"]
 
 
-def _optimizer_to_fill(path, model, optimizer, saved, kept):
-    """(Items, the state to fill, the options of each group) for an optimizer."""
-    if kept is None:
-        raise ValueError(f"{path}: expected a checkpoint with an optimizer, found one without")
-    names, options = _names(model, optimizer), {n: g for g in kept["groups"] for n in g["params"]}
-    mine = {names[id(p)] for g in optimizer.param_groups for p in g["params"]}
-    if mine != options.keys():
-        differ = ", ".join(sorted(mine ^ options.keys())[:5])
-        raise ValueError(f"{path}: expected an optimizer of the same parameters, found one that differs in {differ}")
-    items, state, groups = {}, {}, []
-    for group in optimizer.param_groups:
-        found = [{k: v for k, v in options[names[id(p)]].items() if k != "params"} for p in group["params"]]
-        if any(f != found[0] for f in found):
-            raise ValueError(f"{path}: expected the parameters of one group to have been in groups alike: {found[0]}")
-        groups.append(found[0] if found else {})
-        for p in group["params"]:
-            name = names[id(p)]
-            for k, value in kept["state"].get(name, {}).items():
-                at = ("optimizer", "state", name, k)
-                if value is None and _name(at) in saved:
-                    value = _empty(p, k, saved[_name(at)], groups[-1])
-                    items[_name(at)] = Item.of(at, value)
-                state.setdefault(p, {})[k] = value
-    return items, state, groups
+def _index(checkpoint):
+    try:
+        return read_index(checkpoint.read(INDEX))
+    except ValueError as e:
+        raise ValueError(f"{checkpoint.path / INDEX}: expected the index of a checkpoint: {e}") from e
 
 
-def _empty(p, key, like, options):
-    """A tensor of a parameter's state, to be filled: laid out as the parameter, or a scalar where torch.optim keeps
-    it."""
-    dtype = like.properties.dtype
-    if like.size == p.shape and key != "step":
-        return torch.zeros_like(p, dtype=dtype, requires_grad=False)
-    device = p.device if options.get("capturable") or options.get("fused") else "cpu"
-    return torch.zeros(like.size, dtype=dtype, device=device)
+def _state(checkpoint):
+    """All that is no tensor of the model or the optimizer."""
+    path, data = checkpoint.path / STATE, checkpoint.read(STATE)
+    try:
+        state = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+    except Exception as e:
+        raise ValueError(
+            f"{path}: expected what save_checkpoint writes, cannot be read: {type(e).__name__}: {e}"
+        ) from e
+    if not isinstance(state, dict) or _PARTS - state.keys():
+        raise ValueError(f"{path}: expected {sorted(_PARTS)}, found something else")
+    return state
+
+
+_PARTS = {"objects", "optimizer", "random", "extra"}

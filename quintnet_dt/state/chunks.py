@@ -47,7 +47,7 @@ def chunks(tensor):
     if fused is None:
         return [Chunk(offsets, local)]
     whole, k = tensor.shape[fused.dim], fused.split_factor
-    sizes, rank = chunk_sizes(whole // k, mesh.size(-1)), mesh.get_local_rank(mesh.ndim - 1)
+    sizes, rank = chunk_sizes(whole // k, mesh.size(-1)), mesh.get_coordinate()[-1]
     starts = [piece * (whole // k) + sum(sizes[:rank]) for piece in range(k)]
     at = [(*offsets[: fused.dim], start, *offsets[fused.dim + 1 :]) for start in starts]
     return [Chunk(a, part) for a, part in zip(at, local.split(sizes[rank], fused.dim))] if sizes[rank] else []

@@ -1,18 +1,18 @@
 """torch.distributed.checkpoint on chunks: it writes and reads the blocks of a tensor that a rank holds.
 
-It does not place fused pieces (`_StridedShard`) by itself, and unpickles a checkpoint's index with nothing barred; both
-are mended here, at its points of extension. What is written is its own format: `torch.distributed.checkpoint.load`
-reads it.
+It does not place fused pieces (`_StridedShard`) by itself, unpickles a checkpoint's index with nothing barred, and
+opens files by their path, whatever was put there meanwhile; that is mended here and in index.py, at its points of
+extension. What is written is its own format: `torch.distributed.checkpoint.load` reads it.
 """
 
+import contextlib
 import pathlib
-import pickle
 from dataclasses import dataclass
 
 import torch
 from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemReader
-from torch.distributed.checkpoint import metadata as dcp_metadata
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, StorageMeta, TensorProperties
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
@@ -81,29 +81,31 @@ class LoadPlanner(DefaultLoadPlanner):
 
 
 class Reader(FileSystemReader):
-    """Reads a checkpoint without running any code that it may hold."""
+    """Reads from an `Opened` checkpoint, whose index was read and checked before."""
+
+    def __init__(self, checkpoint, index):
+        super().__init__(checkpoint.path)
+        self.fs, self.checkpoint, self.index = _Within(checkpoint), checkpoint, index
 
     def read_metadata(self, *args, **kwargs):
-        with open(pathlib.Path(self.path) / ".metadata", "rb") as file:
-            metadata = _Unpickler(file).load()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
+        if getattr(self.index, "storage_meta", None) is None:
+            self.index.storage_meta = StorageMeta()
+        self.index.storage_meta.load_id = self.load_id
+        return self.index
+
+    def prepare_local_plan(self, plan):
+        """Before any rank has read: this one has all files that it will."""
+        self.checkpoint.keep(sorted({self.storage_data[item.storage_index].relative_path for item in plan.items}))
+        return plan
 
 
-class _Unpickler(pickle.Unpickler):
-    """Knows the classes that the index of a checkpoint is made of, and no others."""
+class _Within(FileSystem):
+    """The files of an `Opened` checkpoint."""
 
-    def find_class(self, module, name):
-        known = module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype))
-        of_index = getattr(dcp_metadata, name, None) if module == dcp_metadata.__name__ else None
-        known = known or isinstance(of_index, type) and of_index.__module__ == module
-        known = known or module.startswith("pathlib") and name in ("PosixPath", "PurePosixPath", "WindowsPath")
-        if not known and (module, name) not in _OTHERS:
-            raise pickle.UnpicklingError(f"expected the index of a checkpoint, found {module}.{name} in it")
-        return super().find_class(module, name)
+    def __init__(self, checkpoint):
+        self.checkpoint = checkpoint
 
-
-_OTHERS = {
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.serialization", "_get_layout"),
-}
+    @contextlib.contextmanager
+    def create_stream(self, path, mode):
+        with self.checkpoint.open(pathlib.Path(path).name) as file:
+            yield file

@@ -71,24 +71,56 @@ def entries_of(source):
 
 
 def header_of(path):
-    """name -> Entry of one file."""
+    """name -> Entry of one file. Raises ValueError, as safetensors itself does, unless the header's tensors fill the
+    rest of the file exactly."""
     try:
         with open(path, "rb") as f:
             size = os.fstat(f.fileno()).st_size
             (length,) = struct.unpack("<Q", f.read(8))
             if length > size - 8:
                 raise ValueError(f"a header of {length} bytes in a file of {size}")
-            header, entries = json.loads(f.read(length)), {}
-        header.pop("__metadata__", None)
-        for name, e in header.items():
-            (start, end), shape, dtype = e["data_offsets"], tuple(e["shape"]), DTYPES.get(e["dtype"])
-            inside = 0 <= start <= end <= size - 8 - length
-            if dtype is None or not inside or end - start != prod(shape) * dtype.itemsize:
-                raise ValueError(f"{name} of {e} in a file of {size} bytes")
-            entries[name] = Entry(path, dtype, shape, 8 + length + start)
+            header = json.loads(f.read(length).decode(), object_pairs_hook=_without_doubles)
+        _check_metadata(header.pop("__metadata__", {}))
+        spans = {name: _span(name, e, size - 8 - length) for name, e in header.items()}
+        _check_filled(spans, size - 8 - length)
     except (ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError) as e:
         raise ValueError(f"{path}: expected a whole safetensors file, found another, or a part of one: {e!r}") from e
-    return entries
+    return {name: Entry(path, dtype, shape, 8 + length + start) for name, (start, _, dtype, shape) in spans.items()}
+
+
+def _without_doubles(pairs):
+    """A dict of JSON's, in which each name is there once."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)} is there twice")
+    return found
+
+
+def _check_metadata(metadata):
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise ValueError(f"a __metadata__ that is no map of texts: {metadata!r}")
+
+
+def _span(name, entry, room):
+    """(start, end, dtype, shape) of a tensor, in the bytes after the header."""
+    (start, end), shape, dtype = entry["data_offsets"], tuple(entry["shape"]), DTYPES.get(entry["dtype"])
+    whole = all(type(n) is int and n >= 0 for n in (start, end, *shape))
+    if dtype is None or not whole or not start <= end <= room or end - start != prod(shape) * dtype.itemsize:
+        raise ValueError(f"{name} of {entry} in a file of {room} bytes after its header")
+    return start, end, dtype, shape
+
+
+def _check_filled(spans, room):
+    """Tensors lie one behind the other, to the end."""
+    filled, last = 0, "the header"
+    for name, (start, end, *_) in sorted(spans.items(), key=lambda span: span[1][:2]):
+        if start != filled:
+            what = "overlaps with" if start < filled else f"begins {start - filled} bytes after the end of"
+            raise ValueError(f"{name} {what} {last}")
+        filled, last = end, name
+    if filled != room:
+        raise ValueError(f"{room - filled} bytes after the end of {last}, the last tensor")
 
 
 def start_file(path, held):

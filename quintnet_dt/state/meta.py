@@ -8,9 +8,11 @@ from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
 from ..agreement import random_state, set_random_state
-from ..together import together
+from ..carried import whole_of
+from ..together import gather, together
 from ..utils import replace, tensors
 from .chunks import chunks
+from .given import check_device, check_function, check_model
 
 
 def materialize(model, init=None, *, device=None):
@@ -35,13 +37,21 @@ def materialize(model, init=None, *, device=None):
         device: of the values; that of the mesh, or the CPU, by default.
 
     Returns: the model. Its parameters are new objects: make optimizers afterwards.
-    Raises: RuntimeError that lists the parameters and buffers that `init` did not write. What `init` raises on one
-    rank, raises on all. The model is then as it was.
+    Raises: TypeError, ValueError for what is no model, function or device, or is on meta on some ranks only;
+    RuntimeError that lists the parameters and buffers that `init` did not write. What `init` raises on one rank, raises
+    on all. The model is then as it was.
     """
-    places = Places(model)
-    device = torch.device(device or places.device())
-    holders = {m for m in model.modules() if any(t.is_meta for t in (*m.parameters(), *m.buffers()))}
-    if not holders:
+    with together():
+        check_model(model)
+        check_function("init", init)
+        places = Places(model)
+        device = check_device(device) or torch.device(places.device())
+        holders = {m for m in model.modules() if any(t.is_meta for t in (*m.parameters(), *m.buffers()))}
+    started = gather(bool(holders))
+    if not all(started):
+        if any(started):
+            ranks = [rank for rank, meta in enumerate(started) if not meta]
+            raise ValueError(f"model: expected one on the meta device on every rank, found none on ranks {ranks}")
         return model
     _same_random_state(device)
     try:
@@ -139,7 +149,7 @@ class _Whole(TorchFunctionMode):
             elif isinstance(t, DTensor):
                 with together():  # no rank has failed, and does not come here
                     pass
-                whole = t.full_tensor().detach().clone()
+                whole = whole_of(t.detach()).clone()
             else:
                 whole = t.detach().clone()
             self.seen[id(t)] = t, whole, whole._version

@@ -8,15 +8,16 @@ import contextlib
 import json
 import os
 import re
-from pathlib import Path
+import secrets
 
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from ..together import together
+from ..together import gather, together
 from .chunks import chunks
 from .files import INDEX, NAMES, SINGLE, entries_of, header_of, move, pieces, runs, start_file
+from .given import check_device, check_function, check_model, path_of
 from .meta import Places, materialize
 
 _BUFFER = 1 << 20  # bytes of a tensor that are in memory beside it
@@ -41,12 +42,15 @@ def load_safetensors(source, model, *, strict=True, device=None, init=None, prog
         progress: a bar on rank 0, if tqdm is installed.
 
     Returns: (missing, unexpected), lists of names as load_state_dict has them.
-    Raises: on every rank, before anything is written to the model: FileNotFoundError; ValueError for files that are not
-    safetensors, or that lists every name that is missing or unexpected and every shape that differs. OSError where
-    reading fails later.
+    Raises: on every rank, before anything is written to the model: FileNotFoundError; TypeError; ValueError for files
+    that are not safetensors, or that lists every name that is missing or unexpected and every shape that differs.
+    OSError where reading fails later.
     """
     with together():
-        entries, wanted, missing = entries_of(Path(source)), [], []
+        check_model(model)
+        check_function("init", init)
+        device = check_device(device)
+        entries, wanted, missing = entries_of(path_of("source", source)), [], []
         names = _named_tensors(model)
         places = Places(model)
         wrong = []
@@ -88,15 +92,18 @@ def export_safetensors(folder, model, *, max_shard_size="5GB", progress=True):
     export that fails leaves the folder as it was. One of an earlier export there is replaced. Call it on every rank of
     the world.
 
-    Raises: on every rank, ValueError for tensors without values (on meta) or without a safetensors dtype, or for a
-    wrong max_shard_size; OSError where the folder cannot be written or the disk is full.
+    Raises: on every rank, TypeError; ValueError for tensors without values (on meta) or without a safetensors dtype, or
+    for a wrong max_shard_size; OSError where the folder cannot be written or the disk is full.
     """
-    folder, first = Path(folder), not dist.is_initialized() or dist.get_rank() == 0
-    files = {}
+    first, files = not dist.is_initialized() or dist.get_rank() == 0, {}
+    with together():
+        folder = path_of("folder", folder)
+        check_model(model)
+    token = gather(secrets.token_hex(8))[0]
     try:
         with together():
             state = {tied[0]: t for t, tied in _named_tensors(model)}
-            bad = [n for n, t in state.items() if t.is_meta or t.dtype not in NAMES]
+            bad = [f"{n} ({_kind(t)})" for n, t in state.items() if t.is_meta or t.dtype not in NAMES]
             if bad:
                 raise ValueError(
                     f"expected tensors with values, of safetensors' dtypes, found others: {', '.join(bad)}"
@@ -104,29 +111,42 @@ def export_safetensors(folder, model, *, max_shard_size="5GB", progress=True):
             files = _split(state, _bytes(max_shard_size))
             if first:
                 folder.mkdir(parents=True, exist_ok=True)
+                _sweep(folder)
                 for name, held in files.items():
-                    start_file(_partial(folder / name), held)
+                    start_file(_partial(folder / name, token), held)
         with together():
             entries = {}
             for name in files:
-                if not _partial(folder / name).exists():
+                if not _partial(folder / name, token).exists():
                     raise FileNotFoundError(
                         f"{folder}: expected a folder that all ranks share, found no {name} of rank 0's"
                     )
-                entries.update(header_of(_partial(folder / name)))
+                entries.update(header_of(_partial(folder / name, token)))
             _copy([(t, entries[n]) for n, t in state.items()], True, progress)
         with together():
             if first:
-                _finish(folder, files, getattr(model, "config", None))
+                _finish(folder, files, getattr(model, "config", None), token)
     except BaseException:
         for name in (*files, INDEX) if first else ():
             with contextlib.suppress(OSError):
-                _partial(folder / name).unlink()
+                _partial(folder / name, token).unlink()
         raise
 
 
-def _partial(path):
-    return path.with_name(f"{path.name}.partial")
+def _kind(t):
+    return "on meta" if t.is_meta else str(t.dtype)
+
+
+def _partial(path, token):
+    """Where an export writes what will be the file at a path."""
+    return path.with_name(f"{path.name}.partial-{token}")
+
+
+def _sweep(folder):
+    """Remove what exports that were killed have left."""
+    for entry in list(folder.iterdir()):
+        if re.fullmatch(r"model.*\.safetensors(\.index\.json)?\.partial-[0-9a-f]{16}", entry.name):
+            entry.unlink()
 
 
 def _named_tensors(model):
@@ -163,7 +183,7 @@ def _split(state, limit):
     return {SINGLE if n == 1 else f"model-{i:05}-of-{n:05}.safetensors": part for i, part in enumerate(parts, 1)}
 
 
-def _finish(folder, files, config):
+def _finish(folder, files, config, token):
     """Give the files their names, the index last. Those of an earlier export go: they would be mixed with these."""
     if hasattr(config, "save_pretrained"):
         config.save_pretrained(folder)
@@ -172,12 +192,12 @@ def _finish(folder, files, config):
         size = sum(t.nbytes for held in files.values() for t in held.values())
         where = {name: file for file, held in files.items() for name in held}
         text = json.dumps({"metadata": {"total_size": size}, "weight_map": where}, indent=2)
-        _partial(folder / INDEX).write_text(text + "\n")
+        _partial(folder / INDEX, token).write_text(text + "\n")
     for old in [*folder.glob(INDEX), *folder.glob(SINGLE), *folder.glob("model-?????-of-?????.safetensors")]:
         if old.name not in new or old.name == INDEX:
             old.unlink()
     for name in new:
-        _partial(folder / name).replace(folder / name)
+        _partial(folder / name, token).replace(folder / name)
 
 
 # ---- bytes

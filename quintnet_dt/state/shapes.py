@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from .given import check_model
+
 
 @contextlib.contextmanager
 def whole_shapes(model):
@@ -19,7 +21,10 @@ def whole_shapes(model):
         with whole_shapes(model):
             model = peft.get_peft_model(model, config)
         apply_tensor_parallel(model, tp_size=4)
+
+    Raises TypeError for what is no nn.Module.
     """
+    check_model(model)
     real = {}
     for module in model.modules():
         for attr, p in module._parameters.items():

@@ -8,9 +8,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..fsdp import copyable, is_fsdp
-from ..private import FakeCopyMode
+from ..private import FakeCopyMode, global_hooks
 from ..utils import held, leaves, opaque, replace, shard_kept, tensors
 from .caches import unshare
+from .closures import rebind
 from .composites import plain
 
 
@@ -20,8 +21,9 @@ class StrayParameter(ValueError):
     def __init__(self, names):
         super().__init__(
             f"{', '.join(names)}: expected every parameter to be read as an attribute of its module, found one that "
-            "something else holds (a list, a partial, a lambda, an optimizer kept in the model), which would keep the "
-            "old one: read it as self.name, and make optimizers afterwards"
+            "something else holds (a list, a partial, a lambda, an optimizer kept in the model; a global, or an object "
+            "elsewhere, that holds its module), which would keep the old one: read it as self.name, and make "
+            "optimizers afterwards"
         )
 
 
@@ -87,6 +89,7 @@ def _ghost(model, fake_mode, local_shape, device, memo, dtypes):
                 memo[id(getattr(hook, "__self__", hook))] = getattr(hook, "__self__", hook)
     try:
         copied = strip(copy.deepcopy(model, memo))
+        rebind(model, copied, memo)
     except Exception as e:
         raise RuntimeError(
             f"{type(model).__name__} cannot be deep-copied, which planning needs so that the model itself stays "
@@ -109,7 +112,16 @@ def is_ours(hook):
 def user_hooks(module):
     """A module's hooks that are neither torch's nor this library's, by the ids of their handles."""
     found = [item for hooks in hooks_of(module) for item in hooks.items()]
-    return {k: h for k, h in found if not str(getattr(h, "__module__", "")).startswith(("torch.", _OURS))}
+    return {k: h for k, h in found if _is_users(h)}
+
+
+def user_hooks_of_all():
+    """Those that the user registered for every module."""
+    return [h for hooks in global_hooks() for h in hooks.values() if _is_users(h)]
+
+
+def _is_users(hook):
+    return not str(getattr(hook, "__module__", "")).startswith(("torch.", _OURS))
 
 
 def hooks_of(module):

@@ -3,29 +3,34 @@
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
+
+import torch
 
 
 class Value:
     """A tensor at one moment: an in-place operator makes a new Value of the same tensor.
 
-    `param` is its name if it is a parameter, `producer` the index of the call that made it.
+    `param` is its name if it is a parameter, `producer` the index of the call that made it. Its `tensor` is let go of when
+    the forward is over.
     """
 
     def __init__(self, id, tensor, producer=None, param=None):
         self.id, self.tensor = id, tensor
         self.producer, self.param = producer, param
-        self.shape, self.dtype = tuple(tensor.shape), tensor.dtype
+        self.shape, self.dtype, self.device = tuple(tensor.shape), tensor.dtype, tensor.device
+        self.strides = tensor.stride() if tensor.layout == torch.strided else None
         # Whether it could ever need a gradient: made from a parameter or an input that could.
-        self.trainable = tensor.requires_grad
+        self.trainable = self.differentiable = tensor.requires_grad
         self.memory = self  # the value whose memory it shares, if it is a view
 
     @property
-    def differentiable(self):
-        return self.tensor.requires_grad
+    def numel(self):
+        return prod(self.shape)
 
     @property
     def nbytes(self):
-        return self.tensor.numel() * self.tensor.element_size()
+        return self.numel * self.dtype.itemsize
 
 
 @dataclass
@@ -158,7 +163,7 @@ class Graph:
         users = {}
         for call in self.calls:
             made_of = [self.made_of[v.id] for v in call.inputs.values() if call.nodes and v.id in self.made_of]
-            for name in set().union(*made_of):
+            for name in sorted(set().union(*made_of)):
                 users.setdefault(name, []).append(call)
         return users
 

@@ -7,10 +7,8 @@ operators inside them, few and regular, which are what the axis rules read.
 """
 
 import contextlib
-import gc
 import sys
 from functools import partial
-from types import CellType
 
 import torch
 from torch import nn
@@ -33,7 +31,8 @@ from ..utils import call_name, callers, held, is_float, replace, shard_kept, sou
 from .attributes import attributes, changed
 from .caches import forgotten
 from .composites import restated
-from .ghost import StrayParameter, fake_inputs, ghost, put_last, real_inputs, user_hooks
+from .escapes import let_go
+from .ghost import StrayParameter, fake_inputs, ghost, put_last, real_inputs, user_hooks, user_hooks_of_all
 from .graph import Call, Graph, ModuleCall, Node, Value
 from .higher import HigherOrder, higher_order
 from .known import Known
@@ -63,35 +62,37 @@ class UnknownValues(RuntimeError):
         )
 
 
-def trace(model, args=(), kwargs=None, *, device=None):
+def trace(model, args=(), kwargs=None, *, device=None, any_rank=bool):
     """Run the model's forward once on a ghost and record it.
 
     Args: model, whole (its parameters have their whole shapes); `args`, `kwargs`: example inputs; `device`: where a
-    model on the meta device is imagined to be. Returns: Graph.
+    model on the meta device is imagined to be; `any_rank`: of a model that is split, tells whether what is so here is
+    so on any rank, since real parameters are gathered by all ranks or none. Returns: Graph.
 
     What a forward reads of values that follow from its inputs alone (is there padding?) is known. One that reads values
     which depend on parameters (which expert is hit?), or asks what a fake tensor cannot answer, is run again on the
     parameters themselves.
     """
     kwargs = kwargs or {}
-    graph = _on_fakes(model, args, kwargs, device)
-    if graph is None:
-        graph = record(ghost(model, device=device), *real_inputs(args, kwargs))
-    read = {id(v.tensor) for v in graph.values}  # of the model itself, not of its copy: through a lambda
-    captured = [(name, gc.get_referrers(p)) for name, p in model.named_parameters() if id(p) in read]
-    if stray := [name for name, holders in captured if any(type(x) is CellType for x in holders)]:
+    graph, *alive = _on_fakes(model, args, kwargs, device)  # the copies, so that what they keep is found
+    if any_rank(graph is None):
+        alive = ghost(model, device=device), real_inputs(args, kwargs)
+        graph = record(alive[0], *alive[1])
+    read = {id(v.tensor) for v in graph.values}  # of the model itself, not of its copy
+    if stray := [name for name, p in model.named_parameters() if id(p) in read]:
         raise StrayParameter(stray)
+    let_go_of_graph(graph)
     return graph
 
 
 def _on_fakes(model, args, kwargs, device):
-    """The Graph of a forward on fake tensors; None where it must run on the parameters themselves."""
+    """The Graph of a forward on fake tensors, and the copies that it ran on; None where it must run on real ones."""
     fake_mode, recorder = FakeTensorMode(allow_non_fake_inputs=True), Recorder()
     compiles = "torch._dynamo" in sys.modules
     try:
         copied = ghost(model, fake_mode, device=device)
         fakes = fake_inputs(fake_mode, args, kwargs, recorder.known)
-        return record(copied, *fakes, modes=[fake_mode], recorder=recorder)
+        return record(copied, *fakes, modes=[fake_mode], recorder=recorder), copied, fakes
     except StrayParameter:
         raise
     except Exception as e:
@@ -102,7 +103,17 @@ def _on_fakes(model, args, kwargs, device):
             raise UnknownValues(recorder.asked) from e
         if not again and (on_meta or shards):
             raise
-    return _on_fakes(model, args, kwargs, device) if again else None
+    return _on_fakes(model, args, kwargs, device) if again else (None, None, None)
+
+
+def let_go_of_graph(graph):
+    """A Graph keeps no tensors; the values that something else keeps are noted as stored."""
+    given = {id(v.tensor) for v in graph.values if v.producer is None} | {id(v.tensor) for _, _, v in graph.held if v}
+    made = [v for v in graph.values if id(v.tensor) not in given]
+    tensors = [v.tensor for v in made]
+    for v in graph.values:
+        v.tensor = None
+    graph.stored += [made[i] for i in let_go(tensors)]
 
 
 def record(model, args, kwargs, modes=(), recorder=None):
@@ -125,6 +136,7 @@ def record(model, args, kwargs, modes=(), recorder=None):
         recorder.give((args, kwargs))
         out = model(*args, **kwargs)
     recorder.keep(model, (args, kwargs, out))
+    recorder.end()
     return recorder.graph
 
 
@@ -153,9 +165,9 @@ class Recorder:
                 if id(p) not in self._values:
                     v = self.graph.params[name] = self.value(p)
                     v.param, v.trainable = name, is_float(v)
-            steady, watched = type(module).forward in STEADY, bool(
-                user_hooks(module).keys() - vars(module).get("_tp_later", [])
-            )
+            steady = type(module).forward in STEADY
+            seen = user_hooks(module).keys() - vars(module).get("_tp_later", [])
+            watched = bool(seen or user_hooks_of_all())
             module.register_forward_pre_hook(partial(self.enter, path, steady, watched), with_kwargs=True, prepend=True)
             module.register_forward_hook(self.leave, with_kwargs=True, always_call=True)
             put_last(module)
@@ -174,6 +186,12 @@ class Recorder:
         self.graph.stored = [v for v in values if v is not None and v.producer is not None]
         self.graph.changes = changed(self.before, attributes(model))
         self.graph.held = [(path, place, self._values.get(id(t))) for path, _, place, t in held(objects)]
+
+    def end(self):
+        """The forward is over: only the graph is left."""
+        for v in self.graph.values:
+            v.differentiable = v.tensor.requires_grad
+        self._values, self.known = {}, Known()
 
     def value(self, tensor, producer=None, new=False):
         if new or id(tensor) not in self._values:
