@@ -8,6 +8,7 @@ import zlib
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from .around import undisturbed
 from .canonical import canonical
@@ -88,8 +89,12 @@ def check_batch(batch, mesh):
     Args:
         batch: tensors, numbers and strings, in tuples, lists, dicts and dataclasses.
         mesh: the 1-D DeviceMesh of the tp group (`model.tensor_parallel_mesh`), or a ProcessGroupManager.
+
+    Raises: TypeError where `mesh` is neither.
     """
     mesh = mesh.mesh if isinstance(mesh, ProcessGroupManager) else mesh
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(f"mesh: expected a 1-D DeviceMesh or a ProcessGroupManager, found {type(mesh).__name__}")
     mine = {path: _digest(x) for path, x in leaves(batch)}
     if mesh.size() == 1 or _alike(zlib.crc32(repr(mine).encode()), mesh):
         return

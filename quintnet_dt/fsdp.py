@@ -2,7 +2,7 @@
 
 import contextlib
 
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 
 from .private import compute_dtype
 from .utils import Quietly
@@ -11,6 +11,13 @@ from .utils import Quietly
 def is_fsdp(hook):
     """Whether a module's hook is FSDP2's."""
     return str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp")
+
+
+def wrapped_by_fsdp1(model):
+    """The path of the first module that FullyShardedDataParallel (FSDP1) wraps; "" where there is none."""
+    return next(
+        (path or "the model" for path, m in model.named_modules() if isinstance(m, FullyShardedDataParallel)), ""
+    )
 
 
 def quieten(model):

@@ -61,12 +61,12 @@ class Entry:
 @dataclass
 class TensorParallelPlan:
     """How a model is split over `tp_size` ranks. `entries` holds an Entry a parameter, by name; `bytes_per_step` is
-    what a rank sends in one forward and backward of the traced inputs (ring collectives). `plan[name] = Shard(0)` or
-    `Replicate()` edits it: what a user sets, wins."""
+    what a rank sends in one forward and backward of the traced inputs (ring collectives); None where none was traced.
+    `plan[name] = Shard(0)` or `Replicate()` edits it: what a user sets, wins."""
 
     tp_size: int
     entries: dict = field(default_factory=dict)
-    bytes_per_step: int = 0
+    bytes_per_step: int | None = 0
     note: str = ""
     loss_parallel: bool = False
 
@@ -114,7 +114,7 @@ class TensorParallelPlan:
             entries = {n: Entry(**{**e, "shape": tuple(e["shape"])}) for n, e in data.pop("entries").items()}
             plan = cls(entries=entries, **data)
             wrong = [f"{n}: {e}" for n, e in entries.items() if n != e.name or not e.valid()]
-            if type(plan.tp_size) is not int or plan.tp_size < 1 or type(plan.bytes_per_step) is not int:
+            if type(plan.tp_size) is not int or plan.tp_size < 1 or type(plan.bytes_per_step) not in (int, type(None)):
                 wrong.append(f"tp_size {plan.tp_size!r}, bytes_per_step {plan.bytes_per_step!r}")
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as e:
             raise ValueError(f"{what} (made by to_json), found something else: {e}") from e
@@ -131,10 +131,11 @@ class TensorParallelPlan:
             rows.append((module or "(root)", leaf, " x ".join(map(str, e.shape)), placement, e.how, e.why))
         widths = [max(map(len, column)) for column in zip(*rows)]
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in rows]
-        head = (
-            f"tensor parallel over {self.tp_size} ranks: each holds {self.share:.1%} of the parameters "
-            f"and sends {self.bytes_per_step / 1e6:.2f} MB a step of the traced inputs"
-        )
+        if self.bytes_per_step is None:
+            sends = "; what it sends was not counted, as no forward was traced"
+        else:
+            sends = f" and sends {self.bytes_per_step / 1e6:.2f} MB a step of the traced inputs"
+        head = f"tensor parallel over {self.tp_size} ranks: each holds {self.share:.1%} of the parameters{sends}"
         return "\n".join([head, *filter(None, [self.note]), lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 

@@ -17,6 +17,7 @@ from .around import undisturbed
 from .axes.axes import Axes
 from .axes.sharding import Action, pieces
 from .carried import carried
+from .fsdp import wrapped_by_fsdp1
 from .layers import ShardedModule
 from .plan import EXCHANGED, GATHERED, LOCAL, REPLICATED, WEIGHT_GATHERED, Entry, TensorParallelPlan, check_user_plan
 from .planning.cost import cost
@@ -128,6 +129,7 @@ def _make_plan(model, n, example_inputs, user, loss_parallel, contiguous, kept):
     """(plan, {signature: programs}) for a model. `kept`: Entries of parameters that are split already."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, found {type(model).__name__}")
+    _check_modules(model)
     if strange := [name for name, p in model.named_parameters() if isinstance(p, DTensor) and name not in kept]:
         raise ValueError(
             f"{', '.join(strange[:5])}: expected a model that is whole, or that this function split, found DTensors "
@@ -178,6 +180,21 @@ def _make_plan(model, n, example_inputs, user, loss_parallel, contiguous, kept):
     return plan, {signature(model, args, kwargs): programs}
 
 
+def _check_modules(model):
+    """Raise TypeError where a module is of a kind that cannot be split."""
+    if wrapped := wrapped_by_fsdp1(model):
+        raise TypeError(
+            f"{wrapped}: expected a model that is split before any data parallelism, found FullyShardedDataParallel: "
+            "apply tensor parallelism first, then torch.distributed.fsdp.fully_shard"
+        )
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(
+                f"{path or 'the model'}: expected modules written in Python, found a ScriptModule, whose weights and "
+                "calls are out of reach: use the module that it was made from (functions of torch.jit.script are fine)"
+            )
+
+
 def _why_blind(failed):
     """What to say of a plan that was made without a forward."""
     if isinstance(failed, UnknownValues):
@@ -190,7 +207,7 @@ def _why_blind(failed):
 
 def _blind_plan(model, n, fixed, note, kept):
     """Every large weight split on its longest dim, but for those that are split already."""
-    plan = TensorParallelPlan(n, note=note)
+    plan = TensorParallelPlan(n, bytes_per_step=None, note=note)
     for name, p in model.named_parameters():
         longest = max(range(p.dim()), key=lambda d: p.shape[d], default=None)
         dim = fixed.get(name, longest if p.dim() > 1 and p.shape[longest] >= n else None)

@@ -9,7 +9,7 @@ import threading
 
 import torch
 
-from .private import constant
+from .private import HigherOrderOperator, constant
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _HERE = os.path.dirname(__file__) + os.sep
@@ -171,13 +171,28 @@ def _own_backward(code):
     return any(getattr(inspect.unwrap(f), "__code__", None) is code for f in forwards)
 
 
+_BACKWARD_HOOKS = os.path.join(_TORCH, "utils", "hooks.py")
+_FUNCTION = os.path.join(_TORCH, "autograd", "function.py")
+
+
+def for_backward_hook():
+    """Whether torch is calling this for a backward hook of a module, which sees views of its inputs and outputs."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith((_HERE, _FUNCTION)):
+        frame = frame.f_back
+    return frame is not None and frame.f_code.co_filename == _BACKWARD_HOOKS
+
+
 OPERATORS = type(torch.ops.aten.add), type(torch.ops.aten.add.Tensor)
 _TENSOR_PROPERTIES = {"T", "mT", "H", "mH", "real", "imag", "data", "grad"}
 
 
 @constant
 def call_name(func):
-    """The name of a torch function, None for a read of `.shape`, `.dtype` and the like, which computes nothing."""
+    """The name of a torch function, None for a read of `.shape`, `.dtype` and the like, which computes nothing, and for
+    operators that are given functions, which torch compiles (torch.cond, flex_attention)."""
+    if isinstance(func, HigherOrderOperator):
+        return None
     name = getattr(func, "__name__", str(func))
     if name in ("__get__", "__set__"):
         name = getattr(getattr(func, "__self__", None), "__name__", name)
@@ -191,5 +206,5 @@ _QUERIES = set(
     "size dim numel stride is_grad_enabled _set_grad_enabled is_inference is_floating_point ndimension nelement "
     "__len__ "
     "is_contiguous is_complex get_device storage_offset is_tensor data_ptr element_size is_inference_mode_enabled "
-    "is_autocast_enabled get_autocast_dtype promote_types requires_grad_".split()
+    "is_autocast_enabled get_autocast_dtype promote_types requires_grad_ device".split()
 )

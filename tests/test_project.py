@@ -52,6 +52,23 @@ PRIVATE = {
     "torch.ops.aten._fused_sgd_.default",
     "torch.ops.aten._fused_sgd_.tensor_lr",
     "torch.distributed.tensor._ops._pointwise_ops._register_single_dim_pointwise",
+    # the stacks of modes that are on, which must not see planning, and of functional transforms: no public way
+    "torch.overrides._len_torch_function_stack",
+    "torch.overrides._pop_mode",
+    "torch.overrides._push_mode",
+    "torch.utils._python_dispatch._len_torch_dispatch_stack",
+    "torch.utils._python_dispatch._pop_mode",
+    "torch.utils._python_dispatch._push_mode",
+    "torch._C._functorch.peek_interpreter_stack",
+    "torch._C._functorch.pop_dynamic_layer_stack",
+    "torch._C._functorch.push_dynamic_layer_stack",
+    # whether hooks for saved tensors are on, under which functional transforms raise
+    "torch._C._autograd",
+    # operators that are given functions (torch.cond, flex_attention): known under this name alone
+    "torch._ops.HigherOrderOperator",
+    # what detect_anomaly asks of gradients, which DTensor has no rule for
+    "torch.ops.aten._is_any_true",
+    "torch.ops.aten._is_any_true.default",
     # every operator of a forward, as it is dispatched: documented, under this name
     "torch.utils._python_dispatch.TorchDispatchMode",
     # a dim of k fused pieces, each sharded: public nowhere

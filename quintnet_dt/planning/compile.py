@@ -98,7 +98,7 @@ class _Compiler:
                 setattr(self.at(self.graph.calls[index]), what, x)
         root = self.per_run[id(self.graph.modules[0])]
         root.shards, root.random = self.layout.shards, self.graph.random
-        root.modules = len(self.graph.modules)
+        root.modules, root.changes = len(self.graph.modules), self.graph.changes
         states, whole = self.layout.states, self.layout.values
         for m in self.graph.modules:
             self.per_run[id(m)].training, self.per_run[id(m)].settings = m.training, m.settings

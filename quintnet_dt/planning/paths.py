@@ -17,6 +17,7 @@ from ..private import as_compiled
 from ..running.context import AGAIN
 from ..running.hooks import hooks_on
 from ..together import any_rank, together
+from ..tracing.attributes import kinds_at
 from ..tracing.trace import trace
 from ..utils import leaves, opaque
 from .planner import Planner, divides, indices, settle, spans
@@ -41,8 +42,11 @@ class Paths:
         self.key = None  # that of the latest call
         self.numbers = {}  # (module path, kind) -> the first numbers that such calls were given
         self.known = {}
+        self.changes = {}  # module path -> attributes that a forward of this module changes
+        self.first = {}  # module path -> those attributes at the first call: as when they were planned
         for given, programs in known.items():
             self.known[self.key_of("", given)] = [{**defaults, **programs}]
+            self.changes[""] = programs[""].changes
 
     def programs(self, path, owners, module, args, kwargs, compiled=False):
         """The programs for this call of `module`; raises RuntimeError where it cannot be shown right, ValueError where
@@ -50,7 +54,7 @@ class Paths:
         then take other paths. All ranks compare their batches, and all learn, or none does."""
         look_around(path, args, kwargs)
         given = signature(module, args, kwargs)
-        before, key = self.key, self.key_of(path, given, compiled)
+        before, key = self.key, self.key_of(path, given, compiled, self.state(path, module))
         self.key, self.other_kind = key, key != before
         self.grad = torch.is_grad_enabled()
         try:
@@ -70,6 +74,14 @@ class Paths:
                 del self.known[next(iter(self.known))]
             self.known.setdefault(key, [programs])
         return self.known[key][0]
+
+    def state(self, path, module):
+        """What an earlier forward has left in attributes, where one does; empty if nothing yet."""
+        names = self.changes.get(path)
+        if not names:
+            return ()
+        now = (len(names), *kinds_at(module, names))
+        return () if self.first.setdefault(path, now) == now else now
 
     def forget(self, key):
         """The numbers of a call that other ranks did not make are not among the first of its kind."""
@@ -103,10 +115,10 @@ class Paths:
         new.in_step = copy.copy(self.in_step)
         return new
 
-    def key_of(self, path, given, compiled=False):
+    def key_of(self, path, given, compiled=False, state=()):
         """Under which key the programs of a call with this Signature are known. After some values of its numbers, any
         other is one: what a call computes with a number that indexes shards is checked as it runs."""
-        kind = (path, given.kind, compiled)
+        kind = (path, given.kind, compiled, *state)
         known = self.numbers.setdefault(kind, [])
         if given.numbers not in known and len(known) < VALUES:
             known.append(given.numbers)
@@ -177,6 +189,10 @@ class Paths:
             optional, written = ({names[inner] for inner in x} for x in (program.optional, program.written))
             return replace(program, params=params, optional=optional, written=written)
 
+        known = self.changes.get(path, [])
+        self.changes[path] = names_changed = known + [key for key in programs[""].changes if key not in known]
+        if names_changed and not known:
+            self.first[path] = (len(names_changed), *kinds_at(module, names_changed))
         # By their paths in the model: a module that several parts share has the first of them.
         places = {inner: h.path for inner, m in module.named_modules() if (h := hooks_on(m)) is not None}
         found = {places.get(inner, ".".join(filter(None, (path, inner)))): p for inner, p in programs.items()}

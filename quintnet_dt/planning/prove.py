@@ -221,7 +221,7 @@ class _Checker(Recorder):
                 return f"its argument {then} becomes {now} on shards"
         return ""
 
-    def hidden_call(self):
+    def hidden_call(self, func):
         return Call(self.at, None, "", self._stack[-1], ((), {}), {}, hidden=True)
 
     def record_node(self, func, args, kwargs):

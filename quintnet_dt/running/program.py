@@ -47,6 +47,7 @@ class Program:
     fixed: set = field(default_factory=set, compare=False)  # paths of those inputs that no later call writes to
     random: bool = field(default=False, compare=False)  # of what the user calls: whether it draws random numbers
     modules: int = field(default=0, compare=False)  # and how many modules run in it
+    changes: list = field(default_factory=list, compare=False)  # and which attributes of modules are changed by it
     # Whether hooks would see shards or partial results at its border.
     inside: bool = field(default=False, compare=False)
     # Path of an object in (args, kwargs, output) -> {place: Action} of the shards that it keeps.

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch.distributed.tensor import DTensor
 
+from ..around import undisturbed
 from ..comm_ops import all_gather
 
 SAMPLE = 8  # elements of a parameter that are looked at
@@ -36,6 +37,7 @@ class Weights:
             if isinstance(p, DTensor) and p.device_mesh == self.mesh and p.device.type != "meta" and p.numel():
                 yield name, p
 
+    @undisturbed
     def check_assigned(self):
         """Raise RuntimeError where `p.data = t` was done to a parameter since it was last looked at, and lost; warn where
         it may have been."""
@@ -61,6 +63,7 @@ class Weights:
                 "nothing, as DTensor keeps its local tensor: with torch.no_grad(): p.copy_(t)"
             )
 
+    @undisturbed
     def check_shared(self):
         """Raise RuntimeError, on every rank, where replicated parameters differ between ranks (initialised after the
         split, say); warn where all ranks' shards are the same random numbers. One small exchange; on every rank."""

@@ -116,6 +116,7 @@ class Graph:
     held: list = field(default_factory=list)
     given: dict = field(default_factory=dict)
     random: bool = False  # whether it draws random numbers
+    changes: list = field(default_factory=list)  # (module path, attribute) of what modules keep otherwise afterwards
     rewritten: set = field(default_factory=set)  # names of the parameters that the forward writes to
 
     @property

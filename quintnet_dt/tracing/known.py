@@ -1,5 +1,5 @@
-"""The real values behind fake tensors, where they follow from the inputs alone: masks, positions, lengths. What a forward
-reads of them is known without its parameters."""
+"""The real values behind fake tensors, where they follow from the inputs alone: masks, positions, lengths. What a
+forward reads of them is known without its parameters."""
 
 import torch
 

@@ -29,6 +29,7 @@ from ..private import (
     unset_fake_temporarily,
 )
 from ..utils import call_name, callers, held, is_float, replace, shard_kept, source_line, tensors
+from .attributes import attributes, changed
 from .caches import forgotten
 from .composites import restated
 from .escapes import let_go
@@ -43,7 +44,7 @@ from .ghost import (
     user_hooks_of_all,
 )
 from .graph import Call, Graph, ModuleCall, Node, Value
-from .higher import higher_order
+from .higher import HigherOrder, higher_order
 from .known import Known
 from .operators import aliased, draws, reads_values, written_by
 
@@ -83,27 +84,36 @@ def trace(model, args=(), kwargs=None, *, device=None, any_rank=bool):
     parameters themselves.
     """
     kwargs = kwargs or {}
-    fake_mode, recorder, graph = FakeTensorMode(allow_non_fake_inputs=True), Recorder(), None
-    try:
-        copied = ghost(model, fake_mode, device=device)
-        given = fake_inputs(fake_mode, args, kwargs, recorder.known)
-        graph = record(copied, *given, modes=[fake_mode], recorder=recorder)
-    except (StrayParameter, SplitWithin):
-        raise
-    except Exception as e:
-        on_meta = any(p.device.type == "meta" for p in model.parameters())
-        if on_meta and recorder.asked is not None:
-            raise UnknownValues(recorder.asked) from e
-        if on_meta or any(shard_kept(holder, place) for _, holder, place, _ in held((args, kwargs))):
-            raise
+    graph, *alive = _on_fakes(model, args, kwargs, device)  # the copies, so that what they keep is found
     if any_rank(graph is None):
-        copied, given = ghost(model, device=device), real_inputs(args, kwargs)
-        graph = record(copied, *given)
+        alive = ghost(model, device=device), real_inputs(args, kwargs)
+        graph = record(alive[0], *alive[1])
     read = {id(v.tensor) for v in graph.values}  # of the model itself, not of its copy
     if stray := [name for name, p in model.named_parameters() if id(p) in read]:
         raise StrayParameter(stray)
     let_go_of_graph(graph)
     return graph
+
+
+def _on_fakes(model, args, kwargs, device):
+    """The Graph of a forward on fake tensors, and the copies that it ran on; None where it must run on real ones."""
+    fake_mode, recorder = FakeTensorMode(allow_non_fake_inputs=True), Recorder()
+    compiles = "torch._dynamo" in sys.modules
+    try:
+        copied = ghost(model, fake_mode, device=device)
+        fakes = fake_inputs(fake_mode, args, kwargs, recorder.known)
+        return record(copied, *fakes, modes=[fake_mode], recorder=recorder), copied, fakes
+    except (StrayParameter, SplitWithin):
+        raise
+    except Exception as e:
+        on_meta = any(p.device.type == "meta" for p in model.parameters())
+        shards = any(shard_kept(holder, place) is not None for _, holder, place, _ in held((args, kwargs)))
+        again = not compiles and "torch._dynamo" in sys.modules  # `record` knows now that it must not compile
+        if not again and on_meta and recorder.asked is not None:
+            raise UnknownValues(recorder.asked) from e
+        if not again and (on_meta or shards):
+            raise
+    return _on_fakes(model, args, kwargs, device) if again else (None, None, None)
 
 
 def let_go_of_graph(graph):
@@ -178,6 +188,7 @@ class Recorder:
 
     def attach(self, model):
         """Hooks that tell when each module starts and ends; parameters get their names."""
+        self.before = attributes(model)
         for path, module in model.named_modules():
             for name, p in module.named_parameters(path, recurse=False):
                 if id(p) not in self._values:
@@ -202,6 +213,7 @@ class Recorder:
         inside = [x for m in model.modules() for x in [*m._buffers.values(), *vars(m).values()]]
         values = [self._values.get(id(t)) for _, t in tensors(inside)]
         self.graph.stored = [v for v in values if v is not None and v.producer is not None]
+        self.graph.changes = changed(self.before, attributes(model))
         self.graph.held = [(path, place, self._values.get(id(t))) for path, _, place, t in held(objects)]
 
     def end(self):
@@ -223,10 +235,10 @@ class Recorder:
         return {p: self.value(t) for p, t in tensors(obj)}
 
     def enter(self, path, steady, watched, module, args, kwargs):
-        if self._call is not None and isinstance(self._call.func, HigherOrderOperator):
+        if self._call is not None and isinstance(self._call.func, HigherOrder):
             raise RuntimeError(
-                f"{path}: expected a forward that calls its modules itself, found one called within {self._call}, which "
-                "compiles what it is given: choose between modules by a Python if, or write such branches without any"
+                f"{path}: expected a forward that calls its modules itself, found one called within {self._call}, "
+                "which compiles what it is given: choose between modules by a Python if"
             )
         parent = self._stack[-1] if self._stack else None
         given, checkpoints = self.values((args, kwargs)), callers()[1]
@@ -259,8 +271,8 @@ class Recorder:
         self.graph.rewritten |= {v.memory.param or v.param for v in written} - {None}
         if self.graph.rewritten and not self.fake:
             raise RuntimeError(
-                f"{call}: expected a forward that reads values to leave {sorted(self.graph.rewritten)} as they are: it is "
-                "traced on the parameters themselves"
+                f"{call}: expected a forward that reads values to leave {sorted(self.graph.rewritten)} as they are: it "
+                "is traced on the parameters themselves"
             )
         self.graph.calls.append(call)
         known = {v.id for v in (*call.inputs.values(), *(v for n in call.nodes for v in n.outputs))}
@@ -271,14 +283,15 @@ class Recorder:
         call.outputs = {p: self.value(t, producer=call.index) for p, t in tensors(out)}
         return out
 
-    def hidden_call(self):
+    def hidden_call(self, func):
         """The Call for an operator that none has called which a mode sees: one for all that follow each other."""
-        calls, run = self.graph.calls, self._stack[-1]
-        if not calls or not calls[-1].hidden or calls[-1].module is not run:
-            name = "hidden operators"
-            calls.append(
-                Call(len(calls), None, name, run, ((), {}), {}, source=source_line(), opaque=HIDDEN, hidden=True)
-            )
+        calls, run, higher = self.graph.calls, self._stack[-1], isinstance(func, HigherOrder)
+        last = calls[-1] if calls and calls[-1].hidden else None
+        if last is None or last.module is not run or higher or last.func is not None:
+            name = func.operator.name() if higher else "hidden operators"
+            made = Call(len(calls), func if higher else None, name, run, ((), {}), {}, source=source_line())
+            made.opaque, made.hidden = HIDDEN, True
+            calls.append(made)
         return calls[-1]
 
     def read(self, func, x, *args):
@@ -330,9 +343,9 @@ class Recorder:
     def run_node(self, func, args, kwargs):
         if self.paused:
             return func(*args, **kwargs)
-        if self._call is not None or not self._stack:
+        if self._call is not None or not self._stack or not any(True for _ in tensors((args, kwargs))):
             return self.record_node(func, args, kwargs)
-        self._call = call = self.hidden_call()
+        self._call = call = self.hidden_call(func)
         try:
             return self.record_node(func, args, kwargs)
         finally:

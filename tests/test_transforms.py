@@ -1,0 +1,157 @@
+"""Functional transforms, and operators that no Python code calls in a way that can be intercepted: inside a model they
+get whole tensors; around a split model transforms raise one clear error."""
+
+import pytest
+import torch
+from helpers import check, close, pair
+from ranks import run_ranks
+from torch import nn
+from torch.func import grad, jacrev, jvp, vmap
+
+from quintnet_dt import plan_tensor_parallel
+
+
+@torch.jit.script
+def scripted(x, bias):
+    return (x + bias).tanh() * x.mean(-1, keepdim=True)
+
+
+class Base(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 8))
+        self.mlp = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 8))
+        self.weight, self.bias = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(64))
+
+
+class Vmapped(Base):
+    """A submodule, a shard in the middle of a region, a parameter and a tensor that the function closes over."""
+
+    def forward(self, x):
+        h = self.mlp[0](x)
+        g = vmap(lambda row: row * h.sum(0) + row.sum())(h)
+        return vmap(self.net)(self.mlp[2](g)) + vmap(lambda row: self.weight @ row)(x)
+
+
+class Differentiated(Base):
+    def forward(self, x):
+        slopes = vmap(grad(lambda row: (self.net(row) * self.weight[0]).sum()))(x)
+        tangents = jvp(self.net, (x,), (torch.ones_like(x),))[1]
+        return self.mlp(slopes) + tangents + vmap(jacrev(lambda row: self.net(row).sum()))(x)
+
+
+class Scripted(Base):
+    def forward(self, x):
+        return self.mlp[2](scripted(self.mlp[0](x), self.bias)) + self.net(x)
+
+
+class Conditional(Base):
+    def forward(self, x):
+        h = self.mlp(x)
+        return self.net(torch.cond(h.sum() > 0, lambda y: y @ self.weight, lambda y: -y, (h,)))
+
+
+def rows():
+    return (torch.randn(3, 8),)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("build", [Vmapped, Differentiated, Scripted, Conditional])
+def test_what_cannot_be_intercepted_gets_whole_tensors(build):
+    def other():
+        return (-torch.randn(5, 8),)
+
+    def then(sharded, whole):
+        how = {name: e.how for name, e in sharded.tensor_parallel_plan.entries.items()}
+        # what such operators do not touch is sharded through
+        assert (
+            build is Vmapped or how["net.0.weight" if build in (Scripted, Conditional) else "mlp.0.weight"] == "local"
+        )
+
+    check(build, rows, calls=[other], then=then)
+
+
+class Flex(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+        self.mlp = nn.Sequential(nn.Linear(16, 128), nn.GELU(), nn.Linear(128, 16))
+        self.requires_grad_(False)  # on a CPU it has no backward
+
+    def forward(self, x):
+        from torch.nn.attention.flex_attention import flex_attention  # which imports much
+
+        q, k, v = self.qkv(x).unflatten(-1, (3, 4, 4)).permute(2, 0, 3, 1, 4)
+        x = self.out(flex_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.mlp(x)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_flex_attention_runs_whole():
+    check(Flex, lambda: (torch.randn(1, 5, 16),), grad=False, tol=1e-6)
+    plan = plan_tensor_parallel(Flex(), 2, example_inputs=(torch.randn(1, 5, 16),))
+    assert plan["mlp.0.weight"].how == "local" and plan["qkv.weight"].dim == 0
+
+
+def test_modules_within_cond_are_refused():
+    class Within(Base):
+        def forward(self, x):
+            return torch.cond(x.sum() > 0, lambda y: self.net(y), lambda y: -y, (x,))
+
+    with pytest.raises(
+        RuntimeError, match=r"net: expected a forward that calls its modules itself.*within cond in the root"
+    ):
+        plan_tensor_parallel(Within(), 2, example_inputs=(torch.randn(3, 8),))
+
+
+AROUND = {
+    "torch.func.grad": lambda model, x: grad(lambda y: model(y).sum())(x),
+    "torch.func.vmap": lambda model, x: vmap(model)(x[None]),
+    "torch.func.jvp": lambda model, x: jvp(model, (x,), (x,)),
+    "torch.autograd.forward_ad": lambda model, x: torch.autograd.forward_ad.make_dual(x, x),
+}
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_a_transform_around_a_split_model_raises_one_clear_error(name):
+    def ranks(rank):
+        (x,) = make_rows()
+        model, whole = pair(Plain, 2, example_inputs=(x,))
+        with pytest.raises(RuntimeError, match=f"the model: expected a plain call.*within {name}.*use torch.autograd"):
+            if name == "torch.autograd.forward_ad":
+                with torch.autograd.forward_ad.dual_level():
+                    model(AROUND[name](model, x))
+            else:
+                AROUND[name](model, x)
+        close(model(x), whole(x), "output")  # it is none the worse
+
+    run_ranks(ranks, 2)
+
+
+class Plain(Base):
+    def forward(self, x):
+        return self.mlp(x)
+
+
+def make_rows():
+    torch.manual_seed(4)
+    return tuple(x.double() for x in rows())
+
+
+def test_products_of_hessians_and_vectors_and_jacobians():
+    def ranks(rank):
+        (x,) = make_rows()
+        model, whole = pair(Plain, 2, example_inputs=(x,))
+        found, expected = [
+            (
+                torch.autograd.functional.hvp(lambda y: net(y).pow(2).sum(), x, x)[1],
+                torch.autograd.functional.vhp(lambda y: net(y).pow(3).sum(), x, x)[1],
+                torch.autograd.functional.jacobian(lambda y: net(y).sum(0), x),
+                torch.autograd.functional.jvp(lambda y: net(y), x, x)[1],
+            )
+            for net in (model, whole)
+        ]
+        for a, b in zip(found, expected):
+            close(a, b, "product")
+
+    run_ranks(ranks, 2)
