@@ -18,6 +18,7 @@ _PUBLIC = {
     "materialize": "state.meta",
     "plan_tensor_parallel": "rewrite",
     "register_axis_rule": "axes.rules",
+    "register_forward_method": "methods",
     "save_checkpoint": "state.checkpoint",
     "whole_shapes": "state.shapes",
 }

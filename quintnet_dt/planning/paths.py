@@ -220,7 +220,8 @@ def signature(model, args, kwargs):
     numbers, shapes = [], []
     ordered = dict(sorted(kwargs.items())) if len(kwargs) > 1 else kwargs
     kinds = tuple(_kinds((args, ordered), 0, {}, numbers, shapes))
-    return Signature((model.training, torch.is_grad_enabled(), *kinds), tuple(numbers), tuple(shapes))
+    method = getattr(vars(model).get("forward"), "__name__", "forward")  # see register_forward_method
+    return Signature((model.training, torch.is_grad_enabled(), method, *kinds), tuple(numbers), tuple(shapes))
 
 
 def _kinds(obj, depth, seen, numbers, shapes):
