@@ -203,3 +203,26 @@ def test_gradients_of_gradients(n):
             torch.testing.assert_close(p.grad.full_tensor(), q[1].grad, rtol=1e-9, atol=1e-12, msg=name)
 
     run_ranks(ranks, n)
+
+
+def test_modules_that_keep_lists_of_their_parameters():
+    """An LSTM's parameters are read by their module and by the one around it, and stay in their order."""
+
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.out = nn.LSTM(12, 16, 2), nn.Linear(16, 4)
+
+        def forward(self, x):
+            penalty = sum(p.square().sum() for p in self.rnn.parameters()) + self.rnn.bias_hh_l1.sum()
+            return self.out(self.rnn(x)[0]) + 0.1 * penalty
+
+    def ranks(rank):
+        x = torch.randn(3, 2, 12, generator=torch.Generator().manual_seed(0))
+        sharded, whole = pair(Recurrent, 2, example_inputs=(x.double(),))
+        for _ in range(2):
+            compare(sharded, whole, (x,))
+        assert list(dict(sharded.named_parameters())) == list(dict(whole.named_parameters()))
+        assert list(sharded.state_dict()) == list(whole.state_dict())
+
+    run_ranks(ranks, 2)

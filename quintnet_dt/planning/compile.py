@@ -101,7 +101,8 @@ class _Compiler:
         root.modules, root.changes = len(self.graph.modules), self.graph.changes
         states, whole = self.layout.states, self.layout.values
         for m in self.graph.modules:
-            self.per_run[id(m)].training, self.per_run[id(m)].settings = m.training, m.settings
+            kept = {name: x for name, x in m.settings.items() if (m.path, name) not in self.graph.changes}
+            self.per_run[id(m)].training, self.per_run[id(m)].settings = m.training, kept
         for m in self.graph.modules[1:]:
             program, seen = self.per_run[id(m)], {v.id for v in (*m.inputs.values(), *m.outputs.values())}
             split = any(a.kind == "split" for actions in program.inputs.values() for a in actions)

@@ -20,7 +20,7 @@ from ..utils import SHARDS, lookup, quiet, tensors
 from .calls import Starts, calls
 from .context import AGAIN
 from .program import NOTHING
-from .shown import Shown, hide, keep_data, now, show, writable
+from .shown import Shown, hide, keep_data, show, writable
 
 OUR_ID = -2  # of the hooks' handles: the same in every module, for torch.compile guards it; torch counts its own from 0
 
@@ -134,7 +134,7 @@ class ModuleHooks:
         """Show the module, and whoever looks while it runs, the local tensors of the parameters that it reads. One
         that a module around it shows too is shown as this one's program says, until it ends."""
         for owner, attr, actions, written in self.params:
-            before = now(owner, attr)
+            before = owner._parameters[attr]
             outer = None if isinstance(before, DTensor) else self.shown_around(owner, attr, before)
             if outer is not None:
                 param, local = outer.param, outer.local

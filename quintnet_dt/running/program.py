@@ -39,7 +39,7 @@ class Program:
     # Number of a call -> CallKind that it was shown right for, where it works on shards or may draw random numbers.
     kinds: dict = field(default_factory=dict)
     training: bool | None = field(default=None, compare=False)  # the module's mode; None where it had both
-    # What else a module of torch.nn does as its attributes say: {name: number or string}.
+    # Its attributes that may choose what it does: {name: flag, string, None, number}.
     settings: dict = field(default_factory=dict, compare=False)
     written: set = field(default_factory=set, compare=False)  # parameters that the forward writes to
     optional: set = field(default_factory=set, compare=False)  # parameters that not every run of it reads

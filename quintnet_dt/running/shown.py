@@ -42,20 +42,24 @@ class Shown(NamedTuple):
     written: bool  # the forward writes to it
 
 
-def now(owner, attr):
-    """What a module gives for one of its parameters now."""
-    return owner._parameters[attr] if attr in owner._parameters else vars(owner)[attr]
-
-
 def show(owner, attr, tensor):
-    """Let a module's parameter be `tensor` for now, by whatever way it is read."""
-    if type(owner).__setattr__ is nn.Module.__setattr__:
-        owner._parameters[attr] = tensor
-        return
-    if isinstance(tensor, nn.Parameter):  # a DTensor parameter's local tensor is marked as one
-        tensor = tensor.view_as(tensor)
-    owner._parameters.pop(attr, None)
-    setattr(owner, attr, tensor)  # keeps a list of its own, as nn.LSTM does
+    """Let a module's parameter be `tensor`, by whatever way it is read."""
+    if type(owner).__setattr__ is not nn.Module.__setattr__:
+        _tell(owner, attr, tensor)
+    owner._parameters[attr] = tensor
+
+
+def _tell(owner, attr, tensor):
+    """A module that notes what its attributes are set to, as nn.LSTM does in a list, is told. Its parameters stay in
+    their order."""
+    params = owner._parameters
+    later = list(params)[list(params).index(attr) + 1 :]
+    del params[attr]
+    setattr(owner, attr, tensor)
+    vars(owner).pop(attr, None)
+    params[attr] = tensor
+    for name in later:
+        params[name] = params.pop(name)
 
 
 def hide(shown):
@@ -63,12 +67,8 @@ def hide(shown):
     owner, attr, before, tensor = shown[:4]
     if shown.written:
         keep_data(shown.param, shown.local)
-    if type(owner).__setattr__ is nn.Module.__setattr__:
-        if owner._parameters.get(attr) is tensor:
-            owner._parameters[attr] = before
-        return
-    vars(owner).pop(attr, None)
-    setattr(owner, attr, before)
+    if owner._parameters.get(attr) is tensor:
+        show(owner, attr, before)
 
 
 def keep_data(param, local):

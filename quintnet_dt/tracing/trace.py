@@ -10,6 +10,7 @@ import contextlib
 import sys
 import threading
 from functools import partial
+from types import NoneType
 
 import torch
 from torch import nn
@@ -381,11 +382,10 @@ class Recorder:
 
 
 def settings_of(module):
-    """What a module of torch.nn computes by its attributes, which a user may change: its numbers and strings."""
-    if not type(module).__module__.startswith("torch.nn."):
-        return {}
-    plain = (int, float, str)
-    return {name: x for name, x in vars(module).items() if isinstance(x, plain) and name != "training"}
+    """The attributes of a module that may choose what it computes, and that a user may change: flags, strings, what is
+    None; of one of torch.nn its numbers too, which no forward of theirs changes."""
+    plain = (bool, str, NoneType, *((int, float) if type(module).__module__.startswith("torch.nn.") else ()))
+    return {name: x for name, x in vars(module).items() if type(x) in plain and name != "training"}
 
 
 class _Calls(TorchFunctionMode):
