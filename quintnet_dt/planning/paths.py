@@ -60,7 +60,7 @@ class Paths:
         try:
             same = (path, compiled, *given)
             calls, new = self.in_step.call(key, given.shapes, same, (path, module, args, kwargs), key not in self.known)
-            self.fresh = calls < CHECKED  # a wrong sampler shows in them
+            self.first_of_kind, self.fresh = calls == 0, calls < CHECKED  # a wrong sampler shows in them
             if self.fresh and self.mesh.size() > 1:
                 check_batch((args, kwargs), self.mesh)
         except Apart as e:

@@ -109,7 +109,7 @@ class ModuleHooks:
             with context.paths.in_step.explained():
                 if context.weights is not None and (context.paths.fresh or context.paths.other_kind):
                     context.weights.check_assigned()
-                if context.weights is not None and context.paths.fresh:
+                if context.weights is not None and context.paths.first_of_kind:
                     context.weights.check_shared()
                 context.random_is_shared = False
                 if context.paths.random(self.path, module, context.programs):

@@ -64,7 +64,7 @@ def call_kind(func, args, kwargs, dims):
     found = CallKind(kinds(args, kwargs), pinned)
     if not isinstance(func, FunctionType):
         return found
-    takes = inspect.signature(func).parameters
+    takes = inspect.signature(func, follow_wrapped=False).parameters
     if any(p.kind is not p.POSITIONAL_OR_KEYWORD for p in takes.values()):
         return found
     values = {name: p.default for name, p in takes.items()} | dict(zip(takes, args)) | kwargs
