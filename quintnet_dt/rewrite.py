@@ -22,13 +22,14 @@ from .planning.planner import Planner, settle
 from .private import SINCE_2_13, broadcasts_state
 from .processgroup import ProcessGroupManager
 from .running.context import Context
-from .running.hooks import changed_modules, hooks_on, parameter_owners, unhook
+from .running.hooks import parameter_owners, unhook
 from .running.program import Program
+from .running.structure import Structures, changed_modules, hooks_on
 from .running.weights import Weights
 from .together import together
 from .tracing import inputs
 from .tracing.composites import adapt
-from .tracing.ghost import StrayParameter
+from .tracing.ghost import PASSED, StrayParameter
 from .tracing.trace import trace
 
 
@@ -232,6 +233,8 @@ def _kept(model, mesh):
     same = len(splits) == 1 and not changed_modules(model, next(iter(splits.values())).context)
     if same and len(params) == len(list(model.parameters())):
         raise ValueError("the model was split already, and not changed since: apply tensor parallelism once")
+    for module in model.modules():
+        vars(module).pop(PASSED, None)
     return {name: replace(entries[id(p)], name=name) for name, p in params.items() if id(p) in entries}
 
 
@@ -256,7 +259,7 @@ def _apply(model, mesh, plan, known, src_data_rank):
             if buffer.device.type != "meta" and buffer.numel():
                 dist.broadcast(buffer, source, group=mesh.get_group())
     adapt(model)
-    context.weights = Weights(owners, mesh)
+    context.weights, context.structures = Weights(owners, mesh), Structures(model)
     if not again:
         model.register_load_state_dict_pre_hook(_refuse_broadcast)
     model.tensor_parallel_plan, model.tensor_parallel_mesh = plan, mesh

@@ -13,6 +13,7 @@ from ..axes.sharding import Axis, LayoutError, Sharding
 from ..plan import EXCHANGED, LOCAL, WEIGHT_GATHERED, TensorParallelPlan
 from ..private import as_compiled
 from ..running.context import AGAIN
+from ..running.structure import hooks_on, pass_added
 from ..tracing.trace import trace
 from ..utils import leaves, opaque
 from .planner import Planner, divides, indices, settle, spans
@@ -102,6 +103,7 @@ class Paths:
             )
         names = {inner: names[id(p)] for inner, p in module.named_parameters()}
         device = device_of(module)
+        pass_added(module)
         try:
             graph = trace(module, args, kwargs, device=device)
         except Exception as e:
@@ -129,7 +131,11 @@ class Paths:
             optional, written = ({names[inner] for inner in x} for x in (program.optional, program.written))
             return replace(program, params=params, optional=optional, written=written)
 
-        return {**self.defaults, **{".".join(filter(None, (path, inner))): renamed(p) for inner, p in programs.items()}}
+        context, places = hooks_on(module).context, {}
+        for inner, m in module.named_modules():  # where they were when they were split
+            h = hooks_on(m)
+            places[inner] = h.path if h is not None and h.context is context else ".".join(filter(None, (path, inner)))
+        return {**self.defaults, **{places[inner]: renamed(p) for inner, p in programs.items()}}
 
 
 def device_of(model):

@@ -13,17 +13,18 @@ from torch.utils.hooks import RemovableHandle
 
 from ..fsdp import quieten
 from ..private import compiling, in_backward, not_compiled, top_not_compiled, within_compiled
-from ..tracing.ghost import hooks_of, put_last, user_hooks
+from ..tracing.ghost import hooks_of, passed, put_last, user_hooks
 from ..utils import SHARDS, lookup, quiet, tensors
 from .calls import Starts, calls
 from .context import AGAIN
 from .program import NOTHING
 from .shown import Shown, hide, keep_data, now, show, writable
+from .structure import Hooks, hooks_on
 
 OUR_ID = -2  # of the hooks' handles: the same in every module, for torch.compile guards it; torch counts its own from 0
 
 
-class ModuleHooks:
+class ModuleHooks(Hooks):
     """The two hooks of one module. Those of the user's that were there before see what the forward's own code sees."""
 
     def __init__(self, context, path, owners):
@@ -99,6 +100,7 @@ class ModuleHooks:
             if not self.settled:
                 quieten(module)
                 self.settled = True
+            context.structures.check(module, context, self.path)
             context.programs = context.paths.programs(*context.call)
             if context.weights is not None and (context.paths.fresh or context.paths.other_kind):
                 context.weights.check_assigned()
@@ -221,7 +223,7 @@ class ModuleHooks:
         context = self.context
         if not failed and (context.compiled or program is None or context.ran in (program.modules, *context.counts)):
             return
-        changed = changed_modules(module, context, self.path)
+        changed = context.structures.changed(module, context, self.path)
         if changed:
             text = f"{', '.join(changed[:5])}: expected the modules that were split, found others or none: {AGAIN}"
             error = sys.exc_info()[1] if failed else None
@@ -258,19 +260,6 @@ def hook(module, context, path, owners):
     hooks.count, hooks.known = sum(map(len, hooks_of(module))), set(user_hooks(module))
 
 
-def changed_modules(module, context, prefix=""):
-    """Paths of the modules that were added, removed or replaced since the split, in a model or its part at `prefix`."""
-    now = dict(module.named_modules(prefix=prefix))
-    then = {h.path: h for h in context.hooks if not prefix or h.path == prefix or h.path.startswith(f"{prefix}.")}
-    return [p for p in {**now, **then} if p not in now or p not in then or hooks_on(now[p]) is not then[p]]
-
-
-def hooks_on(module):
-    """The ModuleHooks of a module, None where it has none."""
-    mine = (getattr(hook, "__self__", None) for hook in module._forward_hooks.values())
-    return next((h for h in mine if isinstance(h, ModuleHooks)), None)
-
-
 def unhook(module):
     """Take the hooks of one module off."""
     h = hooks_on(module)
@@ -283,7 +272,8 @@ def install(model, context):
     """Register the hooks on every module of `model`."""
     owners = parameter_owners(model)
     for path, module in model.named_modules():
-        hook(module, context, path, owners)
+        if not passed(module):
+            hook(module, context, path, owners)
 
 
 def parameter_owners(model):

@@ -142,6 +142,14 @@ def strip(model):
     return model
 
 
+PASSED = "_tp_passed"  # the attribute of a module that was added to a split model
+
+
+def passed(module):
+    """Whether a module was added since the split: what it calls is its caller's."""
+    return PASSED in vars(module)
+
+
 def put_last(module):
     """A forward hook was registered on a copy, in the place of this library's: what the user added later runs after
     it."""

@@ -21,7 +21,7 @@ from ..utils import call_name, callers, held, is_float, replace, shard_kept, sou
 from .caches import forgotten
 from .composites import restated
 from .escapes import let_go
-from .ghost import StrayParameter, fake_inputs, ghost, put_last, real_inputs, user_hooks, user_hooks_of_all
+from .ghost import StrayParameter, fake_inputs, ghost, passed, put_last, real_inputs, user_hooks, user_hooks_of_all
 from .graph import Call, Graph, ModuleCall, Node, Value
 
 # What a forward may read of its values: on fake tensors these have no answer.
@@ -135,6 +135,8 @@ class Recorder:
                 if id(p) not in self._values:
                     v = self.graph.params[name] = self.value(p)
                     v.param, v.trainable = name, is_float(v)
+            if passed(module):
+                continue
             steady = type(module).forward in STEADY
             seen = user_hooks(module).keys() - vars(module).get("_tp_later", [])
             watched = bool(seen or user_hooks_of_all())
