@@ -9,6 +9,13 @@ import torch
 # One fake forward gives every shape with no memory and no arithmetic; torch has no public way to it.
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode, unset_fake_temporarily  # noqa: F401
 
+# `replicate` over dp is FSDP2 with a state of its own, which has no public way to it.
+try:
+    from torch.distributed import _composable_state
+except ImportError:  # then its mixed precision is not seen while calls are planned
+    _composable_state = None
+from torch.distributed.fsdp import fully_shard
+
 # A dim that holds k fused pieces, each sharded ([q | k | v]): DTensor knows it, under a private name.
 from torch.distributed.tensor.placement_types import _StridedShard  # noqa: F401
 
@@ -57,9 +64,14 @@ def silent_fakes():
         log.disabled = was
 
 
+def fsdp_state(module):
+    """The state of a module that FSDP2, or `replicate`, which is made of it, manages; None where it cannot be found."""
+    return fully_shard.state(module) or getattr(_composable_state, "_get_module_state", lambda m: None)(module)
+
+
 def compute_dtype(state):
     """The dtype that FSDP2 computes in, of a module's FSDP state, which alone has it; None for the parameters'."""
-    return state._mp_policy.param_dtype
+    return getattr(getattr(state, "_mp_policy", None), "param_dtype", None)
 
 
 def compiling(context):

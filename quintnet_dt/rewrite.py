@@ -14,6 +14,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 from .adopt import adopt
 from .axes.axes import Axes
 from .axes.sharding import Action, pieces
+from .huggingface import mark
 from .layers import ShardedModule
 from .plan import EXCHANGED, GATHERED, LOCAL, REPLICATED, WEIGHT_GATHERED, Entry, TensorParallelPlan, check_user_plan
 from .planning.cost import cost
@@ -259,6 +260,7 @@ def _apply(model, mesh, plan, known, src_data_rank):
             if buffer.device.type != "meta" and buffer.numel():
                 dist.broadcast(buffer, source, group=mesh.get_group())
     adapt(model)
+    mark(model, mesh)
     context.weights, context.structures = Weights(owners, mesh), Structures(model)
     if not again:
         model.register_load_state_dict_pre_hook(_refuse_broadcast)
