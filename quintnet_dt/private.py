@@ -69,6 +69,9 @@ def fsdp_state(module):
     return fully_shard.state(module) or getattr(_composable_state, "_get_module_state", lambda m: None)(module)
 
 
+DDP_SPEC = "_st_info"  # where DistributedDataParallel(device_mesh=...) notes of what a parameter is the local tensor
+
+
 def compute_dtype(state):
     """The dtype that FSDP2 computes in, of a module's FSDP state, which alone has it; None for the parameters'."""
     return getattr(getattr(state, "_mp_policy", None), "param_dtype", None)

@@ -11,6 +11,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
+from ..ddp import is_local, take_local
 from ..fsdp import quieten
 from ..private import compiling, in_backward, not_compiled, top_not_compiled, within_compiled
 from ..tracing.ghost import hooks_of, passed, put_last, user_hooks
@@ -30,7 +31,7 @@ class ModuleHooks(Hooks):
     def __init__(self, context, path, owners):
         self.context, self.path, self.owners = context, path, owners
         self.count, self.known = 0, set()  # hooks that the module had when it was split: how many; the user's
-        self.settled = False
+        self.settled, self.hooked = False, 0  # the hooks of the module when its parameters were looked at
         self.take(context.programs)
         context.hooks.append(self)
 
@@ -93,6 +94,9 @@ class ModuleHooks(Hooks):
         """The programs for a call that the user makes."""
         context = self.context
         context.check_hooks()
+        if len(module._forward_pre_hooks) != self.hooked:  # DDP's among them?
+            take_local(module)
+            self.hooked = len(module._forward_pre_hooks)
         if not in_backward():
             context.call, context.log = (self.path, self.owners, module, args, kwargs, compiled), []
             context.first_hook, context.compiled, context.recomputing = RemovableHandle.next_id, False, False
@@ -135,7 +139,7 @@ class ModuleHooks(Hooks):
                 param, local = outer.param, outer.local
                 if written:
                     keep_data(param, local)
-            elif isinstance(before, DTensor) or self.context.mesh is None:
+            elif isinstance(before, DTensor) or is_local(before) or self.context.mesh is None:
                 param, local = before, self.local(owner, attr, before, written)
             else:
                 self.replaced(owner, attr, before)
