@@ -54,6 +54,8 @@ PRIVATE = {
     "torch.distributed.tensor._ops._pointwise_ops._register_single_dim_pointwise",
     # every operator of a forward, as it is dispatched: documented, under this name
     "torch.utils._python_dispatch.TorchDispatchMode",
+    # the state of a module that `replicate` manages, which is another than FSDP2's
+    "torch.distributed._composable_state",
     # a dim of k fused pieces, each sharded: public nowhere
     "torch.distributed.tensor.placement_types._StridedShard",
 }
