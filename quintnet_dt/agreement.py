@@ -43,8 +43,8 @@ def check_batch(batch, mesh, values=True):
 
 
 def in_pipeline():
-    """Whether this is called by torch.distributed.pipelining, which first runs a stage on uninitialised inputs, to learn
-    the shapes of its outputs."""
+    """Whether this is called by torch.distributed.pipelining, which first runs a stage on uninitialised inputs, to
+    learn the shapes of its outputs."""
     frame = sys._getframe(1)
     while frame is not None and not frame.f_code.co_filename.startswith(_PIPELINING):
         frame = frame.f_back

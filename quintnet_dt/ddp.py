@@ -1,5 +1,5 @@
-"""Under DistributedDataParallel(model, device_mesh=mesh["dp"]): it makes of every DTensor parameter a plain one, its local
-tensor, of which it averages the gradient over dp."""
+"""Under DistributedDataParallel(model, device_mesh=mesh["dp"]): it makes of every DTensor parameter a plain one, its
+local tensor, of which it averages the gradient over dp."""
 
 from torch.distributed.tensor import DTensor
 

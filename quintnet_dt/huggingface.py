@@ -1,4 +1,5 @@
-"""What transformers and peft look for on a split model of theirs: their trainers take it, their `save_pretrained` saves the whole.
+"""What transformers and peft look for on a split model of theirs: their trainers take it, their `save_pretrained` saves
+the whole.
 
 Nothing is imported: a model is transformers' if its class has the names below.
 """

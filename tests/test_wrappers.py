@@ -16,6 +16,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import weight_norm
 
 from quintnet_dt import apply_tensor_parallel
 
@@ -133,3 +135,22 @@ def test_stages_of_a_pipeline():
             torch.testing.assert_close(p.grad.full_tensor(), q.grad)
 
     run_ranks(ranks, 4)
+
+
+@pytest.mark.parametrize("act", [weight_norm, lambda m: prune.l1_unstructured(m, "weight", 0.5)])
+def test_pruned_or_parametrized(act):
+    """Before the split right; after it one error, on every rank, at that call or the next."""
+
+    def ranks(rank):
+        def build():
+            model = blocks()
+            act(model[1].up)
+            return model.double()
+
+        compare(*pair(build, 2, example_inputs=given()), given())
+        model = apply_tensor_parallel(blocks().double(), 2, example_inputs=given())
+        with pytest.raises(RuntimeError, match="expected the parameters that were split|DTensor|aten"):
+            act(model[1].up)
+            model(*given())
+
+    run_ranks(ranks, 2)

@@ -59,8 +59,8 @@ class Paths:
         return self.known[key][0]
 
     def check(self, batch, key):
-        """Raise ValueError where the ranks were given different batches. A pipeline's first call of a kind may be one on
-        uninitialised inputs."""
+        """Raise ValueError where the ranks were given different batches. A pipeline's first call of a kind may be
+        one on uninitialised inputs."""
         try:
             check_batch(batch, self.mesh)
         except ValueError:
@@ -108,7 +108,7 @@ class Paths:
             return self.show(*call)
 
     def show(self, path, owners, module, args, kwargs):
-        names = {id(m._parameters[attr]): name for name, at in owners.items() for m, attr in at}
+        names = {id(m._parameters.get(attr)): name for name, at in owners.items() for m, attr in at}
         if added := [inner for inner, p in module.named_parameters() if id(p) not in names]:
             raise RuntimeError(
                 f"{', '.join(added[:5])}: expected the parameters that were split, found others: {AGAIN}"

@@ -8,6 +8,7 @@ import sys
 from functools import partial
 
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
@@ -133,6 +134,9 @@ class ModuleHooks(Hooks):
         """Show the module, and whoever looks while it runs, the local tensors of the parameters that it reads. One
         that a module around it shows too is shown as this one's program says, until it ends."""
         for owner, attr, actions, written in self.params:
+            if attr not in owner._parameters and type(owner).__setattr__ is nn.Module.__setattr__:
+                self.replaced(owner, attr, vars(owner).get(attr))  # pruned, say
+                continue
             before = now(owner, attr)
             outer = None if isinstance(before, DTensor) else self.shown_around(owner, attr, before)
             if outer is not None:
@@ -175,7 +179,7 @@ class ModuleHooks(Hooks):
         if name not in self.program.optional:
             raise RuntimeError(
                 f"{name}: expected the DTensor that apply_tensor_parallel made, found a {type(p).__name__} "
-                "(replaced, or loaded with assign=True?): copy values into the DTensor, or change the model "
+                "(replaced, pruned, or loaded with assign=True?): copy values into the DTensor, or change the model "
                 "before it is split"
             )
 

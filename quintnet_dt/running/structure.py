@@ -33,8 +33,8 @@ def hooks_on(module):
 
 
 def changed_modules(module, context, prefix=""):
-    """Paths of the modules that were added, removed or replaced since the split, in a model or its part at `prefix`. One
-    that was moved, into a wrapper say, is still there."""
+    """Paths of the modules that were added, removed or replaced since the split, in a model or its part at `prefix`.
+    One that was moved, into a wrapper say, is still there."""
     now = {p: hooks_on(m) for p, m in module.named_modules(prefix=prefix)}
     there = {id(h) for h in now.values()}
     added = [p for p, h in now.items() if h is None or h.context is not context]
