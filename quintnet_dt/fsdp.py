@@ -2,9 +2,9 @@
 
 import contextlib
 
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
-from .private import compute_dtype
+from .private import compute_dtype, fsdp_state
 from .utils import Quietly
 
 
@@ -34,7 +34,7 @@ def copyable(model, memo):
     managed = [m for m in model.modules() if isinstance(m, FSDPModule)]
     dtypes = {}
     for m in managed:  # the outermost first, so that an inner one's parameters are its own
-        state = fully_shard.state(m)
+        state = fsdp_state(m)
         memo[id(state)] = state
         if dtype := compute_dtype(state):
             dtypes.update((id(p), dtype) for p in m.parameters() if p.dtype.is_floating_point)

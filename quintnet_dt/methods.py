@@ -6,7 +6,7 @@ from types import FunctionType, MethodType
 
 from torch import nn
 
-from .running.hooks import hooks_on
+from .running.structure import hooks_on
 
 
 def register_forward_method(module, name):

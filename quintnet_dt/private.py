@@ -57,6 +57,13 @@ try:
 except AttributeError:
     graph_task_id = _absent("torch._C._current_graph_task_id")
 
+# `replicate` over dp is FSDP2 with a state of its own, which has no public way to it.
+try:
+    from torch.distributed import _composable_state
+except ImportError:  # then its mixed precision is not seen while calls are planned
+    _composable_state = None
+
+
 # Before it, DTensor cannot gather a _StridedShard of a 1-D mesh, and compiled collectives lose what they write.
 SINCE_2_13 = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 
@@ -190,9 +197,19 @@ def saves_by_hooks():
     return top is None or top(True) is not None
 
 
+def fsdp_state(module):
+    """The state of a module that FSDP2, or `replicate`, which is made of it, manages; None where it cannot be found."""
+    from torch.distributed.fsdp import fully_shard
+
+    return fully_shard.state(module) or getattr(_composable_state, "_get_module_state", lambda m: None)(module)
+
+
+DDP_SPEC = "_st_info"  # where DistributedDataParallel(device_mesh=...) notes of what a parameter is the local tensor
+
+
 def compute_dtype(state):
     """The dtype that FSDP2 computes in, of a module's FSDP state, which alone has it; None for the parameters'."""
-    return state._mp_policy.param_dtype
+    return getattr(getattr(state, "_mp_policy", None), "param_dtype", None)
 
 
 def compiling(context):

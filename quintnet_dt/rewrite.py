@@ -18,6 +18,7 @@ from .axes.axes import Axes
 from .axes.sharding import Action, pieces
 from .carried import carried
 from .fsdp import wrapped_by_fsdp1
+from .huggingface import mark
 from .layers import ShardedModule
 from .plan import EXCHANGED, GATHERED, LOCAL, REPLICATED, WEIGHT_GATHERED, Entry, TensorParallelPlan, check_user_plan
 from .planning.cost import cost
@@ -26,13 +27,14 @@ from .planning.planner import Planner, settle
 from .private import SINCE_2_13
 from .processgroup import ProcessGroupManager
 from .running.context import Context
-from .running.hooks import changed_modules, hooks_on, parameter_owners, unhook
+from .running.hooks import parameter_owners, unhook
 from .running.program import Program
+from .running.structure import Structures, changed_modules, hooks_on
 from .running.weights import Weights
 from .together import together
 from .tracing import inputs
 from .tracing.composites import adapt
-from .tracing.ghost import SplitWithin, StrayParameter
+from .tracing.ghost import PASSED, SplitWithin, StrayParameter
 from .tracing.trace import UnknownValues, trace
 
 
@@ -253,6 +255,8 @@ def _kept(model, mesh):
     same = len(splits) == 1 and not changed_modules(model, next(iter(splits.values())).context)
     if same and len(params) == len(list(model.parameters())):
         raise ValueError("the model was split already, and not changed since: apply tensor parallelism once")
+    for module in model.modules():
+        vars(module).pop(PASSED, None)
     return {name: replace(entries[id(p)], name=name) for name, p in params.items() if id(p) in entries}
 
 
@@ -294,7 +298,8 @@ def _apply(model, mesh, plan, known, src_data_rank, split_id):
             if buffer.device.type != "meta" and buffer.numel():
                 _broadcast(buffer, source, mesh.get_group())
     adapt(model)
-    context.weights = Weights(owners, mesh)
+    mark(model, mesh)
+    context.weights, context.structures = Weights(owners, mesh), Structures(model)
     model.tensor_parallel_plan, model.tensor_parallel_mesh = plan, mesh
 
 

@@ -71,6 +71,8 @@ PRIVATE = {
     "torch.ops.aten._is_any_true.default",
     # every operator of a forward, as it is dispatched: documented, under this name
     "torch.utils._python_dispatch.TorchDispatchMode",
+    # the state of a module that `replicate` manages, which is another than FSDP2's
+    "torch.distributed._composable_state",
     # a dim of k fused pieces, each sharded: public nowhere
     "torch.distributed.tensor.placement_types._StridedShard",
 }

@@ -10,6 +10,7 @@ import torch
 
 from ..axes.sharding import Axis, LayoutError, pieces
 from ..comm_ops import SimulatedGroup, chunk_sizes
+from ..ddp import whole_shape
 from ..private import FakeTensorMode, silent_fakes
 from ..running.calls import divide
 from ..running.context import Context
@@ -53,7 +54,7 @@ def run_local(model, args, kwargs, programs, checker, sharding, n, device=None):
     """Run rank 0's forward of n on fake tensors under `checker`."""
 
     def shape(name, p):
-        whole = list(p.shape)
+        whole = list(whole_shape(p))
         if name in sharding.params:
             dim, k = sharding.params[name][0], pieces(sharding, name)
             whole[dim] = k * chunk_sizes(whole[dim] // k, n)[0]

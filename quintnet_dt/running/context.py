@@ -28,7 +28,7 @@ class Context:
         self._programs = {}
         self.compiled = False  # whether a part of the call ran compiled, which the log does not tell of
         self.recomputing = False  # a backward runs, in which checkpoints find the programs of their forward
-        self.weights = None  # Weights
+        self.weights, self.structures = None, None  # Weights, Structures
         self.paths, self.call = None, None  # Paths; the call that the user made, while it runs
         # What it has done so far: a path where a module starts, (name, CallProgram) of a call that was counted, True
         # where one ends (False: failed).
@@ -69,6 +69,7 @@ class Context:
     def __deepcopy__(self, memo):
         new = Context(self.mesh, self._group)
         new._programs, new.paths = self._programs, self.paths and self.paths.apart()
+        new.structures = self.structures
         new.weights = None  # a copy's own are not looked at
         new.hooks_of_all = self.hooks_of_all
         return new

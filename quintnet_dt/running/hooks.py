@@ -12,28 +12,30 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
+from ..ddp import is_local, take_local
 from ..fsdp import quieten
 from ..private import compiling, in_backward, not_compiled, top_not_compiled, transforms_aside, within_compiled
-from ..tracing.ghost import SplitWithin, hooks_of, put_last, user_hooks
+from ..tracing.ghost import SplitWithin, hooks_of, passed, put_last, user_hooks
 from ..tracing.trace import tracing
 from ..utils import SHARDS, lookup, quiet, tensors
 from .calls import Starts, calls
 from .context import AGAIN
 from .program import NOTHING
 from .shown import Shown, hide, keep_data, show, writable
+from .structure import Hooks, hooks_on
 
 OUR_ID = -2  # of the hooks' handles: the same in every module, for torch.compile guards it; torch counts its own from 0
 
 _ids = threading.Lock()  # torch's counter is one for all threads
 
 
-class ModuleHooks:
+class ModuleHooks(Hooks):
     """The two hooks of one module. Those of the user's that were there before see what the forward's own code sees."""
 
     def __init__(self, context, path, owners):
         self.context, self.path, self.owners = context, path, owners
         self.count, self.known = 0, set()  # hooks that the module had when it was split: how many; the user's
-        self.settled = False
+        self.settled, self.hooked = False, 0  # the hooks of the module when its parameters were looked at
         self.take(context.programs)
         context.hooks.append(self)
 
@@ -98,6 +100,9 @@ class ModuleHooks:
         context.check_hooks()
         if tracing.depth:
             raise SplitWithin(module, self.path)
+        if len(module._forward_pre_hooks) != self.hooked:  # DDP's among them?
+            take_local(module)
+            self.hooked = len(module._forward_pre_hooks)
         if not in_backward():
             context.call, context.log = (self.path, self.owners, module, args, kwargs, compiled), []
             context.first_hook, context.compiled, context.recomputing = RemovableHandle.next_id, False, False
@@ -105,6 +110,7 @@ class ModuleHooks:
             if not self.settled:
                 quieten(module)
                 self.settled = True
+            context.structures.check(module, context, self.path)
             context.programs = context.paths.programs(*context.call)
             with context.paths.in_step.explained():
                 if context.weights is not None and (context.paths.fresh or context.paths.other_kind):
@@ -134,13 +140,16 @@ class ModuleHooks:
         """Show the module, and whoever looks while it runs, the local tensors of the parameters that it reads. One
         that a module around it shows too is shown as this one's program says, until it ends."""
         for owner, attr, actions, written in self.params:
+            if attr not in owner._parameters:  # pruned, say
+                self.replaced(owner, attr, vars(owner).get(attr))
+                continue
             before = owner._parameters[attr]
             outer = None if isinstance(before, DTensor) else self.shown_around(owner, attr, before)
             if outer is not None:
                 param, local = outer.param, outer.local
                 if written:
                     keep_data(param, local)
-            elif isinstance(before, DTensor) or self.context.mesh is None:
+            elif isinstance(before, DTensor) or is_local(before) or self.context.mesh is None:
                 param, local = before, self.local(owner, attr, before, written)
             else:
                 self.replaced(owner, attr, before)
@@ -176,7 +185,7 @@ class ModuleHooks:
         if name not in self.program.optional:
             raise RuntimeError(
                 f"{name}: expected the DTensor that apply_tensor_parallel made, found a {type(p).__name__} "
-                "(replaced, or loaded with assign=True?): copy values into the DTensor, or change the model "
+                "(replaced, pruned, or loaded with assign=True?): copy values into the DTensor, or change the model "
                 "before it is split"
             )
 
@@ -230,7 +239,7 @@ class ModuleHooks:
             context.paths.in_step.explain(error)
         if not failed and (context.compiled or program is None or context.ran in (program.modules, *context.counts)):
             return
-        changed = changed_modules(module, context, self.path)
+        changed = context.structures.changed(module, context, self.path)
         if changed:
             text = f"{', '.join(changed[:5])}: expected the modules that were split, found others or none: {AGAIN}"
             error = sys.exc_info()[1] if failed else None
@@ -268,19 +277,6 @@ def hook(module, context, path, owners):
     hooks.count, hooks.known = sum(map(len, hooks_of(module))), set(user_hooks(module))
 
 
-def changed_modules(module, context, prefix=""):
-    """Paths of the modules that were added, removed or replaced since the split, in a model or its part at `prefix`."""
-    now = dict(module.named_modules(prefix=prefix))
-    then = {h.path: h for h in context.hooks if not prefix or h.path == prefix or h.path.startswith(f"{prefix}.")}
-    return [p for p in {**now, **then} if p not in now or p not in then or hooks_on(now[p]) is not then[p]]
-
-
-def hooks_on(module):
-    """The ModuleHooks of a module, None where it has none."""
-    mine = (getattr(hook, "__self__", None) for hook in module._forward_hooks.values())
-    return next((h for h in mine if isinstance(h, ModuleHooks)), None)
-
-
 def unhook(module):
     """Take the hooks of one module off."""
     h = hooks_on(module)
@@ -293,7 +289,8 @@ def install(model, context):
     """Register the hooks on every module of `model`."""
     owners = parameter_owners(model)
     for path, module in model.named_modules():
-        hook(module, context, path, owners)
+        if not passed(module):
+            hook(module, context, path, owners)
 
 
 def parameter_owners(model):

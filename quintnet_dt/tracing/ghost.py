@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from ..ddp import as_dtensor, whole_shape
 from ..fsdp import copyable, is_fsdp
 from ..private import FakeCopyMode, global_hooks
 from ..utils import held, leaves, opaque, replace, shard_kept, tensors
@@ -72,19 +73,19 @@ def _ghost(model, fake_mode, local_shape, device, memo, dtypes):
             return torch.empty(shape, dtype=dtype, device=on)
 
     for name, p in model.named_parameters():
-        shape = local_shape(name, p) if local_shape else None
+        shape, real = local_shape(name, p) if local_shape else whole_shape(p), as_dtensor(p)
         if fake_mode is not None:
             memo[id(p)] = nn.Parameter(fake(p, shape), p.requires_grad)
-        elif isinstance(p, DTensor):
+        elif isinstance(real, DTensor):
             if (
-                p.device_mesh.ndim > 1
+                real.device_mesh.ndim > 1
             ):  # the ranks of a dp group may be called in different ways, and would wait for each other
                 raise RuntimeError(
                     "this call takes a path that was not traced before, through a forward that reads values; under "
                     "FSDP it cannot be traced: call the model in this way once (same arguments, same mode) before "
                     "fully_shard"
                 )
-            memo[id(p)] = nn.Parameter(p.full_tensor().to(dtypes.get(id(p), p.dtype)), p.requires_grad)
+            memo[id(p)] = nn.Parameter(real.full_tensor().to(dtypes.get(id(p), p.dtype)), p.requires_grad)
         else:
             memo[id(p)] = nn.Parameter(p.detach(), p.requires_grad)
     own, free = Counter(), {id(p) for p in model.parameters() if not isinstance(p, DTensor)}
@@ -154,6 +155,14 @@ def strip(model):
             for key in {keys[i] for i in ours} | set(outside if module is model else ()):
                 del hooks[key]
     return model
+
+
+PASSED = "_tp_passed"  # the attribute of a module that was added to a split model
+
+
+def passed(module):
+    """Whether a module was added since the split: what it calls is its caller's."""
+    return PASSED in vars(module)
 
 
 def put_last(module):

@@ -23,8 +23,9 @@ def check(example_inputs):
 
 def made_up(model, device):
     """Yield `(args, kwargs)` that may fit the model's forward, likeliest first: small ids or noise, on `device`."""
+    model = _named(model)
     takes = inspect.signature(model.forward).parameters
-    named = [p for p in takes.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    named = _named_parameters(model)
     required = [p.name for p in named if p.default is p.empty]
     options = {"use_cache": False} if "use_cache" in takes else {}
     gen = torch.Generator().manual_seed(0)
@@ -59,6 +60,21 @@ def made_up(model, device):
         else:
             for shape in (BATCH, LENGTH), (BATCH,):
                 yield call(noise(*shape, getattr(layer, "in_features", p.shape[-1]), dtype=p.dtype))
+
+
+def _named_parameters(model):
+    takes = inspect.signature(model.forward).parameters.values()
+    return [p for p in takes if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+
+
+def _named(model):
+    """The model, or, where its forward names no argument and it holds one module alone, which it hands them on to, that
+    one."""
+    while not _named_parameters(model) and len(children := list(model.children())) == 1:
+        if not inspect.signature(model.forward).parameters or model._parameters:
+            break
+        model = children[0]
+    return model
 
 
 def _image_sizes(model, layer):

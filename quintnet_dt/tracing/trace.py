@@ -39,6 +39,7 @@ from .ghost import (
     StrayParameter,
     fake_inputs,
     ghost,
+    passed,
     put_last,
     real_inputs,
     user_hooks,
@@ -195,6 +196,8 @@ class Recorder:
                 if id(p) not in self._values:
                     v = self.graph.params[name] = self.value(p)
                     v.param, v.trainable = name, is_float(v)
+            if passed(module):
+                continue
             steady = type(module).forward in STEADY
             seen = user_hooks(module).keys() - vars(module).get("_tp_later", [])
             watched = bool(seen or user_hooks_of_all())

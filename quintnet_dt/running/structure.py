@@ -1,0 +1,82 @@
+"""Whether a split model still has the modules that were split, and which it was given since."""
+
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from ..tracing.ghost import PASSED
+
+
+class Hooks:
+    """What is known of one module that was split: its `context`, and its `path` then."""
+
+
+class _Registrations:
+    """How many modules have become another's in this process: where it is the same, no model has changed."""
+
+    def __init__(self):
+        self.count, self.handle = 0, None
+
+    def __call__(self, module, name, child):
+        self.count += 1
+
+    def watch(self):
+        if self.handle is None:
+            self.handle = register_module_module_registration_hook(self)
+
+
+registrations = _Registrations()
+
+
+def hooks_on(module):
+    """The Hooks of a module, None where it has none."""
+    mine = (getattr(hook, "__self__", None) for hook in module._forward_hooks.values())
+    return next((h for h in mine if isinstance(h, Hooks)), None)
+
+
+def changed_modules(module, context, prefix=""):
+    """Paths of the modules that were added, removed or replaced since the split, in a model or its part at `prefix`.
+    One that was moved, into a wrapper say, is still there."""
+    now = {p: hooks_on(m) for p, m in module.named_modules(prefix=prefix)}
+    there = {id(h) for h in now.values()}
+    added = [p for p, h in now.items() if h is None or h.context is not context]
+    then = (h for h in context.hooks if not prefix or h.path == prefix or h.path.startswith(f"{prefix}."))
+    return added + [h.path for h in then if id(h) not in there and h.path not in added]
+
+
+def structure_of(module, prefix=""):
+    """Which modules there are, and where they were when they were split."""
+    now = ((p, m, hooks_on(m)) for p, m in module.named_modules(prefix=prefix))
+    return tuple((p, id(m) if h is None else h.path) for p, m, h in now)
+
+
+class Structures:
+    """The modules of a split model and of those of its parts that were called, as its calls were shown right with."""
+
+    def __init__(self, model):
+        registrations.watch()
+        self.split_at, self.looked_at = registrations.count, {}
+        self.known = {"": structure_of(model)}
+
+    def check(self, module, context, prefix):
+        """Before a call of the user's: if modules have become others' since the last, each kind of call is shown right
+        anew before it runs."""
+        if self.looked_at.get(prefix, self.split_at) == registrations.count:
+            return
+        self.looked_at[prefix] = registrations.count
+        now = structure_of(module, prefix)
+        if now == self.known.get(prefix):
+            return
+        self.known[prefix] = now
+        context.paths.known.clear()
+
+    def changed(self, module, context, prefix):
+        """Paths of the modules that were changed since the last `check`: within a forward, or taken off unseen."""
+        if structure_of(module, prefix) == self.known.get(prefix):
+            return []
+        return changed_modules(module, context, prefix)
+
+
+def pass_added(module):
+    """Mark the modules that were added since the split and have no hooks: what they call is their caller's."""
+    for m in module.modules():
+        if hooks_on(m) is None:
+            vars(m)[PASSED] = True
