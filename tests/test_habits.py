@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from quintnet_dt import apply_tensor_parallel
 from quintnet_dt.planning.paths import VALUES
-from quintnet_dt.running.hooks import hooks_on
+from quintnet_dt.running.structure import hooks_on
 
 
 def inputs(*shape, seed=0):

@@ -11,7 +11,7 @@ from torch import nn
 
 from quintnet_dt import ProcessGroupManager, apply_tensor_parallel
 from quintnet_dt.in_step import InStep
-from quintnet_dt.running.hooks import hooks_on
+from quintnet_dt.running.structure import hooks_on
 
 
 class Net(nn.Module):

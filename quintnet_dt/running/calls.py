@@ -2,6 +2,7 @@
 
 import dataclasses
 import threading
+from typing import NamedTuple
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -161,9 +162,8 @@ class Calls:
     kwargs: dict
 
 
-@dataclasses.dataclass(frozen=True)
-class Starts:
-    """What comes next: a module starts, set as it is now."""
+class Starts(NamedTuple):
+    """What comes next, or came: a module starts, set as it is now."""
 
     path: str
     module: object = None
@@ -200,11 +200,11 @@ def again(context, programs, event):
     None where they would have done something else."""
     stack = []
     for past in context.log:
-        if isinstance(past, str):
-            old, new = (p.get(past, NOTHING) for p in (context.programs, programs))
-            if not _same_borders(old, new):
+        if isinstance(past, Starts):
+            old, new = (p.get(past.path, NOTHING) for p in (context.programs, programs))
+            if not _same_borders(old, new) or not new.fits(past.module):
                 return None
-            stack.append([context, new, past, 0, False])
+            stack.append([context, new, past.path, 0, False])
         elif isinstance(past, bool):
             _, new, _, number, _ = stack.pop()
             if past and new.names is not None and number != len(new.names):
@@ -215,9 +215,8 @@ def again(context, programs, event):
 
 
 def _same_borders(old, new):
-    """Whether two programs of a module that has started do the same, and of one that is set in the same way."""
-    alike = "params", "inputs", "outputs", "training", "settings"
-    return all(getattr(old, a) == getattr(new, a) for a in alike)
+    """Whether two programs do the same where a module starts and ends."""
+    return all(getattr(old, a) == getattr(new, a) for a in ("params", "inputs", "outputs"))
 
 
 def _same_call(stack, name, call, kind):

@@ -30,7 +30,7 @@ class Context:
         self.recomputing = False  # a backward runs, in which checkpoints find the programs of their forward
         self.weights, self.structures = None, None  # Weights, Structures
         self.paths, self.call = None, None  # Paths; the call that the user made, while it runs
-        # What it has done so far: a path where a module starts, (name, CallProgram) of a call that was counted, True
+        # What it has done so far: Starts of a module, (name, CallProgram, CallKind) of a call that was counted, True
         # where one ends (False: failed).
         self.log = []
         self.made = {}  # what actions made of tensors in the forward that runs: see `apply`

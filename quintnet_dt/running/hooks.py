@@ -83,7 +83,7 @@ class ModuleHooks(Hooks):
         if compiled:
             context.compiled = True
         else:
-            context.log.append(self.path)
+            context.log.append(Starts(self.path, module))
             context.ran += 1
         if counted:
             calls.push(context, program or NOTHING, self.path, compiled or within)

@@ -6,7 +6,7 @@ from torch.distributed.tensor import DTensor
 
 from ..fsdp import is_fsdp
 from ..private import _StridedShard, broadcasting
-from ..running.hooks import hooks_on
+from ..running.structure import hooks_on
 from .chunks import chunks
 
 ELSEWHERE = (
