@@ -18,6 +18,7 @@ class Mark(NamedTuple):
 
     param: DTensor
     storage: torch.UntypedStorage
+    local: torch.UntypedStorage
     sample: torch.Tensor
 
 
@@ -44,7 +45,7 @@ class Weights:
         lost, perhaps = [], []
         for name, p in self.present():
             old, new = self.marks.get(name), _mark(p)
-            if old is None or old.param is not p or new.storage is old.storage:
+            if old is None or old.param is not p or new.storage is old.storage or new.local is not old.local:
                 self.marks[name] = new
             elif torch.equal(old.sample, new.sample):
                 lost.append(name)
@@ -92,11 +93,12 @@ class Weights:
 @torch.no_grad()
 def _mark(p):
     # Bits, so that NaN is equal to itself.
-    local = p.to_local().flatten()[:SAMPLE]
+    whole = p.to_local()
+    local = whole.flatten()[:SAMPLE]
     sample = torch.zeros(SAMPLE, dtype=torch.float64, device=local.device)
     if local.numel():
         sample[: local.numel()] = torch.view_as_real(local)[..., 0] if local.is_complex() else local
-    return Mark(p, p.untyped_storage(), sample.view(torch.int64))
+    return Mark(p, p.untyped_storage(), whole.untyped_storage(), sample.view(torch.int64))
 
 
 def _some(names):
