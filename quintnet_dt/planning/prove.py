@@ -34,7 +34,7 @@ CONVOLUTIONS = "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_tran
 def prove(model, args, kwargs, graph, axes, layout, sharding, n, device=None):
     """Show that the layout is right for this forward, or raise LayoutError. Returns the programs that do it."""
     found = Found()
-    for _ in range(2):  # what is found in the first run is part of the programs that the second one shows right
+    for _ in range(3):  # what is found in one run is part of the programs that the next one shows right
         programs = compile_programs(graph, layout, found)
         checker = _Checker(graph, axes, layout, n, found)
         try:
