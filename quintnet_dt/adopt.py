@@ -1,4 +1,5 @@
-"""What a user hung on a model's parameters before it was split goes on with the DTensors: gradient hooks, optimizers, lists.
+"""What a user hung on a model's parameters before it was split goes on with the DTensors: gradient hooks, optimizers,
+lists.
 
 A plain Parameter cannot become a DTensor itself (their classes lay out memory otherwise, so `torch.utils.swap_tensors`
 refuses), so whatever holds one is given the other.
@@ -44,8 +45,8 @@ def adopt(splits):
     if stuck:
         raise RuntimeError(
             "apply_tensor_parallel: expected what holds the model's parameters to be lists, dicts or attributes, which "
-            f"are given the DTensors, found them in a {' and a '.join(sorted(set(stuck)))} too, which would keep the old "
-            "ones: make it after the split"
+            f"are given the DTensors, found them in a {' and a '.join(sorted(set(stuck)))} too, which would keep the "
+            "old ones: make it after the split"
         )
 
 

@@ -10,8 +10,9 @@ from .carried import distribute
 from .private import run_fused_sgd
 from .processgroup import ProcessGroupManager
 from .running.context import Context
-from .running.hooks import hook, parameter_owners
+from .running.hooks import hook
 from .running.program import CallProgram, Program
+from .running.structure import parameter_owners
 from .state.loading import place_on_load
 
 

@@ -15,21 +15,22 @@ from .adopt import adopt
 from .agreement import agree
 from .around import undisturbed
 from .axes.axes import Axes
-from .axes.sharding import Action, pieces
+from .axes.sharding import Action
 from .carried import carried
 from .fsdp import wrapped_by_fsdp1
 from .huggingface import mark
 from .layers import ShardedModule
-from .plan import EXCHANGED, GATHERED, LOCAL, REPLICATED, WEIGHT_GATHERED, Entry, TensorParallelPlan, check_user_plan
-from .planning.cost import cost
-from .planning.paths import Paths, device_of, sharding_of, signature
+from .plan import TensorParallelPlan, check_user_plan
+from .planning.describe import blind_plan, describe, why_blind
+from .planning.paths import Paths, sharding_of
 from .planning.planner import Planner, settle
+from .planning.signature import device_of, signature
 from .private import SINCE_2_13
 from .processgroup import ProcessGroupManager
 from .running.context import Context
-from .running.hooks import parameter_owners, unhook
+from .running.hooks import unhook
 from .running.program import Program
-from .running.structure import Structures, changed_modules, hooks_on
+from .running.structure import Structures, changed_modules, hooks_on, parameter_owners
 from .running.weights import Weights
 from .together import together
 from .tracing import inputs
@@ -167,16 +168,16 @@ def _make_plan(model, n, example_inputs, user, loss_parallel, contiguous, kept):
                 raise
             failed = failed or e
     else:
-        note = _why_blind(failed)
+        note = why_blind(failed)
         warnings.warn(f"{type(model).__name__}: {note}", stacklevel=5)  # where the user called
-        return _blind_plan(model, n, fixed, note, kept), {}
+        return blind_plan(model, n, fixed, note, kept), {}
     axes = Axes(graph)
     planner = Planner(graph, axes, n, fixed, loss_parallel, contiguous)
     sharding = sharding_of(user, graph, axes) if whole_plan and n > 1 else None
     if kept and n > 1:
         sharding.follow(graph.params.keys() - kept.keys(), graph, axes)
     sharding, layout, programs = settle(planner, model, args, kwargs, device, sharding)
-    plan = _describe(planner, sharding, layout, fixed)
+    plan = describe(planner, sharding, layout, fixed)
     for name, e in kept.items():
         plan.entries[name].why = e.why
     return plan, {signature(model, args, kwargs): programs}
@@ -195,49 +196,6 @@ def _check_modules(model):
                 f"{path or 'the model'}: expected modules written in Python, found a ScriptModule, whose weights and "
                 "calls are out of reach: use the module that it was made from (functions of torch.jit.script are fine)"
             )
-
-
-def _why_blind(failed):
-    """What to say of a plan that was made without a forward."""
-    if isinstance(failed, UnknownValues):
-        return f"planned without a forward: {failed}; for a better plan, make it with the model's values"
-    return (
-        f"planned without a forward: no inputs were given and none that were made up fit ({type(failed).__name__}: "
-        f"{str(failed)[:200]}); give example_inputs for a better plan"
-    )
-
-
-def _blind_plan(model, n, fixed, note, kept):
-    """Every large weight split on its longest dim, but for those that are split already."""
-    plan = TensorParallelPlan(n, bytes_per_step=None, note=note)
-    for name, p in model.named_parameters():
-        longest = max(range(p.dim()), key=lambda d: p.shape[d], default=None)
-        dim = fixed.get(name, longest if p.dim() > 1 and p.shape[longest] >= n else None)
-        pieces = kept[name].pieces if name in kept else 1
-        plan.entries[name] = Entry(name, tuple(p.shape), dim, pieces, REPLICATED if dim is None else GATHERED)
-    return plan
-
-
-def _describe(planner, sharding, layout, fixed):
-    """The plan as a user reads it."""
-    plan = TensorParallelPlan(planner.n, bytes_per_step=round(cost(planner.graph, layout, planner.n)))
-    plan.loss_parallel = planner.loss_parallel
-    for name, v in planner.params.items():
-        dim, axis = sharding.params.get(name, (None, None))
-        entry = plan.entries[name] = Entry(name, v.shape, dim, pieces(sharding, name), why=planner.why.get(name, ""))
-        if axis is None:
-            entry.why = "small" if planner.n > 1 else "one rank holds all"
-        elif name in sharding.whole:
-            entry.how = WEIGHT_GATHERED
-            entry.why = entry.why if planner.users.get(name) else "the traced forward did not reach it"
-        elif axis in sharding.through:
-            entry.how = EXCHANGED if isinstance(sharding.outer.get(name), tuple) else LOCAL
-            entry.why = f"an axis of {axis.size} units, {axis.size // planner.n} a rank"
-        else:
-            entry.how = GATHERED
-        if name in fixed and planner.n > 1:
-            entry.why = "set by the user"
-    return plan
 
 
 # ---- applying

@@ -1,14 +1,14 @@
 """Which axes to shard: each is tried alone, its bytes counted; the best that do not conflict are taken, then
 weights."""
 
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations, groupby
-from math import fsum, prod
+from math import fsum
 
 from ..axes.axes import lone_axis, own_axis
-from ..axes.factors import flat, leaves
+from ..axes.factors import flat
 from ..axes.sharding import Axis, LayoutError, Sharding
+from .candidates import Candidate, Way, divides, indices, regions, spans
 from .compile import compile_programs
 from .cost import cost, hoist
 from .layout import lay_out
@@ -23,51 +23,6 @@ VOCABULARY = 0.005
 CROWDED = 256
 # Up to so many axes that stand in each other's way, every choice among them is tried.
 EXHAUSTIVE = 10
-
-
-@dataclass
-class Candidate:
-    """An axis of the model, tried alone: the parameters it runs through as {name: (dim, outer)}, the calls that touch
-    it, bytes a step."""
-
-    axis: Axis
-    params: dict
-    calls: list
-    elements: int
-    bytes: float = 0.0
-
-    def conflicts(self, other):
-        """Whether both cannot be sharded: a weight is split once, and a call works on one axis."""
-        return not self.params.keys().isdisjoint(other.params) or not self.indices.isdisjoint(other.indices)
-
-    @cached_property
-    def indices(self):
-        return frozenset(call.index for call in self.calls)
-
-
-def _regions(candidates):
-    """Candidates in groups: those of different groups have no weight and no call in common."""
-    group_of, groups = {}, {}
-    for c in candidates:
-        near = {id(group_of[key]): group_of[key] for key in (*c.params, *c.indices) if key in group_of}
-        group = [c, *(o for g in near.values() for o in g)]
-        for i in near:
-            del groups[i]
-        groups[id(group)] = group
-        group_of.update((key, group) for o in group for key in (*o.params, *o.indices))
-    return list(groups.values())
-
-
-@dataclass
-class Way:
-    """One weight split alone. `gathered`: it is gathered before its use; else `partners` (biases) are split with it."""
-
-    dim: int
-    axis: Axis
-    bytes: float
-    gathered: bool
-    partners: dict
-    why: str = ""
 
 
 class Planner:
@@ -181,8 +136,8 @@ class Planner:
     def choose(self, banned=()):
         """A Sharding. Axes in `banned` are not sharded through the model."""
         used_by, sharding = {}, Sharding(loss_parallel=self.loss_parallel)
-        regions = _regions([c for c in self.good if c.axis not in banned])
-        for c in (c for region in regions for c in self._best(region)):
+        groups = regions([c for c in self.good if c.axis not in banned])
+        for c in (c for region in groups for c in self._best(region)):
             used_by.update((x.index, c.axis) for x in c.calls)
             sharding.through.add(c.axis)
             for p, (dim, outer) in c.params.items():
@@ -276,23 +231,6 @@ class Planner:
             if way.gathered:
                 sharding.whole.add(name)
                 self.why[name] = way.why
-
-
-def spans(dims):
-    """Lists of adjacent factors: of each dim, and of each unequal piece of one."""
-    for dim in dims:
-        yield dim
-        for f in dim:
-            yield from spans(map(leaves, f.pieces or ()))
-
-
-def indices(calls):
-    return {call.index for call in calls}
-
-
-def divides(factors, n):
-    """Whether n ranks can share adjacent factors."""
-    return prod(f.size for f in factors) % n == 0 and not any(f.opaque for f in factors)
 
 
 def settle(planner, model, args, kwargs, device=None, sharding=None):

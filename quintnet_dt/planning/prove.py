@@ -20,15 +20,14 @@ from ..running.program import Bound
 from ..tracing.escapes import let_go
 from ..tracing.ghost import fake_inputs, ghost
 from ..tracing.graph import Call, next_seen
-from ..tracing.trace import UNSEEN, Recorder, draws, reads_values, record
-from ..utils import leaves, lookup, quiet, replace, silence, tensors
+from ..tracing.operators import draws, reads_values
+from ..tracing.recorder import UNSEEN, Recorder
+from ..tracing.trace import record
+from ..utils import leaves, quiet, replace, silence, tensors
 from .analysis import aligned_only, copes, op_name
 from .compile import Found, compile_programs
 from .indexing import CUTS, INDEXING, bounds, cut_of, indexed_dims, other_elements
-
-# Calls whose integers are sizes: they may differ between the whole and the shard when what comes out is as expected.
-SIZES = set("view reshape expand unflatten zeros ones full empty new_zeros new_ones new_full new_empty".split())
-CONVOLUTIONS = "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split()
+from .sizes import SIZES, groups_at, localise, width
 
 
 def prove(model, args, kwargs, graph, axes, layout, sharding, n, device=None):
@@ -271,37 +270,5 @@ class _Checker(Recorder):
         let_go(left)
 
 
-def width(at):
-    """How long a dim is in which an axis lies so (see `Axis.find`), for each unit of the axis."""
-    _, outer, inner = at
-    return sum(o * i for o, i in outer) if isinstance(outer, tuple) else outer * inner
-
-
 def _draws(call):
     return any(draws(node.op, node.args, node.kwargs) for node in call.nodes)
-
-
-def groups_at(call, args):
-    """The path of the number of groups in a group norm's or a convolution's arguments; None in other calls."""
-    known = {"group_norm": (1, "num_groups"), **dict.fromkeys(CONVOLUTIONS, (6, "groups"))}
-    at, keyword = known.get(call.name, (None, None))
-    return None if at is None else (0, at) if at < len(args) else (1, keyword)
-
-
-def localise(call, args, kwargs, expected):
-    """Paths into (args, kwargs) of the sizes to divide by the number of ranks for a call to give the expected
-    shapes."""
-    ints = {p: x for p, x in leaves((args, kwargs)) if isinstance(x, int) and not isinstance(x, bool)}
-    whole = {p: v.shape for p, v in call.outputs.items()}
-    groups = groups_at(call, args)
-    if groups in ints:
-        x, local = next(iter(call.inputs.values())), next(tensors((args, kwargs)))[1]
-        split = call.name != "group_norm" or x.shape[1] != local.shape[1]
-        return [groups] if split and ints[groups] == lookup(call.args, groups) else []
-    if call.name in ("view", "reshape", "expand", "unflatten") or call.name.startswith("new_"):
-        (path, local), *_ = expected.items()
-        first = 1 if call.name == "unflatten" else 0
-        at = args[1] % args[0].dim() if first else 0
-        sizes = zip(list(ints.items())[first:], whole[path][at:], local[at:])
-        return [p for (p, x), a, b in sizes if a != b and x == a]
-    return []

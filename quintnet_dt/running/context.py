@@ -93,8 +93,8 @@ class Context:
             name = getattr(new[0], "__qualname__", type(new[0]).__name__)
             raise RuntimeError(
                 f"{name}: a hook was registered for all modules since the model was split "
-                "(torch.nn.modules.module.register_module_forward_hook?), and would see this rank's shards: register it "
-                "before apply_tensor_parallel, which then keeps whole what it sees, or remove it before the call"
+                "(torch.nn.modules.module.register_module_forward_hook?), and would see this rank's shards: register "
+                "it before apply_tensor_parallel, which then keeps whole what it sees, or remove it before the call"
             )
 
     def share_random(self):

@@ -22,7 +22,7 @@ from .calls import Starts, calls
 from .context import AGAIN
 from .program import NOTHING
 from .shown import Shown, hide, keep_data, show, writable
-from .structure import Hooks, hooks_on
+from .structure import Hooks, hooks_on, parameter_owners
 
 OUR_ID = -2  # of the hooks' handles: the same in every module, for torch.compile guards it; torch counts its own from 0
 
@@ -291,14 +291,3 @@ def install(model, context):
     for path, module in model.named_modules():
         if not passed(module):
             hook(module, context, path, owners)
-
-
-def parameter_owners(model):
-    """Parameter name (the first of tied ones) -> [(module, attribute), ...] for every place that holds it."""
-    names = {id(p): n for n, p in model.named_parameters()}
-    owners = {}
-    for module in model.modules():
-        for attr, p in module._parameters.items():
-            if p is not None:
-                owners.setdefault(names[id(p)], []).append((module, attr))
-    return owners

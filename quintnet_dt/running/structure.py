@@ -80,3 +80,14 @@ def pass_added(module):
     for m in module.modules():
         if hooks_on(m) is None:
             vars(m)[PASSED] = True
+
+
+def parameter_owners(model):
+    """Parameter name (the first of tied ones) -> [(module, attribute), ...] for every place that holds it."""
+    names = {id(p): n for n, p in model.named_parameters()}
+    owners = {}
+    for module in model.modules():
+        for attr, p in module._parameters.items():
+            if p is not None:
+                owners.setdefault(names[id(p)], []).append((module, attr))
+    return owners

@@ -40,8 +40,8 @@ class Weights:
 
     @undisturbed
     def check_assigned(self):
-        """Raise RuntimeError where `p.data = t` was done to a parameter since it was last looked at, and lost; warn where
-        it may have been."""
+        """Raise RuntimeError where `p.data = t` was done to a parameter since it was last looked at, and lost; warn
+        where it may have been."""
         lost, perhaps = [], []
         for name, p in self.present():
             old, new = self.marks.get(name), _mark(p)
@@ -54,14 +54,14 @@ class Weights:
                 perhaps.append(name)
         if lost:
             raise RuntimeError(
-                f"{_some(lost)}: expected values to be copied into a DTensor, found `.data` assigned, which changes nothing "
-                "(DTensor keeps its local tensor): with torch.no_grad(): p.copy_(values)"
+                f"{_some(lost)}: expected values to be copied into a DTensor, found `.data` assigned, which changes "
+                "nothing (DTensor keeps its local tensor): with torch.no_grad(): p.copy_(values)"
             )
         if perhaps and not self.warned:
             self.warned = True
             warnings.warn(
-                f"{_some(perhaps)}: `.data` was assigned since the last call. `p.data += t` works; `p.data = t` changes "
-                "nothing, as DTensor keeps its local tensor: with torch.no_grad(): p.copy_(t)"
+                f"{_some(perhaps)}: `.data` was assigned since the last call. `p.data += t` works; `p.data = t` "
+                "changes nothing, as DTensor keeps its local tensor: with torch.no_grad(): p.copy_(t)"
             )
 
     @undisturbed
@@ -79,8 +79,8 @@ class Weights:
         names = [name for name, _ in present]
         if apart := [n for n, same, whole in zip(names, alike, replicated) if whole and not same]:
             raise RuntimeError(
-                f"{_some(apart)}: expected the same values on every rank of the tp group, found others: initialise before "
-                "apply_tensor_parallel, or with materialize(model, init) from the meta device"
+                f"{_some(apart)}: expected the same values on every rank of the tp group, found others: initialise "
+                "before apply_tensor_parallel, or with materialize(model, init) from the meta device"
             )
         suspects = zip(names, alike, varied, replicated)
         if twins := [n for n, same, random, whole in suspects if same and random and not whole]:

@@ -11,8 +11,8 @@ import torch
 class Value:
     """A tensor at one moment: an in-place operator makes a new Value of the same tensor.
 
-    `param` is its name if it is a parameter, `producer` the index of the call that made it. Its `tensor` is let go of when
-    the forward is over.
+    `param` is its name if it is a parameter, `producer` the index of the call that made it. Its `tensor` is let go of
+    when the forward is over.
     """
 
     def __init__(self, id, tensor, producer=None, param=None):

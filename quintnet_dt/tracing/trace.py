@@ -9,28 +9,21 @@ operators inside them, few and regular, which are what the axis rules read.
 import contextlib
 import sys
 import threading
-from functools import partial
-from types import NoneType
 
 import torch
-from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from ..around import tools_aside
 from ..private import (
-    FakeTensor,
     FakeTensorMode,
     HigherOrderOperator,
     TorchDispatchMode,
     hidden_fakes,
     saves_by_hooks,
     silent_fakes,
-    transform,
-    unset_fake_temporarily,
 )
-from ..utils import call_name, callers, held, is_float, replace, shard_kept, source_line, tensors
-from .attributes import attributes, changed
+from ..utils import call_name, held, shard_kept
 from .caches import forgotten
 from .composites import restated
 from .escapes import let_go
@@ -39,29 +32,10 @@ from .ghost import (
     StrayParameter,
     fake_inputs,
     ghost,
-    passed,
-    put_last,
     real_inputs,
-    user_hooks,
-    user_hooks_of_all,
 )
-from .graph import Call, Graph, ModuleCall, Node, Value
-from .higher import HigherOrder, higher_order
-from .known import Known
-from .operators import aliased, draws, reads_values, written_by
-
-UNSEEN = {"tolist", "numpy"}  # these read values with no operator
-
-# Forwards that make the same calls each time, so that nothing need watch them.
-STEADY = {
-    c.forward
-    for c in (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
-    + (nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Identity, nn.Dropout, nn.Softmax, nn.Sequential, nn.Bilinear)
-}
-
-# Why a call must get whole tensors.
-OPAQUE = "it reads tensors or gradients in ways that operators do not show (an autograd.Function, a hook, torch.vmap)"
-HIDDEN = "its operators are not called by Python code that can be intercepted (TorchScript, torch.vmap)"
+from .higher import higher_order
+from .recorder import Recorder
 
 
 class UnknownValues(RuntimeError):
@@ -169,226 +143,6 @@ def record(model, args, kwargs, modes=(), recorder=None):
     recorder.keep(model, (args, kwargs, out))
     recorder.end()
     return recorder.graph
-
-
-class Recorder:
-    """Builds a Graph. Subclasses watch or steer single calls through `run_call`."""
-
-    def __init__(self):
-        self.graph = Graph([], [], [], {})
-        self._values = {}  # id(tensor) -> its present Value
-        self._stack = []  # module calls that are running
-        self._call = None
-        self.fake = False
-        self.known = Known()
-        self.asked = None  # the last call that read values which do not follow from the inputs
-
-    @property
-    def paused(self):
-        """Whether what runs now is not the model's own computation."""
-        return False
-
-    def attach(self, model):
-        """Hooks that tell when each module starts and ends; parameters get their names."""
-        self.before = attributes(model)
-        for path, module in model.named_modules():
-            for name, p in module.named_parameters(path, recurse=False):
-                if id(p) not in self._values:
-                    v = self.graph.params[name] = self.value(p)
-                    v.param, v.trainable = name, is_float(v)
-            if passed(module):
-                continue
-            steady = type(module).forward in STEADY
-            seen = user_hooks(module).keys() - vars(module).get("_tp_later", [])
-            watched = bool(seen or user_hooks_of_all())
-            module.register_forward_pre_hook(partial(self.enter, path, steady, watched), with_kwargs=True, prepend=True)
-            module.register_forward_hook(self.leave, with_kwargs=True, always_call=True)
-            put_last(module)
-
-    def give(self, inputs):
-        """Note the shards that objects among the inputs keep."""
-        for _, holder, place, t in held(inputs):
-            if (action := shard_kept(holder, place)) is not None:
-                self.graph.given[self.value(t).id] = action
-
-    def keep(self, model, objects):
-        """Note the values that the forward left in buffers, in attributes, and in objects among its inputs and
-        outputs."""
-        inside = [x for m in model.modules() for x in [*m._buffers.values(), *vars(m).values()]]
-        values = [self._values.get(id(t)) for _, t in tensors(inside)]
-        self.graph.stored = [v for v in values if v is not None and v.producer is not None]
-        self.graph.changes = changed(self.before, attributes(model))
-        self.graph.held = [(path, place, self._values.get(id(t))) for path, _, place, t in held(objects)]
-
-    def end(self):
-        """The forward is over: only the graph is left."""
-        for v in self.graph.values:
-            v.differentiable = v.tensor.requires_grad
-        self._values, self.known = {}, Known()
-
-    def value(self, tensor, producer=None, new=False):
-        if new or id(tensor) not in self._values:
-            v = Value(len(self.graph.values), tensor, producer)
-            if new and id(tensor) in self._values:
-                v.param = self._values[id(tensor)].param
-            self.graph.values.append(v)  # keeps the tensor alive: ids stay unique
-            self._values[id(tensor)] = v
-        return self._values[id(tensor)]
-
-    def values(self, obj):
-        return {p: self.value(t) for p, t in tensors(obj)}
-
-    def enter(self, path, steady, watched, module, args, kwargs):
-        if self._call is not None and isinstance(self._call.func, HigherOrder):
-            raise RuntimeError(
-                f"{path}: expected a forward that calls its modules itself, found one called within {self._call}, "
-                "which compiles what it is given: choose between modules by a Python if"
-            )
-        parent = self._stack[-1] if self._stack else None
-        given, checkpoints = self.values((args, kwargs)), callers()[1]
-        call = ModuleCall(path, parent, given, {}, steady, watched, checkpoints, module.training, settings_of(module))
-        if parent is None:
-            for v in call.inputs.values():
-                v.trainable = is_float(v)
-        self.graph.modules.append(call)
-        self._stack.append(call)
-
-    def leave(self, module, args, kwargs, output):
-        self._stack.pop().outputs = self.values(output)
-
-    def run_call(self, name, func, args, kwargs):
-        inputs = self.values((args, kwargs))
-        given = replace((args, kwargs), inputs)
-        call = Call(len(self.graph.calls), func, name, self._stack[-1], given, inputs, source=source_line())
-        sets = getattr(func, "__name__", "") == "__set__"  # x.data = y
-        custom, call.checkpoints = callers()
-        unseen = sets or custom or name in ("register_hook", "retain_grad") or transform() is not None
-        call.opaque = OPAQUE if unseen else ""
-        self._call = call
-        try:
-            out = self.read(func, *args) if name in UNSEEN else func(*args, **kwargs)
-        finally:
-            self._call = None
-        written = [call.inputs[0, 0]] if sets else [v for n in call.nodes for v in n.inputs if v.id in n.mutated]
-        if sets and call.inputs[0, 0].param:  # the parameter is another value from here on
-            self.value(args[0], call.index, new=True).trainable = call.inputs[0, 0].trainable
-        self.graph.rewritten |= {v.memory.param or v.param for v in written} - {None}
-        if self.graph.rewritten and not self.fake:
-            raise RuntimeError(
-                f"{call}: expected a forward that reads values to leave {sorted(self.graph.rewritten)} as they are: it "
-                "is traced on the parameters themselves"
-            )
-        self.graph.calls.append(call)
-        known = {v.id for v in (*call.inputs.values(), *(v for n in call.nodes for v in n.outputs))}
-        reads = (v for n in call.nodes for v in n.inputs if v.param or v.producer is not None)
-        if hidden := {("hidden", v.id): v for v in reads if v.id not in known}:  # through torch.vmap, autograd.grad
-            call.inputs |= hidden
-            call.opaque = OPAQUE
-        call.outputs = {p: self.value(t, producer=call.index) for p, t in tensors(out)}
-        return out
-
-    def hidden_call(self, func):
-        """The Call for an operator that none has called which a mode sees: one for all that follow each other."""
-        calls, run, higher = self.graph.calls, self._stack[-1], isinstance(func, HigherOrder)
-        last = calls[-1] if calls and calls[-1].hidden else None
-        if last is None or last.module is not run or higher or last.func is not None:
-            name = func.operator.name() if higher else "hidden operators"
-            made = Call(len(calls), func if higher else None, name, run, ((), {}), {}, source=source_line())
-            made.opaque, made.hidden = HIDDEN, True
-            calls.append(made)
-        return calls[-1]
-
-    def read(self, func, x, *args):
-        """A call that reads values with no operator: `x.tolist()`."""
-        real = self.known.get(id(x)) if isinstance(x, FakeTensor) else x
-        if real is None:
-            self.asked = self._call
-            raise RuntimeError("a fake tensor has no values to read")
-        with unset_fake_temporarily():
-            out = func(real, *args)
-        self.note_reading(out, self.fake and not self.known.random({(): x}))
-        return out
-
-    def compute(self, func, args, kwargs):
-        """Run one operator."""
-        name = func._schema.name
-        if name == "aten::_grouped_mm" and isinstance(args[0], FakeTensor):
-            x, w, *rest = args  # its shape function knows bfloat16 alone, and what that aligns to 16 bytes
-            aligned = all(s == 1 or s * x.dtype.itemsize % 16 == 0 for s in x.stride() + w.stride())
-            if aligned and (x.dim(), w.dim()) == (2, 3):
-                return x.new_empty(x.shape[0], w.shape[-1])
-            return func(x.bfloat16(), w.bfloat16(), *rest, **kwargs).to(x.dtype)
-        return func(*args, **kwargs)
-
-    def know(self, func, args, kwargs, given, written):
-        """Run one operator on the tensors `given`; on the real ones behind fake ones too, where those are known."""
-        reads = reads_values(func, args)
-        real = self.known.run(func, args, kwargs, given, written) if self.fake else None
-        if reads and real is None:
-            self.asked = self._call
-        if reads and real is not None:
-            out = real
-            if isinstance(real, torch.Tensor):
-                out = next(iter(given.values())).new_empty(real.shape, dtype=real.dtype)
-        else:
-            out = self.compute(func, args, kwargs)
-        if real is not None:
-            self.known.note(func, given, out, real)
-        if reads:
-            result = tuple(out.shape) if isinstance(out, torch.Tensor) else out
-            self.note_reading(result, real is not None and not self.known.random(given))
-        return out
-
-    def note_reading(self, result, follows):
-        """What was read of values; `follows`: it follows from the inputs alone."""
-        at = self._call.index if self._call is not None else len(self.graph.calls)
-        self.graph.readings.append((at, result, follows))
-
-    def run_node(self, func, args, kwargs):
-        if self.paused:
-            return func(*args, **kwargs)
-        if self._call is not None or not self._stack or not any(True for _ in tensors((args, kwargs))):
-            return self.record_node(func, args, kwargs)
-        self._call = call = self.hidden_call(func)
-        try:
-            return self.record_node(func, args, kwargs)
-        finally:
-            self._call = None
-            for node in call.nodes[-1:]:
-                call.inputs.update({("hidden", v.id): v for v in node.inputs if v.producer != call.index})
-                call.outputs.update({("hidden", v.id): v for v in node.outputs if v.producer == call.index})
-
-    def record_node(self, func, args, kwargs):
-        given = dict(tensors((args, kwargs)))
-        inputs = {p: self.value(t) for p, t in given.items()}
-        shared = aliased(func, args)
-        memory = None if shared is None else self.value(shared).memory
-        margs, mkwargs = replace((args, kwargs), inputs)
-        written = written_by(func, args, kwargs)
-        self.graph.random |= draws(func, args, kwargs)
-        out = self.know(func, args, kwargs, given, written)
-        producer = self._call.index if self._call is not None else None
-        old = {id(t): self.value(t).id for t in written}
-        for t in written:
-            before = self.value(t)
-            self.value(t, producer, new=True).memory = before.memory
-        known = {id(x) for x in given.values()}
-        outs = [self.value(t, producer, new=id(t) not in known and id(t) in self._values) for _, t in tensors(out)]
-        outs += [self.value(t) for t in written if not any(self.value(t) is o for o in outs)]
-        for v in outs:
-            v.trainable |= is_float(v) and any(x.trainable for x in inputs.values())
-            if memory is not None:
-                v.memory = memory
-        if self._call is not None:
-            self._call.nodes.append(Node(func, margs, mkwargs, list(inputs.values()), outs, set(old.values())))
-        return out
-
-
-def settings_of(module):
-    """The attributes of a module that may choose what it computes, and that a user may change: flags, strings, what is
-    None; of one of torch.nn its numbers too, which no forward of theirs changes."""
-    plain = (bool, str, NoneType, *((int, float) if type(module).__module__.startswith("torch.nn.") else ()))
-    return {name: x for name, x in vars(module).items() if type(x) in plain and name != "training"}
 
 
 class _Calls(TorchFunctionMode):

@@ -1,0 +1,49 @@
+"""A plan as a user reads it, of a forward that was traced, or of none."""
+
+from ..axes.sharding import pieces
+from ..plan import EXCHANGED, GATHERED, LOCAL, REPLICATED, WEIGHT_GATHERED, Entry, TensorParallelPlan
+from ..tracing.trace import UnknownValues
+from .cost import cost
+
+
+def why_blind(failed):
+    """What to say of a plan that was made without a forward."""
+    if isinstance(failed, UnknownValues):
+        return f"planned without a forward: {failed}; for a better plan, make it with the model's values"
+    return (
+        f"planned without a forward: no inputs were given and none that were made up fit ({type(failed).__name__}: "
+        f"{str(failed)[:200]}); give example_inputs for a better plan"
+    )
+
+
+def blind_plan(model, n, fixed, note, kept):
+    """Every large weight split on its longest dim, but for those that are split already."""
+    plan = TensorParallelPlan(n, bytes_per_step=None, note=note)
+    for name, p in model.named_parameters():
+        longest = max(range(p.dim()), key=lambda d: p.shape[d], default=None)
+        dim = fixed.get(name, longest if p.dim() > 1 and p.shape[longest] >= n else None)
+        pieces = kept[name].pieces if name in kept else 1
+        plan.entries[name] = Entry(name, tuple(p.shape), dim, pieces, REPLICATED if dim is None else GATHERED)
+    return plan
+
+
+def describe(planner, sharding, layout, fixed):
+    """The plan as a user reads it."""
+    plan = TensorParallelPlan(planner.n, bytes_per_step=round(cost(planner.graph, layout, planner.n)))
+    plan.loss_parallel = planner.loss_parallel
+    for name, v in planner.params.items():
+        dim, axis = sharding.params.get(name, (None, None))
+        entry = plan.entries[name] = Entry(name, v.shape, dim, pieces(sharding, name), why=planner.why.get(name, ""))
+        if axis is None:
+            entry.why = "small" if planner.n > 1 else "one rank holds all"
+        elif name in sharding.whole:
+            entry.how = WEIGHT_GATHERED
+            entry.why = entry.why if planner.users.get(name) else "the traced forward did not reach it"
+        elif axis in sharding.through:
+            entry.how = EXCHANGED if isinstance(sharding.outer.get(name), tuple) else LOCAL
+            entry.why = f"an axis of {axis.size} units, {axis.size // planner.n} a rank"
+        else:
+            entry.how = GATHERED
+        if name in fixed and planner.n > 1:
+            entry.why = "set by the user"
+    return plan
