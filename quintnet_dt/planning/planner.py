@@ -85,7 +85,7 @@ class Planner:
 
     def weigh(self, candidate):
         """Whether a candidate can be laid out, taken alone; counts its bytes."""
-        if any(self.crowded[i] > 8 * len(candidate.params) for i in self.crowded.keys() & candidate.indices):
+        if any(self.crowded.get(call.index, 0) > 8 * len(candidate.params) for call in candidate.calls):
             return False  # an axis of few of the many weights that one call reads
         if self.graph.unsteady and self._common_module(candidate.calls) in self.graph.unsteady:
             self.note(candidate.params, "its axis runs through a module whose forward reads values")
