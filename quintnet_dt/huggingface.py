@@ -4,6 +4,7 @@ the whole.
 Nothing is imported: a model is transformers' if its class has the names below.
 """
 
+import contextlib
 import sys
 
 import torch
@@ -26,6 +27,17 @@ def mark(model, mesh):
         if mesh.size() > 1 and config_class is not None and all(hasattr(type(module), name) for name in MARKS):
             vars(module).update(zip(MARKS, (mesh.size(), mesh, True)))
             config.distributed_config = config_class(tp_size=mesh.size())
+
+
+@contextlib.contextmanager
+def unmarked(model):
+    """For a while, a model that looks as if nobody had split it."""
+    kept = [(vars(m), {name: vars(m).pop(name) for name in MARKS if name in vars(m)}) for m in model.modules()]
+    try:
+        yield
+    finally:
+        for attributes, marks in kept:
+            attributes.update(marks)
 
 
 def gathered(model, state, distributed_config=None, *, save_on_this_rank=True):

@@ -346,10 +346,8 @@ def test_a_layer_of_a_transformer_sends_as_megatron_does():
                 loss = model(x).sum()
             with Collectives() as backward:
                 loss.backward()
-            shared = (
-                {} if options.get("dropout") == 0.0 else {"c10d::_allgather_base_": 1}
-            )  # is the random state the same?
-            assert forward.names == {"c10d::allreduce_": 4, **shared}, (options, forward.names)
+            # That the random state is compared before a forward that draws is none of the model's own computation.
+            assert forward.names == {"c10d::allreduce_": 4}, (options, forward.names)
             assert backward.names == {"c10d::allreduce_": 4}, (options, backward.names)
 
     run_ranks(ranks, 2)

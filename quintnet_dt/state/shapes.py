@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from ..huggingface import unmarked
 from .given import check_model
 
 
@@ -34,7 +35,8 @@ def whole_shapes(model):
                     real[id(p)] = nn.Parameter(nan.expand(p.shape), p.requires_grad), p
                 module._parameters[attr] = real[id(p)][0]
     try:
-        yield model
+        with unmarked(model):
+            yield model
     finally:
         back = {id(shown): p for shown, p in real.values()}
         for module in model.modules():

@@ -250,4 +250,7 @@ def settings_of(module):
     """The attributes of a module that may choose what it computes, and that a user may change: flags, strings, what is
     None; of one of torch.nn its numbers too, which no forward of theirs changes."""
     plain = (bool, str, NoneType, *((int, float) if type(module).__module__.startswith("torch.nn.") else ()))
-    return {name: x for name, x in vars(module).items() if type(x) in plain and name != "training"}
+    return {name: x for name, x in vars(module).items() if type(x) in plain and name not in _TORCHS}
+
+
+_TORCHS = set(vars(nn.Module()))  # what torch itself keeps of every module
