@@ -1,6 +1,7 @@
 """What the hooks of one model share, and the actions: one collective each on one tensor."""
 
 import dataclasses
+import weakref
 from functools import partial
 
 import torch
@@ -33,7 +34,8 @@ class Context:
         # What it has done so far: Starts of a module, (name, CallProgram, CallKind) of a call that was counted, True
         # where one ends (False: failed).
         self.log = []
-        self.made = {}  # what actions made of tensors in the forward that runs: see `apply`
+        self.forward = object()  # the one that runs
+        self.holders = []  # weak references to the tensors that keep what an action made of them in it
         # How many modules have run; such numbers of which it is known that no module was changed.
         self.ran, self.counts = 0, set()
         self.random_is_shared = False  # in the forward that runs
@@ -82,7 +84,8 @@ class Context:
             "running": [],
             "log": [],
             "hooks": [],
-            "made": {},
+            "holders": [],
+            "forward": None,
             "weights": None,
         }
 
@@ -157,12 +160,27 @@ class Context:
             return replace(obj, changes)
 
     def remembered(self, actions, x):
-        """The actions on a tensor, done once in a forward while it does not change."""
+        """The actions on a tensor, done once in a forward while it does not change. The result is kept with the tensor,
+        so that it lives no longer."""
         version = 0 if x.is_inference() else x._version
-        key = (id(x), actions, version, torch.is_grad_enabled())
-        if key not in self.made:
-            self.made[key] = (x, self.act(actions, x))  # x itself too: its id is its own as long as it lives
-        return self.made[key][1]
+        key = (actions, version, torch.is_grad_enabled())
+        kept = getattr(x, "_tp_kept", None)
+        if kept is not None and kept[0] is self.forward and kept[1] == key:
+            return kept[2]
+        y = self.act(actions, x)
+        if y is not x:
+            x._tp_kept = (self.forward, key, y)
+            self.holders.append(weakref.ref(x))
+        return y
+
+    def forget(self):
+        """A forward has ended: what it remembered is not of the next. (The result of an action refers to the tensor that
+        keeps it, through the autograd graph, where Python's garbage collector does not see it.)"""
+        self.forward = object()
+        for holder in self.holders:
+            if (x := holder()) is not None:
+                vars(x).pop("_tp_kept", None)
+        self.holders.clear()
 
     def once(self, actions, x, kept):
         """The actions on a tensor, done once for those that read it in one compiled forward."""

@@ -98,6 +98,7 @@ class ModuleHooks(Hooks):
         """The programs for a call that the user makes."""
         context = self.context
         context.check_hooks()
+        context.forget()  # one that failed may have left some
         if tracing.depth:
             raise SplitWithin(module, self.path)
         if len(module._forward_pre_hooks) != self.hooked:  # DDP's among them?
@@ -220,7 +221,7 @@ class ModuleHooks(Hooks):
         if program is not None and output is not None and program.outputs:
             output = context.apply(output, program.outputs)
         if not context.running:
-            context.made.clear()
+            context.forget()
         if program is None:
             return None
         if not context.running and context.paths is not None:
