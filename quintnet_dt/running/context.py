@@ -87,6 +87,7 @@ class Context:
             "holders": [],
             "forward": None,
             "weights": None,
+            "hooks_of_all": [],
         }
 
     def check_hooks(self):
