@@ -280,6 +280,16 @@ def constant(function):
     return function
 
 
+def as_parameter(tensor):
+    """A tensor that `isinstance(tensor, nn.Parameter)` holds of, as of what it stands for."""
+    if isinstance(tensor, torch.nn.Parameter):
+        return tensor
+    if not tensor.requires_grad:  # it may be what a DTensor holds
+        tensor = tensor.detach()
+    tensor._is_param = True
+    return tensor
+
+
 def share_hooks(old, new):
     """The hooks on one parameter's gradient become another's, with the handles that their user has: torch has no public
     way to either."""

@@ -149,8 +149,10 @@ class _Pass:
             self.layout.blockers.append((call, reason))
         for path, v in call.inputs.items():
             if state[v.id] in active and (reason or state[v.id] != axis):
-                stored = v.param and isinstance(self.sharding.outer.get(v.param), tuple)
-                self.use(call, path, self.weight_gather(v) if stored else self.action("gather", v, state[v.id]))
+                if v.param and isinstance(self.sharding.outer.get(v.param), tuple):  # as it is stored, not exchanged
+                    self.layout.uses[call.index, path] = [self.weight_gather(v)]
+                else:
+                    self.use(call, path, self.action("gather", v, state[v.id]))
         if reason:
             return
         self.layout.axis_of[call.index] = axis

@@ -46,7 +46,7 @@ class Paths:
         self.changes = {}  # module path -> attributes that a forward of this module changes
         self.first = {}  # module path -> those attributes at the first call: as when they were planned
         for given, programs in known.items():
-            self.known[self.key_of("", given)] = [{**defaults, **programs}]
+            self.known[self.key_of("", given)] = [completed(defaults, programs)]
             self.changes[""] = programs[""].changes
 
     def programs(self, path, owners, module, args, kwargs, compiled=False):
@@ -213,7 +213,19 @@ class Paths:
         ) in module.named_modules():  # where they were when they were split; a shared one has its first place
             h = hooks_on(m)
             places[inner] = h.path if h is not None and h.context is context else ".".join(filter(None, (path, inner)))
-        return {**self.defaults, **{places[inner]: renamed(p) for inner, p in programs.items()}}
+        return completed(self.defaults, {places[inner]: renamed(p) for inner, p in programs.items()})
+
+
+def completed(defaults, programs):
+    """Programs of one forward, with the default ones of modules that it did not reach. A module that it reached shows
+    its parameters that nobody read too, whole, for another path through its code."""
+    read = {name for program in programs.values() for name in program.params}
+    found = {**defaults, **programs}
+    for path, default in defaults.items():
+        unread = {name: actions for name, actions in default.params.items() if name not in read}
+        if unread and path in programs:
+            found[path] = replace(programs[path], params={**programs[path].params, **unread})
+    return found
 
 
 def shared_axis(name, entry, graph, axes, alone):

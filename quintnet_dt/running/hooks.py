@@ -14,7 +14,15 @@ from torch.utils.hooks import RemovableHandle
 
 from ..ddp import is_local, take_local
 from ..fsdp import quieten
-from ..private import compiling, in_backward, not_compiled, top_not_compiled, transforms_aside, within_compiled
+from ..private import (
+    as_parameter,
+    compiling,
+    in_backward,
+    not_compiled,
+    top_not_compiled,
+    transforms_aside,
+    within_compiled,
+)
 from ..tracing.ghost import SplitWithin, hooks_of, passed, put_last, user_hooks
 from ..tracing.trace import tracing
 from ..utils import SHARDS, lookup, quiet, tensors
@@ -157,6 +165,9 @@ class ModuleHooks(Hooks):
                 continue
             again = outer is not None and outer.actions == actions  # one tensor, to take gradients with respect to
             tensor = outer.tensor if again else self.context.act(actions, local)
+            if not compiling(self.context):
+                tensor = as_parameter(tensor)
+            local = tensor if written else local  # what is assigned to its `.data` is found there
             show(owner, attr, tensor)
             shown.append(Shown(owner, attr, before, tensor, param, local, actions, written))
 
@@ -177,7 +188,8 @@ class ModuleHooks(Hooks):
                 f"{self.name_of(owner, attr)}: it is read while FSDP holds it sharded, outside of the module that "
                 "fully_shard was called on: call fully_shard on a module that holds all that read it"
             )
-        return writable(p.to_local()) if written else p.to_local()
+        local = p.to_local()
+        return writable(local) if written else local
 
     def replaced(self, owner, attr, p):
         """A parameter is another tensor than the one that was split. Within a forward that replaces it for some runs of
