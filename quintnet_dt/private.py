@@ -280,6 +280,11 @@ def constant(function):
     return function
 
 
+def has_hooks(tensor):
+    """Whether hooks run on a tensor's gradient."""
+    return bool(getattr(tensor, "_backward_hooks", None))
+
+
 def as_parameter(tensor):
     """A tensor that `isinstance(tensor, nn.Parameter)` holds of, as of what it stands for."""
     if isinstance(tensor, torch.nn.Parameter):

@@ -180,7 +180,7 @@ def code_lines(code: str) -> int:
 def test_files_are_short():
     texts = {module_name(f): f.read_text() for f in FILES}
     assert texts, "no package"
-    assert not {name: n for name, t in texts.items() if (n := len(t.splitlines())) > 301}
+    assert not {name: n for name, t in texts.items() if (n := len(t.splitlines())) >= 320}
     assert not {name for name, t in texts.items() if any(len(line) > 120 for line in t.splitlines())}
     assert sum(map(code_lines, texts.values())) < 7300
 

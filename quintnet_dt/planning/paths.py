@@ -224,7 +224,9 @@ def completed(defaults, programs):
     for path, default in defaults.items():
         unread = {name: actions for name, actions in default.params.items() if name not in read}
         if unread and path in programs:
-            found[path] = replace(programs[path], params={**programs[path].params, **unread})
+            program = programs[path]
+            optional = program.optional | unread.keys()
+            found[path] = replace(program, params={**program.params, **unread}, optional=optional)
     return found
 
 

@@ -55,7 +55,10 @@ def _tell(owner, attr, tensor):
     params = owner._parameters
     later = list(params)[list(params).index(attr) + 1 :]
     del params[attr]
+    marked = vars(tensor).pop("_is_param", None)  # a Parameter would have to be a leaf
     setattr(owner, attr, tensor)
+    if marked is not None:
+        tensor._is_param = marked
     vars(owner).pop(attr, None)
     params[attr] = tensor
     for name in later:

@@ -19,6 +19,7 @@ from ..private import (
     FakeTensorMode,
     HigherOrderOperator,
     TorchDispatchMode,
+    has_hooks,
     hidden_fakes,
     saves_by_hooks,
     silent_fakes,
@@ -67,6 +68,7 @@ def trace(model, args=(), kwargs=None, *, device=None, any_rank=bool):
     read = {id(v.tensor) for v in graph.values}  # of the model itself, not of its copy
     if stray := [name for name, p in model.named_parameters() if id(p) in read]:
         raise StrayParameter(stray)
+    _check_hooks(model, graph)
     let_go_of_graph(graph)
     return graph
 
@@ -90,6 +92,18 @@ def _on_fakes(model, args, kwargs, device):
         if not again and (on_meta or shards):
             raise
     return _on_fakes(model, args, kwargs, device) if again else (None, None, None)
+
+
+def _check_hooks(model, graph):
+    """Refuse hooks on the gradients of parameters in a forward that takes such gradients itself: they would run on the
+    DTensor's gradient alone."""
+    taken = next((c for c in graph.calls if c.name == "grad"), None)
+    hooked = [name for name, p in model.named_parameters() if has_hooks(p)]
+    if taken is not None and hooked:
+        raise RuntimeError(
+            f"{', '.join(hooked[:5])}: expected no hook (register_hook) on a parameter whose gradient a forward takes "
+            f"itself, found one, and {taken}: apply in the forward what the hook does"
+        )
 
 
 def let_go_of_graph(graph):

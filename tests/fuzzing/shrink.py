@@ -79,13 +79,22 @@ def candidates(program, shapes):
         tree = ast.parse(program.source)
         edit(list(ast.walk(tree))[i])
         text = tidy(tree)
-        if text not in seen:
+        if text not in seen and _parses(text):
             seen.add(text)
             yield _with_arguments(replace(program, source=text, inputs=[*program.inputs, *inputs]))
     read = {n.id for n in _body(_forwards(nodes)[-1]) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
     for name in [i.name for i in program.inputs]:
         if len(program.inputs) > 1 and name not in read:
             yield _with_arguments(replace(program, inputs=[i for i in program.inputs if i.name != name]))
+
+
+def _parses(text):
+    """Python 3.11 writes a starred expression in a loop's `in` that it cannot read."""
+    try:
+        ast.parse(text)
+    except SyntaxError:
+        return False
+    return True
 
 
 def fewer_calls(program):
