@@ -175,8 +175,8 @@ class Context:
         return y
 
     def forget(self):
-        """A forward has ended: what it remembered is not of the next. (The result of an action refers to the tensor that
-        keeps it, through the autograd graph, where Python's garbage collector does not see it.)"""
+        """A forward has ended: what it remembered is not of the next. (The result of an action refers to the tensor
+        that keeps it, through the autograd graph, where Python's garbage collector does not see it.)"""
         self.forward = object()
         for holder in self.holders:
             if (x := holder()) is not None:
