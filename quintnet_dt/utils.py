@@ -161,6 +161,17 @@ def callers():
     return custom, checkpoints
 
 
+_HIGHER_ORDER = os.path.join(_TORCH, "_higher_order_ops") + os.sep
+
+
+def within_higher_order():
+    """Whether the code that runs was given to an operator such as torch.cond, which runs it itself."""
+    frame = sys._getframe(1)
+    while frame is not None and not frame.f_code.co_filename.startswith(_HIGHER_ORDER):
+        frame = frame.f_back
+    return frame is not None
+
+
 @functools.cache
 def _own_backward(code):
     """Whether this is the code of the forward, undecorated, of an autograd.Function that is not torch's own."""

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ..private import FakeTensor, transform, unset_fake_temporarily
-from ..utils import callers, held, is_float, replace, shard_kept, source_line, tensors
+from ..utils import callers, held, is_float, replace, shard_kept, source_line, tensors, within_higher_order
 from .attributes import attributes, changed
 from .ghost import passed, put_last, user_hooks, user_hooks_of_all
 from .graph import Call, Graph, ModuleCall, Node, Value
@@ -101,9 +101,10 @@ class Recorder:
         return {p: self.value(t) for p, t in tensors(obj)}
 
     def enter(self, path, steady, watched, module, args, kwargs):
-        if self._call is not None and isinstance(self._call.func, HigherOrder):
+        if within_higher_order():
+            operator = self._call or f"an operator such as torch.cond in {self._stack[-1].path or 'the root'}"
             raise RuntimeError(
-                f"{path}: expected a forward that calls its modules itself, found one called within {self._call}, "
+                f"{path}: expected a forward that calls its modules itself, found one called within {operator}, "
                 "which compiles what it is given: choose between modules by a Python if"
             )
         parent = self._stack[-1] if self._stack else None
