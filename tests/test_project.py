@@ -182,7 +182,7 @@ def test_files_are_short():
     assert texts, "no package"
     assert not {name: n for name, t in texts.items() if (n := len(t.splitlines())) >= 320}
     assert not {name for name, t in texts.items() if any(len(line) > 120 for line in t.splitlines())}
-    assert sum(map(code_lines, texts.values())) < 7300
+    assert sum(map(code_lines, texts.values())) < 7400
 
 
 def module_name(file: Path) -> str:
