@@ -10,7 +10,8 @@ from torch._dynamo.backends.registry import lookup_backend
 from quintnet_dt import apply_tensor_parallel
 
 transformers = pytest.importorskip("transformers")
-LAYERS = 9  # one more than torch compiles variants of one function
+VARIANTS = 3  # of one function that torch compiles, here; of its own accord 8
+LAYERS = VARIANTS + 1
 
 
 def llama(layers=LAYERS, dropout=0.0):
@@ -85,6 +86,7 @@ def test_blocks_share_one_graph_each(build, labels):
     lengths."""
 
     def ranks(rank):
+        torch._dynamo.config.recompile_limit = VARIANTS
         sharded, whole = pair(build, labels=labels)
         backend = Counted("aot_eager")
         for block in blocks(sharded):
@@ -102,7 +104,7 @@ def test_blocks_share_one_graph_each(build, labels):
 @pytest.mark.parametrize("build", [llama, gpt2])
 def test_a_whole_model(build):
     def ranks(rank):
-        sharded, whole = pair(build, layers=2)
+        sharded, whole = pair(build, layers=1)
         backend = Counted("aot_eager")
         compiled = torch.compile(sharded, backend=backend, fullgraph=True)
         for length in (8, 12, 15):
@@ -145,10 +147,9 @@ def test_inductor(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
     def ranks(rank):
-        for build in llama, gpt2:
-            sharded, whole = pair(build, layers=1)
-            blocks(sharded)[0].compile(fullgraph=True)
-            compare(sharded, sharded, whole, given(8), tol=1e-5)
+        sharded, whole = pair(gpt2, layers=1)
+        blocks(sharded)[0].compile(fullgraph=True)
+        compare(sharded, sharded, whole, given(8), tol=1e-5)
 
     run_ranks(ranks, 2, timeout=200)
 

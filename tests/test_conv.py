@@ -303,9 +303,10 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("n, part", [(2, 0), (2, 1), (2, 2), (2, 3), (3, 0), (3, 1), (4, 0), (4, 1)])
+@pytest.mark.parametrize("n, part", [(2, 0), (2, 1), (2, 2), (2, 3), (3, 0), (4, 1)])
 def test_outputs_gradients_and_running_statistics(n, part):
-    """On two ranks also a second call, which sees the statistics of the first, and then evaluation."""
+    """On two ranks also a second call, which sees the statistics of the first, and then evaluation; half of them on
+    three ranks, the others on four."""
 
     def ranks(rank):
         for name in list(MODELS)[part :: 4 if n == 2 else 2]:

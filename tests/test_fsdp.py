@@ -2,6 +2,7 @@
 model does."""
 
 import copy
+from math import prod
 
 import pytest
 import torch
@@ -19,6 +20,14 @@ MESHES = {
     "tp4": ((4,), ("tp",)),
     "dp2 x tp2": ((2, 2), ("dp", "tp")),
     "hsdp 2 x 1 x 2": ((2, 1, 2), ("replicate", "dp", "tp")),
+}
+
+
+LAYOUTS = {
+    "llama": ["tp2", "tp4", "dp2 x tp2"],
+    "gpt2": ["tp4", "hsdp 2 x 1 x 2"],
+    "t5": ["dp2 x tp2"],
+    "resnet": ["tp2", "dp2 x tp2"],
 }
 
 
@@ -129,9 +138,8 @@ def test_twenty_steps_end_where_the_whole_model_does(name):
         for key, p in whole.named_parameters():
             assert (found[key] - p).abs().max() < 1e-9, (layout, key, (found[key] - p).abs().max())
 
-    run_ranks(ranks, 2, "tp2")
-    for layout in "tp4", "dp2 x tp2", *(["hsdp 2 x 1 x 2"] if name == "gpt2" else []):
-        run_ranks(ranks, 4, layout)
+    for layout in LAYOUTS[name]:
+        run_ranks(ranks, prod(MESHES[layout][0]), layout)
 
 
 def full(model):

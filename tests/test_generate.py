@@ -46,8 +46,7 @@ def spread(model):
     return model
 
 
-@pytest.mark.parametrize("n", [2, 4])
-@pytest.mark.parametrize("build", [llama, mistral, gpt2, t5])
+@pytest.mark.parametrize("build, n", [(llama, 2), (llama, 4), (mistral, 2), (gpt2, 2), (t5, 2)])
 def test_generation(build, n):
     ways = [dict(), dict(num_beams=3), dict(do_sample=True), dict(cache_implementation="static")]
 

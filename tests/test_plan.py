@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from ranks import run_ranks
 from test_axes import IDS, Attention, Block, Decoder
 from torch import nn
@@ -301,3 +302,44 @@ def test_experts_whose_gradients_are_not_aligned(n, how):
             assert torch.allclose(p.grad.full_tensor(), q.grad, rtol=1e-4, atol=1e-3)
 
     run_ranks(ranks, n)
+
+
+class HeadsOfItsOwnSize(nn.Module):
+    def __init__(self, computed):
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(64, 64) for _ in range(4))
+        self.computed = computed
+
+    def heads(self, y):
+        size = y.shape[-1] // 4 if self.computed else 16
+        return y.view(*y.shape[:2], 4, size).transpose(1, 2)
+
+    def forward(self, x):
+        q, k, v = (self.heads(layer(x)) for layer in (self.q, self.k, self.v))
+        return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_heads_are_split_where_their_size_is_computed_from_a_shards():
+    x = (torch.randn(2, 16, 64),)
+    plans = [plan_tensor_parallel(HeadsOfItsOwnSize(computed), 2, example_inputs=x) for computed in (True, False)]
+    assert plans[0].to_json() == plans[1].to_json() and plans[0]["q.weight"].how == "local", plans[0]
+
+
+class CutsAcrossHeads(nn.Module):
+    """So few rows that its fused weight is cheapest split where what reads it needs it whole."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.o = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x):
+        b, t, _ = x.shape
+        q, k, v = (y.view(b, t, -1, 4).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
+        return self.o(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+def test_what_is_completed_at_once_is_no_axis():
+    for rows in 5, 128:
+        plan = plan_tensor_parallel(CutsAcrossHeads(), 2, example_inputs=(torch.randn(2, rows, 16),))
+        qkv = plan["qkv.weight"]
+        assert (qkv.how, qkv.pieces) in (("local", 3), ("gathered", 1)), plan

@@ -527,6 +527,32 @@ class PositionBiases(Net):
         )
 
 
+@model("functional", X, Y, local=True)
+class SizesOfItsOwn(Net):
+    """Attention whose head size is computed from the projection's own size, as einops does, and the other way round;
+    heads at the front and in the middle."""
+
+    def __init__(self, h=4):
+        super().__init__(q=nn.Linear(16, 32), k=nn.Linear(16, 32), v=nn.Linear(16, 32), o=nn.Linear(32, 16))
+        self.h = h
+
+    def forward(self, x):
+        for view in self.by_view, self.by_unflatten, self.by_dim:
+            q, k, v = (view(layer(x)) for layer in (self.q, self.k, self.v))
+            y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+            x = x + self.o(y.reshape(*y.shape[:2], y.shape[2] * y.shape[3]))
+        return x
+
+    def by_view(self, y):
+        return y.reshape(y.shape[0], y.shape[1], self.h, y.shape[-1] // self.h).permute(0, 2, 1, 3)
+
+    def by_unflatten(self, y):
+        return y.unflatten(-1, (self.h, y.shape[-1] // self.h)).transpose(1, 2)
+
+    def by_dim(self, y):
+        return y.view(*y.shape[:2], -1, 32 // self.h).transpose(1, 2)
+
+
 class Apply(nn.Module):
     def __init__(self, f):
         super().__init__()

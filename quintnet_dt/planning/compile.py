@@ -30,7 +30,8 @@ DIM_NAMES = {"dim", "dims", "dim0", "dim1"}
 class Found:
     """What the proof found that programs must do beside the layout's actions; each by the call's index."""
 
-    sizes: dict = field(default_factory=dict)  # paths of sizes to divide by the number of ranks
+    divided: dict = field(default_factory=dict)  # paths of sizes to divide by the number of ranks
+    multiplied: dict = field(default_factory=dict)  # and to multiply
     bounds: dict = field(default_factory=dict)  # {path: Bound}
     order: dict = field(default_factory=dict)  # of dims in memory that its input has in the whole model
 

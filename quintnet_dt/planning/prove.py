@@ -12,7 +12,7 @@ from ..axes.sharding import Axis, LayoutError, pieces
 from ..comm_ops import SimulatedGroup, chunk_sizes
 from ..ddp import whole_shape
 from ..private import FakeTensorMode, silent_fakes
-from ..running.calls import divide
+from ..running.calls import resize
 from ..running.context import Context
 from ..running.hooks import install
 from ..running.memory import dims_in_memory, laid_out
@@ -158,15 +158,17 @@ class _Checker(Recorder):
         out, found, reason = self.attempt(call, func, args, kwargs, expected, axis)
         taken = {path: Bound(b.given, b.given) for path, b in given.items()}
         if reason or call.name == "group_norm":  # whose result has one shape for any number of groups
-            paths = localise(call, args, kwargs, expected)
+            divided, multiplied = localise(call, args, kwargs, expected, self.n)
             local = {path: b.local for path, b in given.items() if b.local != b.given}
-            if paths or local:
-                args, kwargs = divide((args, kwargs), paths, self.n, call)
+            if divided or multiplied or local:
+                args, kwargs = resize((args, kwargs), divided, multiplied, self.n, call)
                 args, kwargs = replace((args, kwargs), local)
                 out, found, reason = self.attempt(call, func, args, kwargs, expected, axis)
                 taken = given
-                if paths:
-                    self.found.sizes[call.index] = paths
+                if divided:
+                    self.found.divided[call.index] = divided
+                if multiplied:
+                    self.found.multiplied[call.index] = multiplied
                 self.changed = True
         if taken and call.index not in self.found.bounds:
             self.found.bounds[call.index], self.pinned = taken, True

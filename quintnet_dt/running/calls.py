@@ -126,8 +126,9 @@ class _Calls(threading.local, TorchFunctionMode):
         if call.kept:
             args, kwargs = replace(whole, {p: context.act([a], lookup(whole, p)) for p, a in call.kept.items()})
         args, kwargs = context.apply((args, kwargs), call.inputs, call.fixed)
-        if call.sizes:
-            args, kwargs = divide((args, kwargs), call.sizes, comm_ops.group_size(context.group), path)
+        if call.divided or call.multiplied:
+            n = comm_ops.group_size(context.group)
+            args, kwargs = resize((args, kwargs), call.divided, call.multiplied, n, path)
         if call.bounds:
             args, kwargs = replace((args, kwargs), {p: b.local for p, b in call.bounds.items()})
         if call.order is not None:
@@ -249,13 +250,16 @@ def _in_order(args, kwargs, order):
         return replace((args, kwargs), {path: laid_out(x, order)})
 
 
-def divide(obj, paths, n, where):
-    """Divide the sizes at some paths by n; a negative one stands for what is left, and does already."""
-    sizes = {p: lookup(obj, p) for p in paths}
+def resize(obj, divided, multiplied, n, where):
+    """Divide the sizes at some paths by n, and multiply those at others; a negative one stands for what is left, and
+    does already."""
+    sizes = {p: lookup(obj, p) for p in divided}
     odd = [x for x in sizes.values() if not isinstance(x, int) or x > 0 and x % n]
     if odd:
         raise RuntimeError(f"{where}: expected sizes that {n} ranks divide, as when it was traced, found {odd}")
-    return replace(obj, {p: x if x < 0 else x // n for p, x in sizes.items()})
+    new = {p: x if x < 0 else x // n for p, x in sizes.items()}
+    new |= {p: lookup(obj, p) * n for p in multiplied}
+    return replace(obj, new)
 
 
 def _gather_buffers(context, whole, parts, at):

@@ -140,9 +140,9 @@ class ModuleHooks(Hooks):
         shards = program.inside or backward and (program.inputs or program.names is not None or calls.frames)
         if self.context.mesh is not None and new and shards:
             raise RuntimeError(
-                f"{self.path or 'the model'}: a hook was added to it since the model was split, and would see this rank's shards: "
-                "register it before apply_tensor_parallel, which then keeps whole what it sees, or on a module "
-                "further out"
+                f"{self.path or 'the model'}: a hook was added to it since the model was split, and would see this "
+                "rank's shards: register it before apply_tensor_parallel, which then keeps whole what it sees, or on a "
+                "module further out"
             )
 
     def show_params(self, shown):

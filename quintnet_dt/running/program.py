@@ -20,7 +20,8 @@ class CallProgram:
     inputs: dict = field(default_factory=dict)
     outputs: dict = field(default_factory=dict)
     fixed: set = field(default_factory=set)  # paths of those inputs that no later call writes to
-    sizes: list = field(default_factory=list)  # paths of sizes to divide by the number of ranks
+    divided: list = field(default_factory=list)  # paths of sizes to divide by the number of ranks
+    multiplied: list = field(default_factory=list)  # and to multiply: computed from a shard's own size
     bounds: dict = field(default_factory=dict)  # path -> Bound of the numbers that index a sharded dim
     order: tuple | None = None  # of the dims in memory, outermost first, that its input has in the whole model
     kept: dict = field(default_factory=dict)  # buffers that the call updates: split for it, gathered after it
