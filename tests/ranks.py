@@ -21,7 +21,6 @@ starts new ones, each with a seed of its own (2 s a call).
 
 import faulthandler
 import functools
-import gc
 import os
 import pickle
 import selectors
@@ -35,10 +34,7 @@ import warnings
 from datetime import timedelta
 
 import torch
-import torch._dynamo
 import torch.distributed as dist
-
-from quintnet_dt import plan_tensor_parallel
 
 _GRACE = 1.0  # seconds the other ranks have to report after one has failed
 
@@ -131,30 +127,7 @@ def own_process(test):
     return wrapped
 
 
-@functools.cache
-def _warm():
-    """Let this process, once, import what its forks would each import anew, and fill torch's caches of operators: a
-    third of what most launches take."""
-    torch.compile(lambda x: x + 1, backend="aot_eager")(torch.ones(1))
-    torch._dynamo.reset()
-    plan_tensor_parallel(_Example(), 2, example_inputs=(torch.zeros(2, 4, dtype=torch.long),))
-    if "transformers" in sys.modules:
-        for name in "LlamaForCausalLM", "GPT2LMHeadModel", "T5ForConditionalGeneration", "MistralForCausalLM":
-            getattr(sys.modules["transformers"], name)
-
-
-class _Example(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b, self.c = torch.nn.Embedding(8, 16), torch.nn.Linear(16, 32), torch.nn.Linear(32, 8)
-
-    def forward(self, x):
-        x = self.b(self.a(x)).view(2, 4, 4, 8).transpose(1, 2)
-        return self.c(torch.nn.functional.gelu(x.softmax(-1)).transpose(1, 2).flatten(2))
-
-
 def _fork(life, release_w):
-    _warm()
     with warnings.catch_warnings():  # fork with threads around
         warnings.simplefilter("ignore", DeprecationWarning)
         pid = os.fork()
@@ -181,7 +154,6 @@ def _start(life, release_w):
 
 def _child(fn, rank, n, args, timeout, folder, port, out, release):
     """The life of one rank; never returns."""
-    gc.freeze()  # a collection here need not walk through all that the parent made
     try:
         stacks = open(os.path.join(folder, f"stack{rank}"), "w")
         faulthandler.dump_traceback_later(timeout, exit=True, file=stacks)
