@@ -1,8 +1,9 @@
 """Differentiable collectives that DTensor has not, or runs too slowly.
 
 ``x_r`` is rank r's tensor. A tensor is *replicated* where every rank holds the same (its gradient is then the same
-everywhere too); else it *varies*, and each rank holds the gradient of its own. Six operators in three pairs: the
-backward of each is the forward of its partner, so gradients of any order are right.
+everywhere too); else it *varies*, and each rank holds the gradient of its own. Six operators in three pairs, and
+`exchange`, which is its own partner: the backward of each is the forward of its partner, so gradients of any order are
+right.
 
     all_reduce      varies -> replicated    y   = sum_r x_r
     copy_in         replicated -> varies    y_r = x
@@ -20,7 +21,7 @@ and incoming gradients are never modified. A group of one communicates nothing a
 """
 
 from dataclasses import dataclass
-from typing import Sequence
+from typing import NamedTuple, Sequence
 
 import torch
 import torch.distributed as dist
@@ -138,7 +139,11 @@ def exchange(x: Tensor, dim: int, group: Group, positions: Tensor) -> Tensor:
     ``positions`` is (ranks, length): every index of ``X`` once, increasing for each rank. An all-to-all, for weights
     whose rows are stored in another order than they are used in. Returns (..., length, ...).
     """
-    return x if group_size(group) == 1 else Exchange.apply(x, dim, group, positions)
+    if group_size(group) == 1:
+        return x
+    simulated = isinstance(group, SimulatedGroup)  # on fake tensors no positions can be worked out
+    route = Route(x.shape[dim], positions.shape[1]) if simulated else Route.of(positions, group_rank(group))
+    return Exchange.apply(x, dim % x.dim(), group, route, False)
 
 
 # --- The autograd functions. Backward is the partner's function: differentiable again. Gradients stay materialized: a
@@ -230,28 +235,45 @@ def _filled(x, dim, length):
     return F.pad(x, [0, 0] * (x.dim() - 1 - dim) + [0, length - x.shape[dim]])
 
 
-class Exchange(Function):
-    @staticmethod
-    def forward(ctx, x, dim, group, positions):
-        if isinstance(group, SimulatedGroup):
-            ctx.args = dim, group, None, x.shape
-            return x.new_zeros((*x.shape[:dim], positions.shape[1], *x.shape[dim + 1 :]))
-        rank, sizes = group_rank(group), chunk_sizes(positions.numel(), len(positions))
+class Route(NamedTuple):
+    """Which rows an exchange moves, as one rank knows it."""
+
+    stored: int  # how many rows this rank has
+    used: int  # how many it gets
+    rows: Tensor | None = None  # those that it has, in the order in which they are sent
+    given: list | None = None  # how many of them to each rank
+    taken: list | None = None  # how many come from each rank
+
+    @classmethod
+    def of(cls, positions, rank):
+        sizes = chunk_sizes(positions.numel(), len(positions))
         owners = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))[positions]  # (ranks, length)
-        given = [p[o == rank] - sum(sizes[:rank]) for p, o in zip(positions, owners)]  # to each rank, of mine
+        given = [p[o == rank] - sum(sizes[:rank]) for p, o in zip(positions, owners)]
         taken = torch.bincount(owners[rank], minlength=len(sizes)).tolist()
-        ctx.args = dim, group, (torch.cat(given), [len(g) for g in given], taken), x.shape
-        return _swap(x.movedim(dim, 0)[ctx.args[2][0]], ctx.args[2][1], taken, group).movedim(0, dim).contiguous()
+        return cls(sizes[rank], positions.shape[1], torch.cat(given), [len(g) for g in given], taken)
+
+
+class Exchange(Function):
+    """Rows to the ranks that use them; ``back``: the same rows to the ranks that they came from."""
+
+    @staticmethod
+    def forward(ctx, x, dim, group, route, back):
+        ctx.args = dim, group, route, not back
+        if isinstance(group, SimulatedGroup):
+            length = route.stored if back else route.used
+            return x.new_zeros((*x.shape[:dim], length, *x.shape[dim + 1 :]))
+        rows = x.movedim(dim, 0)
+        if not back:
+            y = _swap(rows[route.rows], route.given, route.taken, group)
+        else:
+            came = _swap(rows, route.taken, route.given, group)
+            y = torch.empty_like(came)
+            y[route.rows] = came
+        return y if dim == 0 else y.movedim(0, dim).clone(memory_format=torch.contiguous_format)
 
     @staticmethod
     def backward(ctx, dy):
-        dim, group, plan, shape = ctx.args
-        if plan is None:
-            return dy.new_zeros(shape), None, None, None
-        back = _swap(dy.movedim(dim, 0), plan[2], plan[1], group)
-        dx = torch.empty_like(back)
-        dx[plan[0]] = back
-        return dx.movedim(0, dim).contiguous(), None, None, None
+        return Exchange.apply(dy, *ctx.args), None, None, None, None
 
 
 def _swap(x, given, taken, group):

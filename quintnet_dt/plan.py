@@ -26,7 +26,7 @@ HOW = {
 @dataclass
 class Entry:
     """One parameter: the `dim` it is split on (None: replicated), in each of its `pieces` equal parts; `how` it runs
-    (see HOW)."""
+    (see HOW); of how many `units` the axis is that it is split along, 0 where that is the weight's own."""
 
     name: str
     shape: tuple
@@ -34,6 +34,7 @@ class Entry:
     pieces: int = 1
     how: str = REPLICATED
     why: str = ""
+    units: int = 0
 
     @property
     def placement(self):
@@ -41,9 +42,13 @@ class Entry:
             return Replicate()
         return _StridedShard(self.dim, split_factor=self.pieces) if self.pieces > 1 else Shard(self.dim)
 
+    def in_one_block(self):
+        """This entry, with one block of the weight a rank."""
+        return replace(self, pieces=1, how=EXCHANGED if self.units else self.how)
+
     def valid(self):
         """Whether the fields are of their types and ranges."""
-        sizes = [*self.shape, self.pieces, 0 if self.dim is None else self.dim]
+        sizes = [*self.shape, self.pieces, self.units, 0 if self.dim is None else self.dim]
         if any(type(x) is not int or x < 0 for x in sizes) or self.pieces < 1:
             return False
         inside = self.dim is None or self.dim < len(self.shape)
@@ -79,7 +84,7 @@ class TensorParallelPlan:
             raise ValueError(errors[0])
         entry = self.entries[name]
         entry.dim = getattr(placement, "dim", None)
-        entry.pieces, entry.why = 1, "set by the user"
+        entry.pieces, entry.units, entry.why = 1, 0, "set by the user"
         entry.how = REPLICATED if entry.dim is None else GATHERED
 
     @property
@@ -89,10 +94,7 @@ class TensorParallelPlan:
 
     def contiguous(self):
         """This plan with one block of each weight a rank."""
-        how = {LOCAL: EXCHANGED}
-        entries = {
-            n: replace(e, pieces=1, how=how.get(e.how, e.how)) if e.pieces > 1 else e for n, e in self.entries.items()
-        }
+        entries = {n: e.in_one_block() if e.pieces > 1 else e for n, e in self.entries.items()}
         return replace(self, entries=entries)
 
     @property

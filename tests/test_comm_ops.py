@@ -26,15 +26,16 @@ from quintnet_dt.comm_ops import (
     all_reduce,
     chunk_sizes,
     copy_in,
+    exchange,
     group_rank,
     group_size,
     reduce_scatter,
     split,
 )
 
-VARIES_IN = "all_reduce", "all_gather", "gather_partial", "reduce_scatter"
-VARIES_OUT = "copy_in", "split", "gather_partial", "reduce_scatter"
-GATHERS = "all_gather", "gather_partial"
+VARIES_IN = "all_reduce", "all_gather", "gather_partial", "reduce_scatter", "exchange"
+VARIES_OUT = "copy_in", "split", "gather_partial", "reduce_scatter", "exchange"
+OF_PARTS = "all_gather", "gather_partial", "exchange"  # each rank's input is a part of the whole
 
 # The ranks' lengths along the dim: even, chunks, chunks with an empty one, odd ones.
 SIZES = {
@@ -62,8 +63,15 @@ class Case(NamedTuple):
             return split(x, self.dim, group, sizes)
         if self.op == "reduce_scatter":
             return reduce_scatter(x, self.dim, group, sizes)
+        if self.op == "exchange":
+            return exchange(x, self.dim, group, self.positions())
         partial = self.op == "gather_partial"
         return all_gather(x, self.dim, group, sizes, partial_grad=partial)
+
+    def positions(self):
+        """For an exchange: each rank's part of each of three pieces of the dim."""
+        n = len(self.sizes)
+        return torch.arange(sum(self.sizes)).view(3, n, -1).transpose(0, 1).reshape(n, -1)
 
     def whole(self, xs):
         """Every rank's result, of every rank's input: plain torch, no ranks."""
@@ -71,14 +79,16 @@ class Case(NamedTuple):
             return [sum(xs)] * len(xs)
         if self.op == "copy_in":
             return xs
-        if self.op in GATHERS:
+        if self.op == "exchange":
+            return [torch.cat(xs, self.dim).index_select(self.dim, at) for at in self.positions()]
+        if self.op in OF_PARTS:
             return [torch.cat(xs, self.dim)] * len(xs)
         x = xs[0] if self.op == "split" else sum(xs)
         return x.split(self.sizes, self.dim)
 
     def input(self, rank):
         shape = [3, 4, 2]
-        shape[self.dim] = self.sizes[rank] if self.op in GATHERS else sum(self.sizes)
+        shape[self.dim] = self.sizes[rank] if self.op in OF_PARTS else sum(self.sizes)
         x = randn(shape, rank if self.op in VARIES_IN else 0)
         return x if self.contiguous else x.mT.contiguous().mT
 
@@ -97,9 +107,9 @@ def randn(shape, seed, dtype=torch.float64):
 def cases(n):
     for op in dict.fromkeys(VARIES_IN + VARIES_OUT):
         dims = (0,) if op in ("all_reduce", "copy_in") else (0, 1, -1)
-        for dim, sizes in itertools.product(dims, SIZES[n]):
+        for dim, sizes in itertools.product(dims, [(6,) * n] if op == "exchange" else SIZES[n]):
             even = len(set(sizes)) == 1
-            found = even if op in GATHERS else list(sizes) == chunk_sizes(sum(sizes), n)
+            found = even if op in OF_PARTS else list(sizes) == chunk_sizes(sum(sizes), n)
             for given in (True, False) if found else (True,):
                 for contiguous in (True, False):
                     yield Case(op, dim, sizes, given, contiguous)

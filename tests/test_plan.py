@@ -338,8 +338,16 @@ class CutsAcrossHeads(nn.Module):
         return self.o(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2))
 
 
-def test_what_is_completed_at_once_is_no_axis():
+def test_what_is_completed_at_once_is_gathered():
+    """It is split along its axis all the same, which another path may go on with; a plan read from JSON knows."""
+    hows = set()
     for rows in 5, 128:
         plan = plan_tensor_parallel(CutsAcrossHeads(), 2, example_inputs=(torch.randn(2, rows, 16),))
         qkv = plan["qkv.weight"]
-        assert (qkv.how, qkv.pieces) in (("local", 3), ("gathered", 1)), plan
+        hows.add((qkv.how, qkv.pieces, qkv.units))
+        read = TensorParallelPlan.from_json(plan.to_json())
+        again = plan_tensor_parallel(CutsAcrossHeads(), 2, example_inputs=(torch.randn(2, rows, 16),), plan=read)
+        assert {n: (e.how, e.units) for n, e in again.entries.items()} == {
+            n: (e.how, e.units) for n, e in plan.entries.items()
+        }
+    assert hows == {("gathered", 1, 12), ("local", 3, 4)}, hows

@@ -187,18 +187,61 @@ def test_forwards_that_write_to_parameters(f):
     run_ranks(ranks, 2)
 
 
+def mlp():
+    return nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 6), nn.Tanh(), nn.Linear(6, 4))
+
+
+class FusedHeads(nn.Module):
+    """Attention of n heads with one fused weight; exponentials, so that no second derivative is zero."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.qkv, self.out, self.n = nn.Linear(12, 36), nn.Linear(12, 6), n
+
+    def forward(self, x):
+        q, k, v = (y.view(*y.shape[:2], self.n, -1).transpose(1, 2) for y in self.qkv(x).split([12, 12, 12], -1))
+        return self.out(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2).tanh())
+
+
+class LanguageModel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.emb, self.head = nn.Embedding(12, 12), nn.Linear(12, 12)
+
+    def forward(self, ids):
+        return nn.functional.cross_entropy(self.head(self.emb(ids).tanh()).flatten(0, 1), ids.flatten())
+
+
 @pytest.mark.parametrize("n", [2, 3])
 def test_gradients_of_gradients(n):
-    """A penalty on the norm of the gradient, and a Hessian-vector product, where a bias is added once."""
+    """A penalty on the norm of the gradient, by parameters and by inputs: where a bias is added once, where rows of a
+    fused weight are exchanged, where a lookup and a loss are on shards."""
 
     def ranks(rank):
         x = torch.randn(3, 12, generator=torch.Generator().manual_seed(0)).double()
-        build = lambda: nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 6), nn.Tanh(), nn.Linear(6, 4))
-        sharded, whole = pair(build, n, example_inputs=(x,))
-        for m in sharded, whole:
-            grads = torch.autograd.grad(m(x).square().mean(), list(m.parameters()), create_graph=True)
-            total = sum(g.full_tensor().square().sum() if m is sharded else g.square().sum() for g in grads)
+        ids = torch.arange(10).view(2, 5)
+        cases = [
+            (mlp, x, False),
+            (lambda: FusedHeads(n), x[None], True),
+            (lambda: FusedHeads(n), x[None], False),
+            (LanguageModel, ids, False),
+        ]
+        for build, given, contiguous in cases:
+            penalised(build, given, n, contiguous)
+
+    def penalised(build, given, n, contiguous):
+        sharded, whole = pair(build, n, example_inputs=(given,), contiguous=contiguous)
+        inputs = [given.clone().requires_grad_(given.is_floating_point()) for _ in range(2)]
+        for m, x in zip((sharded, whole), inputs):
+            wanted = [*m.parameters(), *([x] if x.requires_grad else [])]
+            grads = torch.autograd.grad(m(x).square().mean(), wanted, create_graph=True)
+            assert all(g.requires_grad for g in grads)
+            total = sum(
+                g.full_tensor().square().sum() if hasattr(g, "full_tensor") else g.square().sum() for g in grads
+            )
             total.backward()
+        if given.is_floating_point():
+            torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-9, atol=1e-12)
         for (name, p), q in zip(sharded.named_parameters(), whole.named_parameters()):
             torch.testing.assert_close(p.grad.full_tensor(), q[1].grad, rtol=1e-9, atol=1e-12, msg=name)
 

@@ -73,8 +73,9 @@ def check_case(n, build, given, share=0.05, local=None, then=None, calls=(), tol
     for x in inputs:
         compare(sharded, whole, x, tol)
     for end, dim in (local or {}).items():
-        found = {(e.how, e.dim if dim is not None else None) for k, e in plan.entries.items() if k.endswith(end)}
-        assert found and found <= {("local", dim), ("exchanged", dim)}, f"{end}: found {found}\n{plan}"
+        entries = [e for k, e in plan.entries.items() if k.endswith(end)]
+        assert entries and all(e.units for e in entries), f"{end}: has no axis of the model\n{plan}"
+        assert dim is None or {e.dim for e in entries} == {dim}, f"{end}\n{plan}"
     assert share_of(sharded) <= 1 / n + share, f"holds {share_of(sharded):.1%}\n{plan}"
     if then is not None:
         then(sharded)

@@ -31,6 +31,7 @@ def describe(planner, sharding, layout, fixed):
     """The plan as a user reads it."""
     plan = TensorParallelPlan(planner.n, bytes_per_step=round(cost(planner.graph, layout, planner.n)))
     plan.loss_parallel = planner.loss_parallel
+    completed = _Completed(planner, layout)
     for name, v in planner.params.items():
         dim, axis = sharding.params.get(name, (None, None))
         entry = plan.entries[name] = Entry(name, v.shape, dim, pieces(sharding, name), why=planner.why.get(name, ""))
@@ -40,10 +41,41 @@ def describe(planner, sharding, layout, fixed):
             entry.how = WEIGHT_GATHERED
             entry.why = entry.why if planner.users.get(name) else "the traced forward did not reach it"
         elif axis in sharding.through:
-            entry.how = EXCHANGED if isinstance(sharding.outer.get(name), tuple) else LOCAL
+            entry.units = axis.size
             entry.why = f"an axis of {axis.size} units, {axis.size // planner.n} a rank"
+            if isinstance(sharding.outer.get(name), tuple):
+                entry.how = EXCHANGED
+            else:
+                entry.how = GATHERED if completed.at_once(name, axis) else LOCAL
         else:
             entry.how = GATHERED
         if name in fixed and planner.n > 1:
             entry.why = "set by the user"
     return plan
+
+
+class _Completed:
+    """Which weights compute on shards only to have their results gathered by all that reads them."""
+
+    def __init__(self, planner, layout):
+        self.users, self.layout, self.readers = planner.users, layout, {}
+        for call in planner.graph.calls:
+            for path, v in call.inputs.items():
+                self.readers.setdefault(v.id, []).append((call.index, path))
+
+    def at_once(self, name, axis):
+        """Whether all that is made of a weight on shards of `axis` is gathered where it is made or next used."""
+        calls = [call for call in self.users.get(name, ()) if self.layout.axis_of.get(call.index) == axis]
+        made = [v.id for call in calls for v in call.outputs.values()]
+        sharded = [i for i in made if self.layout.states.get(i) == axis]
+        return bool(sharded) and all(map(self._gathered, sharded))
+
+    def _gathered(self, value):
+        if _gathers(self.layout.values.get(value)):
+            return True
+        readers = self.readers.get(value, ())
+        return bool(readers) and all(_gathers(self.layout.uses.get(at)) for at in readers)
+
+
+def _gathers(actions):
+    return bool(actions) and actions[0].kind == "gather"

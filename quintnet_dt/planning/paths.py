@@ -11,7 +11,7 @@ from ..around import look_around, undisturbed
 from ..axes.axes import Axes, lone_axis, own_axis
 from ..axes.sharding import Axis, LayoutError, Sharding
 from ..in_step import CHECKED, Apart, InStep
-from ..plan import EXCHANGED, LOCAL, WEIGHT_GATHERED, TensorParallelPlan
+from ..plan import EXCHANGED, WEIGHT_GATHERED, TensorParallelPlan
 from ..private import as_compiled
 from ..running.context import AGAIN
 from ..running.structure import hooks_on, pass_added
@@ -249,7 +249,7 @@ def sharding_of(plan, graph, axes):
         if e.dim is None or name not in graph.params:
             continue
         dim, axis = axes.final(graph.params[name])[e.dim], None
-        if e.how in (LOCAL, EXCHANGED):
+        if e.units:
             for factors in spans([dim]):
                 for i, j in combinations(range(len(factors) + 1), 2):
                     found = Axis(tuple(factors[i:j])) if divides(factors[i:j], plan.tp_size) else None

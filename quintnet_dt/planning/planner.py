@@ -90,9 +90,9 @@ class Planner:
         if self.graph.unsteady and self._common_module(candidate.calls) in self.graph.unsteady:
             self.note(candidate.params, "its axis runs through a module whose forward reads values")
             return False
-        params, apart = candidate.params, {None}
-        while apart:  # weights that a call needs whole, or whose results all are, are no part of the axis
-            for p in apart:
+        params, whole = candidate.params, {None}
+        while whole:  # weights that a call needs whole are left out
+            for p in whole:
                 params.pop(p, None)
             split = {p: (d, candidate.axis) for p, (d, _) in params.items()}
             outer = {p: o for p, (_, o) in params.items() if o != 1}
@@ -102,12 +102,9 @@ class Planner:
             except LayoutError as e:
                 self.note(params, str(e))
                 return False
-            apart = self._gathered_weights(layout) & params.keys()
-            if apart:
-                self.note(apart, "{1}: {0}".format(*layout.blockers[0]))
-            completed = self._completed_at_once(params, candidate.axis, layout)
-            self.note(completed, "what reads its results needs them whole")
-            apart |= completed
+            whole = self._gathered_weights(layout) & params.keys()
+            if whole:
+                self.note(whole, "{1}: {0}".format(*layout.blockers[0]))
         candidate.elements = sum(map(self.numel, params))
         candidate.calls = [c for c in candidate.calls if c.index in layout.axis_of]
         if not candidate.elements:
@@ -130,30 +127,6 @@ class Planner:
         """The split weights that calls need whole, themselves or what is made of them."""
         gathered = [self.graph.calls[i].inputs[p].id for (i, p), a in layout.uses.items() if a[0].kind == "gather"]
         return set().union(*(self.graph.made_of.get(v, ()) for v in gathered))
-
-    def _completed_at_once(self, params, axis, layout):
-        """Those of some weights whose results, shards of `axis`, are all gathered where they are next used."""
-
-        def gathered(v):
-            readers = self._readers.get(v, ())
-            return bool(readers) and all(_gathers(layout.uses.get(at)) for at in readers)
-
-        found = set()
-        for name in params:
-            calls = [call for call in self.users.get(name, ()) if layout.axis_of.get(call.index) == axis]
-            made = {v.id for call in calls for v in call.outputs.values() if layout.states.get(v.id) == axis}
-            if made and all(map(gathered, made)):
-                found.add(name)
-        return found
-
-    @cached_property
-    def _readers(self):
-        """Value id -> where calls read it, as (call index, path)."""
-        found = {}
-        for call in self.graph.calls:
-            for path, v in call.inputs.items():
-                found.setdefault(v.id, []).append((call.index, path))
-        return found
 
     def _common_module(self, calls):
         """The id of the innermost module run that holds all the calls."""
@@ -258,10 +231,6 @@ class Planner:
             if way.gathered:
                 sharding.whole.add(name)
                 self.why[name] = way.why
-
-
-def _gathers(actions):
-    return bool(actions) and actions[0].kind == "gather"
 
 
 def settle(planner, model, args, kwargs, device=None, sharding=None):
