@@ -52,6 +52,11 @@ try:  # what the two functions on compiled code below ask
 except AttributeError:
     eval_frame_callback = None
 
+try:  # ends a forward that is recomputed as soon as its backward has all that it needs, within a call
+    from torch.utils.checkpoint import _StopRecomputationError as RecomputationEnds
+except ImportError:
+    RecomputationEnds = ()  # nothing is caught
+
 try:
     graph_task_id = torch._C._current_graph_task_id
 except AttributeError:

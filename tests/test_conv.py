@@ -15,6 +15,7 @@ from helpers import compare, double, pair, share_of
 from ranks import run_ranks
 from torch import nn
 from torch.distributed.tensor import Replicate, Shard
+from torch.utils.checkpoint import checkpoint
 
 from quintnet_dt import apply_tensor_parallel, comm_ops, plan_tensor_parallel
 
@@ -448,3 +449,20 @@ def test_no_channels_for_the_last_rank(n):
         compare(sharded, whole, image()())
 
     run_ranks(ranks, n)
+
+
+def test_statistics_in_a_checkpoint_that_ends_within_the_norm():
+    """A forward that is recomputed ends as soon as its backward has what it needs: in the call that updates the running
+    statistics, which have been by then."""
+
+    def ranks(rank):
+        build = lambda: nn.Sequential(nn.Conv1d(8, 12, 3, padding=1), nn.BatchNorm1d(12))
+        x = torch.randn(4, 8, 6, generator=torch.Generator().manual_seed(1)).double()
+        models = pair(build, 2, example_inputs=(x,))
+        for _ in range(2):
+            for m in models:
+                checkpoint(m, x, use_reentrant=False).square().sum().backward()
+        for (name, a), (_, b) in zip(*(m.named_buffers() for m in models)):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12, msg=name)
+
+    run_ranks(ranks, 2)

@@ -557,3 +557,45 @@ def test_the_choice_is_brute_forces(build, n):
         sent(planner.choose()) <= found[best]
     ), f"{best} would send {found[best]} bytes, found {sent(planner.choose())}"
     assert len(found) > 2
+
+
+AFTER_A_SUM = {
+    "flags are added": lambda y, flags, counts: y + flags,
+    "to flags": lambda y, flags, counts: flags + y,
+    "integers are subtracted": lambda y, flags, counts: y - counts,
+    "from integers": lambda y, flags, counts: counts - y,
+    "flags are a factor": lambda y, flags, counts: y * flags,
+    "integers divide": lambda y, flags, counts: y / (counts + 1),
+    "flags select": lambda y, flags, counts: y[:, :, flags],
+    "divided and rounded": lambda y, flags, counts: torch.div(y, 0.1, rounding_mode="floor") + 0 * y.detach(),
+    "rounded": lambda y, flags, counts: (10 * y).to(torch.int64).double(),
+    "floored": lambda y, flags, counts: (y // 0.1).detach(),
+}
+
+
+class AfterASum(nn.Module):
+    def __init__(self, then):
+        super().__init__()
+        self.up, self.down, self.then = nn.Linear(16, 64), nn.Linear(64, 16, bias=False), then
+        self.register_buffer("flags", torch.arange(16) > 7)
+        self.register_buffer("counts", torch.arange(16))
+
+    def forward(self, x):
+        return self.then(self.down(self.up(x).relu()), self.flags, self.counts)
+
+
+def test_what_follows_a_partial_result():
+    """What is no float adds to a sum as floats do; what is rounded is no sum any more."""
+
+    def ranks(rank):
+        for name, then in AFTER_A_SUM.items():
+            torch.manual_seed(3)
+            x = torch.randn(4, 8, 16, dtype=torch.float64)
+            sharded, whole = pair(lambda: AfterASum(then), 2, example_inputs=(x,))
+            assert sharded.tensor_parallel_plan["down.weight"].dim == 1, sharded.tensor_parallel_plan
+            found, expected = sharded(x), whole(x)
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9, msg=name)
+            if expected.grad_fn is not None:
+                compare(sharded, whole, (x,), 1e-9)
+
+    run_ranks(ranks, 2)

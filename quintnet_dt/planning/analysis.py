@@ -90,8 +90,8 @@ class Analysis:
                 if v.id not in ins:
                     self.made_of[v.id] = {r.id: r for x in node.inputs for r in self.roots(x)}
             if p_in:
-                others = [v for v in ins.values() if is_float(v) and v not in p_in]
-                if s_in or others or not linear(node):
+                same = len({states[v.id] for v in p_in}) == 1
+                if len(p_in) < len(ins) or not same or not linear(node):  # also what is no float adds to a sum
                     return self.fail("a partial sum is used within")
                 states.update((v.id, states[p_in[0].id]) for v in node.outputs)
                 continue

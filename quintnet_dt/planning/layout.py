@@ -198,16 +198,20 @@ class _Pass:
         for node in call.nodes:
             ins = {v.id: v for v in node.inputs}
             mine = [v for i, v in ins.items() if i in summed]
-            others = {i: v for i, v in ins.items() if i not in summed and is_float(v)}
+            others = {i: v for i, v in ins.items() if i not in summed}
+            factors = {i: v for i, v in others.items() if is_float(v)}
             if len(mine) == 1 and (
                 op_name(node.op) == "mul" or op_name(node.op) in FIRST and node.inputs[0] is mine[0]
             ):
-                if any(v.nbytes * 4 > mine[0].nbytes or i not in inputs for i, v in others.items()):
+                if any(v.nbytes * 4 > mine[0].nbytes or i not in inputs for i, v in factors.items()):
                     return None
-                if node.outputs[0].dtype.itemsize < mine[0].dtype.itemsize:
+                out = node.outputs[0]
+                if out.dtype.itemsize < mine[0].dtype.itemsize:
                     return None  # sums in the better precision
-                scales |= others.keys()
-            elif not mine or others or not linear(node):
+                if not is_float(out) or node.kwargs.get("rounding_mode"):
+                    return None  # what is rounded is no longer linear
+                scales |= factors.keys()
+            elif not mine or others or not linear(node):  # an addend that is no float adds up, too
                 return None
             summed |= {v.id for v in node.outputs}
         return [p for p, v in call.inputs.items() if v.id in scales and v.trainable]

@@ -8,7 +8,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from .. import comm_ops
-from ..private import compiling, not_compiled, top_not_compiled, within_compiled
+from ..private import RecomputationEnds, compiling, not_compiled, top_not_compiled, within_compiled
 from ..tracing.composites import restated
 from ..utils import call_name, for_backward_hook, lookup, quiet, replace, silence, tensors
 from .memory import laid_out
@@ -133,11 +133,16 @@ class _Calls(threading.local, TorchFunctionMode):
             args, kwargs = replace((args, kwargs), {p: b.local for p, b in call.bounds.items()})
         if call.order is not None:
             args, kwargs = _in_order(args, kwargs, call.order)
-        if call.instead is None or isinstance(context.group, comm_ops.SimulatedGroup):
-            out = func(*args, **kwargs)  # in the proof a call of the model's, which it compares
-        else:
-            with quiet():
-                out = on_shard(context, call.instead, func, args, kwargs, call.order)
+        try:
+            if call.instead is None or isinstance(context.group, comm_ops.SimulatedGroup):
+                out = func(*args, **kwargs)  # in the proof a call of the model's, which it compares
+            else:
+                with quiet():
+                    out = on_shard(context, call.instead, func, args, kwargs, call.order)
+        except RecomputationEnds:
+            if call.kept:  # the call has written to them by then
+                _gather_buffers(context, whole, (args, kwargs), call.kept)
+            raise
         if call.kept:
             _gather_buffers(context, whole, (args, kwargs), call.kept)
         return context.apply(out, call.outputs)
