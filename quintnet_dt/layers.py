@@ -7,7 +7,6 @@ from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 from .adopt import Split
 from .axes.sharding import Action
 from .carried import distribute
-from .private import run_fused_sgd
 from .processgroup import ProcessGroupManager
 from .running.context import Context
 from .running.hooks import hook
@@ -24,7 +23,6 @@ class ShardedModule(ParallelStyle):
     """
 
     def __init__(self, context, path, owners, placements, made):
-        run_fused_sgd()
         self.context, self.path, self.owners = context, path, owners
         self.names = {(id(m), a): n for n, at in owners.items() for m, a in at}
         self.placements, self.made = placements, made

@@ -5,7 +5,6 @@ changed by importing this.
 """
 
 import contextlib
-import functools
 import inspect
 import logging
 import sys
@@ -71,19 +70,6 @@ except ImportError:  # then its mixed precision is not seen while calls are plan
 
 # Before it, DTensor cannot gather a _StridedShard of a 1-D mesh, and compiled collectives lose what they write.
 SINCE_2_13 = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
-
-
-@functools.cache
-def run_fused_sgd():
-    """Let DTensor run SGD(fused=True) as it runs fused Adam, on lists of tensors, each as it is placed: it forgot it.
-    Before 2.13 there is no way: it raises."""
-    try:
-        from torch.distributed.tensor._ops._pointwise_ops import _register_single_dim_pointwise
-
-        for op in (torch.ops.aten._fused_sgd_.default, torch.ops.aten._fused_sgd_.tensor_lr):
-            _register_single_dim_pointwise(op)
-    except (ImportError, AttributeError, TypeError):
-        pass
 
 
 try:  # the stacks of modes, and of functional transforms: torch has no public way to leave one for a while

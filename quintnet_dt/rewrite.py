@@ -1,7 +1,6 @@
 """apply_tensor_parallel: trace, plan, prove, apply. The one call, and the plan without it."""
 
 import warnings
-import weakref
 from dataclasses import replace
 
 import torch
@@ -241,8 +240,7 @@ def _apply(model, mesh, plan, known, src_data_rank, split_id):
         for attr in "tensor_parallel_plan", "tensor_parallel_mesh":
             vars(module).pop(attr, None)
     defaults = _default_programs(model, plan)
-    context.paths = Paths(plan, defaults, known, mesh, split_id)
-    context.paths.root = weakref.ref(model)
+    context.paths = Paths(plan, defaults, known, mesh, split_id, model)
     context.programs = next(iter(context.paths.known.values()), [defaults])[0]
     owners, made = parameter_owners(model), {}
     for path, module in model.named_modules():

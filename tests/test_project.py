@@ -20,6 +20,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # The one file that may read private names of torch, and those that it may read.
 PRIVATE_FILE = "quintnet_dt.private"
 PRIVATE = {
+    "torch.utils.checkpoint._StopRecomputationError",
     # every shape of a forward with no memory and no arithmetic: no public way
     "torch._subclasses.fake_tensor.FakeTensor",
     "torch._subclasses.fake_tensor.FakeTensorMode",
@@ -48,10 +49,6 @@ PRIVATE = {
     "torch._C",
     "torch._C._current_graph_task_id",
     # the operator of SGD(fused=True), which DTensor has no rule for, and the function that makes that of fused Adam
-    "torch.ops.aten._fused_sgd_",
-    "torch.ops.aten._fused_sgd_.default",
-    "torch.ops.aten._fused_sgd_.tensor_lr",
-    "torch.distributed.tensor._ops._pointwise_ops._register_single_dim_pointwise",
     # the stacks of modes that are on, which must not see planning, and of functional transforms: no public way
     "torch.overrides._len_torch_function_stack",
     "torch.overrides._pop_mode",

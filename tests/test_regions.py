@@ -599,3 +599,34 @@ def test_what_follows_a_partial_result():
                 compare(sharded, whole, (x,), 1e-9)
 
     run_ranks(ranks, 2)
+
+
+class Moded(nn.Module):
+    """A sum over ranks that is taken later where dropout is off; statistics that may be frozen."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.drop = nn.BatchNorm1d(8), nn.Dropout(0.5)
+        self.up, self.down, self.out = nn.Linear(16, 64), nn.Linear(64, 16, bias=False), nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.out(self.drop(self.down(self.up(self.norm(x)).relu())).mean(1))
+
+
+def test_modules_that_are_in_another_mode_than_the_model():
+    """Dropout on in evaluation (Monte Carlo), off in training; frozen norms: each is shown right before it runs."""
+
+    def ranks(rank):
+        x = torch.randn(4, 8, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        models = pair(Moded, 2, example_inputs=(x,))
+        for modes in "", "all", "drop", "", "norm", "drop norm", "all":
+            for m in models:
+                m.train()
+                for name, module in m.named_modules():
+                    if name in modes.split() or modes == "all":
+                        module.eval()
+                if modes == "all":
+                    m.drop.train()
+            compare(*models, (x,))
+
+    run_ranks(ranks, 2)

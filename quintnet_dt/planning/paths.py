@@ -1,6 +1,7 @@
 """The forwards that were shown right, by signature. A call with a new one is traced and shown before it runs, once."""
 
 import copy
+import weakref
 from dataclasses import replace
 from itertools import combinations
 
@@ -20,7 +21,7 @@ from ..tracing.attributes import kinds_at
 from ..tracing.trace import trace
 from ..utils import leaves, opaque
 from .planner import Planner, divides, indices, settle, spans
-from .signature import device_of, signature
+from .signature import device_of, moded, odd_modes, signature
 
 VALUES = 2  # numbers of a kind of call that have programs of their own; all others share theirs
 KEPT = 64  # kinds of calls whose programs are kept
@@ -34,19 +35,20 @@ class Paths:
     `defaults`: programs of modules that no traced forward reached.
     """
 
-    def __init__(self, plan, defaults, known, mesh, split_id):
+    def __init__(self, plan, defaults, known, mesh, split_id, model):
         self.plan, self.defaults, self.mesh = plan, defaults, mesh
         self.in_step = InStep(mesh, split_id)
         self.learning = False  # whether all ranks learn a call now
-        self.root = None  # a weak reference to the model
+        self.root = weakref.ref(model)
         self.excused = set()  # kinds of calls by a pipeline whose values differed once
         self.key = None  # that of the latest call
         self.numbers = {}  # (module path, kind) -> the first numbers that such calls were given
         self.known = {}
         self.changes = {}  # module path -> attributes that a forward of this module changes
         self.first = {}  # module path -> those attributes at the first call: as when they were planned
+        self.moded = {"": moded(model)}  # module path -> the modules within that compute otherwise in training
         for given, programs in known.items():
-            self.known[self.key_of("", given)] = [completed(defaults, programs)]
+            self.known[self.key_of("", given, state=self.state("", model))] = [completed(defaults, programs)]
             self.changes[""] = programs[""].changes
 
     def programs(self, path, owners, module, args, kwargs, compiled=False):
@@ -55,11 +57,12 @@ class Paths:
         then take other paths. All ranks compare their batches, and all learn, or none does."""
         look_around(path, args, kwargs)
         given = signature(module, args, kwargs)
-        before, key = self.key, self.key_of(path, given, compiled, self.state(path, module))
+        state = self.state(path, module)
+        before, key = self.key, self.key_of(path, given, compiled, state)
         self.key, self.other_kind = key, key != before
         self.grad = torch.is_grad_enabled()
         try:
-            same = (path, compiled, *given)
+            same = (path, compiled, *state, *given)
             calls, new = self.in_step.call(key, given.shapes, same, (path, module, args, kwargs), key not in self.known)
             self.first_of_kind, self.fresh = calls == 0, calls < CHECKED  # a wrong sampler shows in them
             if self.fresh and self.mesh.size() > 1:
@@ -77,6 +80,14 @@ class Paths:
         return self.known[key][0]
 
     def state(self, path, module):
+        """Which modules are in another mode than the rest, and what an earlier forward has left in attributes, where
+        one does; empty if nothing."""
+        if path not in self.moded:
+            self.moded[path] = moded(module)
+        odd = odd_modes(module, self.moded[path])
+        return (*(("modes", odd) if odd else ()), *self.left(path, module))
+
+    def left(self, path, module):
         """What an earlier forward has left in attributes, where one does; empty if nothing yet."""
         names = self.changes.get(path)
         if not names:
@@ -94,6 +105,11 @@ class Paths:
                 raise
             self.excused.add(key)
             check_batch(batch, self.mesh, values=False)
+
+    def forget_all(self):
+        """Modules were added, removed or replaced: each kind of call is shown right anew."""
+        self.known.clear()
+        self.moded.clear()
 
     def forget(self, key):
         """The numbers of a call that other ranks did not make are not among the first of its kind."""

@@ -4,8 +4,28 @@ from itertools import combinations
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from ..utils import leaves, opaque
+
+# What computes otherwise in training, of torch's modules. Of others' it shows when they run.
+_MODED = (
+    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.RReLU),
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+    *(nn.MultiheadAttention, nn.RNNBase),
+)
+
+
+def moded(model):
+    """The modules within that compute otherwise in training."""
+    return [m for m in model.modules() if isinstance(m, _MODED)]
+
+
+def odd_modes(model, modules):
+    """The places in a list of modules of those that are not in the model's own mode: dropout that is on for sampling,
+    batch norms that are frozen."""
+    return tuple(i for i, m in enumerate(modules) if m.training is not model.training)
 
 
 def device_of(model):

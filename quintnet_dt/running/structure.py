@@ -66,7 +66,7 @@ class Structures:
         if now == self.known.get(prefix):
             return
         self.known[prefix] = now
-        context.paths.known.clear()
+        context.paths.forget_all()
 
     def changed(self, module, context, prefix):
         """Paths of the modules that were changed since the last `check`: within a forward, or taken off unseen."""
