@@ -10,14 +10,17 @@ from torch.distributed.tensor import Replicate
 from .private import forward_mode, global_hooks, is_any_true, modes_aside, transform
 from .utils import Quietly, tensors
 
+_NOTHING = contextlib.nullcontext()
+
 
 def undisturbed(function):
     """Of a function that computes beside the model: no mode that is on around the call sees it (one that counts
-    operators or collectives, a selective checkpoint, the meta device as the default)."""
+    operators or collectives, a selective checkpoint, the meta device as the default). Nor is it in inference mode, in
+    which operators are seen as they are called (linear, reshape), and not the ones that they are made of."""
 
     @functools.wraps(function)
     def run(*args, **kwargs):
-        with modes_aside():
+        with modes_aside(), torch.inference_mode(False) if torch.is_inference_mode_enabled() else _NOTHING:
             return function(*args, **kwargs)
 
     return run

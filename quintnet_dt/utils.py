@@ -183,15 +183,17 @@ def _own_backward(code):
 
 
 _BACKWARD_HOOKS = os.path.join(_TORCH, "utils", "hooks.py")
+_CHECKPOINT = os.path.join(_TORCH, "utils", "checkpoint.py")
 _FUNCTION = os.path.join(_TORCH, "autograd", "function.py")
 
 
-def for_backward_hook():
-    """Whether torch is calling this for a backward hook of a module, which sees views of its inputs and outputs."""
+def by_torch():
+    """Whether torch makes this call itself: for a backward hook of a module, which sees views of its inputs and
+    outputs; for a checkpoint within one that is run again, whose inputs it detaches."""
     frame = sys._getframe(1)
     while frame is not None and frame.f_code.co_filename.startswith((_HERE, _FUNCTION)):
         frame = frame.f_back
-    return frame is not None and frame.f_code.co_filename == _BACKWARD_HOOKS
+    return frame is not None and frame.f_code.co_filename in (_BACKWARD_HOOKS, _CHECKPOINT)
 
 
 OPERATORS = type(torch.ops.aten.add), type(torch.ops.aten.add.Tensor)

@@ -1,5 +1,6 @@
 """What users do around a split model, before the split and between its calls."""
 
+import copy
 import warnings
 
 import pytest
@@ -359,5 +360,40 @@ def test_initialised_after_the_split():
         nn.init.normal_(model[0].a.weight)
         with pytest.warns(UserWarning, match="0.a.weight: every rank's shard begins with the same numbers"):
             model.eval()(x)
+
+    run_ranks(ranks, 2)
+
+
+class TakesItsOwnGradients(nn.Module):
+    def __init__(self, of_a_parameter):
+        super().__init__()
+        self.up, self.down, self.of_a_parameter = nn.Linear(8, 32), nn.Linear(32, 8), of_a_parameter
+
+    def forward(self, x):
+        z = x.detach().requires_grad_()
+        y = self.down(self.up(z).tanh())
+        (g,) = torch.autograd.grad(y.sum(), self.up.weight if self.of_a_parameter else z, create_graph=True)
+        return y, g.sum()
+
+
+def test_hooks_on_parameters_in_a_forward_that_takes_gradients():
+    """Of something else than the parameter they are none of its affair."""
+
+    def ranks(rank):
+        x = torch.randn(3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        torch.manual_seed(0)
+        whole = TakesItsOwnGradients(False).double()
+        model = copy.deepcopy(whole)
+        for m in whole, model:
+            m.up.weight.register_hook(lambda grad: 2 * grad)
+        apply_tensor_parallel(model, 2, example_inputs=(x,))
+        for m in whole, model:
+            sum(out.sum() for out in m(x)).backward()
+        for p, q in zip(model.parameters(), whole.parameters()):
+            torch.testing.assert_close(p.grad.full_tensor(), q.grad)
+        model = TakesItsOwnGradients(True).double()
+        model.up.weight.register_hook(lambda grad: 2 * grad)
+        with pytest.raises(RuntimeError, match="up.weight: expected no hook .* a forward takes itself, found one"):
+            apply_tensor_parallel(model, 2, example_inputs=(x,))
 
     run_ranks(ranks, 2)

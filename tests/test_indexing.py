@@ -207,3 +207,38 @@ def test_segments():
     assert segments((0, 3, 4), 2, 0, 2) == [(0, 4), (8, 4), (16, 4)]
     assert segments((0, ((1, 2), (2, 1)), 0), 4, 1, 2) == [(4, 4), (10, 2), (14, 2)]
     assert segments((0, 2, 1), 3, 0, 1) == [(0, 6)]
+
+
+class Positions(nn.Module):
+    """A table of positions, of which the forward takes as many rows as its input is long."""
+
+    def __init__(self, cut):
+        super().__init__()
+        self.table, self.norm, self.cut = nn.Parameter(torch.randn(12, 24)), nn.GroupNorm(3, 24), cut
+
+    def forward(self, x):
+        h = x + self.cut(self.table, x.shape[1])
+        return self.norm(h.transpose(1, 2)).transpose(1, 2), h.log_softmax(-1)
+
+
+@pytest.mark.parametrize("first", [4, 6, 12])
+def test_a_table_of_positions(first):
+    """Traced at lengths that divide the table, and at its own: other lengths take other rows."""
+    cuts = {
+        "slice": lambda table, length: table[:length],
+        "narrow": lambda table, length: table.narrow(0, 0, length),
+        "split": lambda table, length: table.split(length)[0],
+        "from the end": lambda table, length: table[12 - length :],
+    }
+
+    def ranks(rank):
+        for name, cut in cuts.items():
+            models = pair(lambda: Positions(cut), 2, example_inputs=(torch.randn(2, first, 24).double(),))
+            for length in first, 4, 8, 12, 3:
+                try:
+                    compare(*models, (torch.randn(2, length, 24),))
+                except Exception as e:
+                    e.add_note(f"{name}, length {length}: {models[0].tensor_parallel_plan}")
+                    raise
+
+    run_ranks(ranks, 2)

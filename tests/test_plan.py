@@ -10,6 +10,7 @@ from ranks import run_ranks
 from test_axes import IDS, Attention, Block, Decoder
 from torch import nn
 from torch.distributed.tensor import Partial, Replicate, Shard
+from torch.distributed.tensor.debug import CommDebugMode
 
 from quintnet_dt import TensorParallelPlan, apply_tensor_parallel, plan_tensor_parallel
 from quintnet_dt.planning import planner
@@ -351,3 +352,23 @@ def test_what_is_completed_at_once_is_gathered():
             n: (e.how, e.units) for n, e in plan.entries.items()
         }
     assert hows == {("gathered", 1, 12), ("local", 3, 4)}, hows
+
+
+def test_a_call_in_inference_mode_computes_on_shards():
+    """Its operators are others (linear, matmul, reshape), which are planned as those that they are made of."""
+
+    def ranks(rank):
+        x = torch.randn(2, 16, 64, generator=torch.Generator().manual_seed(1))
+        model = HeadsOfItsOwnSize(True)
+        apply_tensor_parallel(model, 2, example_inputs=(x,))
+        sent = []
+        for mode in torch.no_grad, torch.inference_mode:
+            model.train(mode is torch.no_grad)  # another kind of call
+            with mode():
+                model(x), model(x), model(x)  # what is compared in the first ones is not counted
+                with CommDebugMode() as counts:
+                    model(x)
+            sent.append(counts.get_total_counts())
+        return sent
+
+    assert run_ranks(ranks, 2)[0] == [1, 1]

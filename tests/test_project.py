@@ -165,13 +165,8 @@ def test_an_import_starts_nothing_and_brings_only_torch():
 # -------------------------------------------------------------- the package
 
 
-def code_lines(code: str) -> int:
-    """Lines of code: blank lines, comments and docstrings do not count."""
-    owners = ast.Module, ast.ClassDef, ast.FunctionDef
-    docs = [n.body[0] for n in ast.walk(ast.parse(code)) if isinstance(n, owners) and ast.get_docstring(n)]
-    skip = {i for d in docs for i in range(d.lineno, d.end_lineno + 1)}
-    lines = enumerate(code.splitlines(), 1)
-    return sum(bool(line.strip()) and not line.strip().startswith("#") and i not in skip for i, line in lines)
+def statements(code: str) -> int:
+    return sum(isinstance(x, ast.stmt) for x in ast.walk(ast.parse(code)))
 
 
 def test_files_are_short():
@@ -179,7 +174,7 @@ def test_files_are_short():
     assert texts, "no package"
     assert not {name: n for name, t in texts.items() if (n := len(t.splitlines())) >= 320}
     assert not {name for name, t in texts.items() if any(len(line) > 120 for line in t.splitlines())}
-    assert sum(map(code_lines, texts.values())) < 7400
+    assert sum(map(statements, texts.values())) < 7420  # to fall: 5,500 is the aim
 
 
 def module_name(file: Path) -> str:

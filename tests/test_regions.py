@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from helpers import compare, double, pair, share_of
 from ranks import run_ranks
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from quintnet_dt import plan_tensor_parallel
 from quintnet_dt.axes.axes import Axes
@@ -619,8 +620,9 @@ def test_modules_that_are_in_another_mode_than_the_model():
     def ranks(rank):
         x = torch.randn(4, 8, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
         models = pair(Moded, 2, example_inputs=(x,))
-        for modes in "", "all", "drop", "", "norm", "drop norm", "all":
+        for modes in "nothing", "", "all", "drop", "", "norm", "drop norm", "all", "nothing":
             for m in models:
+                m.drop.p = 0.0 if modes == "nothing" else 0.5
                 m.train()
                 for name, module in m.named_modules():
                     if name in modes.split() or modes == "all":
@@ -630,3 +632,54 @@ def test_modules_that_are_in_another_mode_than_the_model():
             compare(*models, (x,))
 
     run_ranks(ranks, 2)
+
+
+class Forces(nn.Module):
+    """A gradient that the forward takes itself; a fused weight, whose pieces are calls of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.inp, self.mix, self.out = nn.Linear(12, 24), nn.Parameter(torch.randn(12, 35)), nn.Linear(7, 6)
+
+    def forward(self, x):
+        a, b = self.inp(x).chunk(2, -1)
+        y = ((a * b.sigmoid()) @ self.mix).unflatten(-1, (5, 7)).softmax(-1).sum(-2)
+        z = y.detach().requires_grad_()
+        (force,) = torch.autograd.grad(self.out(z).tanh().sum(), z, create_graph=True)
+        (slope,) = torch.autograd.grad(y.square().sum(), a, create_graph=True)
+        return self.out(y), force, slope
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_a_gradient_within_a_checkpoint(within):
+    """The forward's own backward runs its checkpoint again, while the forward is running."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.last = Forces(), nn.Linear(6, 4)
+
+        def forward(self, x):
+            again = (lambda: self.inner(x)) if not within else lambda: checkpoint(self.inner, x, use_reentrant=False)
+            y, force, slope = again()
+            return self.last(y), force, slope
+
+    def ranks(rank):
+        x = torch.randn(3, 5, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        models = pair(Checkpointed, 2, example_inputs=(x,))
+        for length in 5, 4:
+            found = []
+            for m in models:
+                m.zero_grad()
+                given = x[:, :length].clone().requires_grad_()
+                out = checkpoint(m, given, use_reentrant=False)
+                sum((o * o).sum() for o in out).backward()
+                found.append([*out, given.grad, *(full(p.grad) for p in m.parameters())])
+            for a, b in zip(*found):
+                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+    run_ranks(ranks, 2)
+
+
+def full(x):
+    return x.full_tensor() if hasattr(x, "full_tensor") else x

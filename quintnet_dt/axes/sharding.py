@@ -86,6 +86,7 @@ class Sharding:
         self.loss_parallel = loss_parallel
         self.params, self.through = dict(params), set(through)
         self.whole, self.outer = set(whole), dict(outer)
+        self.dear = {}  # what was decided of lines of code before, as Layout has it
 
     def follow(self, names, graph, axes):
         """Split these parameters too, along the axes that stay sharded through the model, where they have one."""

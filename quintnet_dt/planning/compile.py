@@ -98,7 +98,7 @@ class _Compiler:
             for index, x in by_call.items():
                 setattr(self.at(self.graph.calls[index]), what, x)
         root = self.per_run[id(self.graph.modules[0])]
-        root.shards, root.random = self.layout.shards, self.graph.random
+        root.shards, root.random, root.dear = self.layout.shards, self.graph.random, self.layout.dear
         root.modules, root.changes = len(self.graph.modules), self.graph.changes
         states, whole = self.layout.states, self.layout.values
         for m in self.graph.modules:
@@ -182,7 +182,7 @@ class _Compiler:
                 break  # a later dropout draws in the order of memory, which a collective makes that of the dims
         call = self.graph.calls[x.producer]
         at = [p for p, y in call.outputs.items() if y is x]
-        if not at:
+        if not at or x.id in self.graph.made_in_place:
             raise LayoutError("a tensor that was written to in place cannot be completed", call, self.axis(call))
         self.at(call).outputs.update({p: actions for p in at})
 

@@ -29,6 +29,7 @@ class Layout:
     kept: dict = field(default_factory=dict)
     axis_of: dict = field(default_factory=dict)  # call index -> Axis that it works on a shard of
     blockers: list = field(default_factory=list)  # calls that needed something gathered
+    dear: dict = field(default_factory=dict)  # (module path, call's name, line) -> whether it is dearer on shards
     # Path of an object that keeps tensors -> {place: Action} of those that are shards.
     shards: dict = field(default_factory=dict)
 
@@ -65,7 +66,7 @@ class _Pass:
                 whole = [self.action("gather", v, state)]
                 if self.sharding.loss_parallel and (whole[0].dim, whole[0].outer) == (len(v.shape) - 1, 1):
                     self.layout.root[path] = [replace(whole[0], kind="shard")]
-                elif self.use_count[v.id] == 1 and v.producer is not None:
+                elif self.use_count[v.id] == 1 and v.producer is not None and v.id not in self.graph.made_in_place:
                     self.layout.values[v.id] = whole
                 else:
                     self.layout.root[path] = whole
@@ -143,7 +144,7 @@ class _Pass:
         for axis in sorted(active, key=lambda a: -size(inputs[i] for i, s in state.items() if s == a)):
             given = {i: s if s == axis else None for i, s in state.items()}  # the others are gathered
             effect = Analysis(self.axes, call, axis, given, self.sharding.through).solve()
-            reason = effect.reason or self.dearer(effect, inputs, given)
+            reason = effect.reason or self.dearer(call, effect, inputs, given)
             if not reason:
                 break
             self.layout.blockers.append((call, reason))
@@ -178,12 +179,17 @@ class _Pass:
             raise LayoutError("a tensor is written to in place", call, axis)
         self.layout.uses.setdefault((call.index, path), []).append(action)
 
-    def dearer(self, effect, inputs, given):
-        """Why a call is not worth running on shards, though it could: what it needs split is larger than they are."""
+    def dearer(self, call, effect, inputs, given):
+        """Why a call is not worth running on shards, though it could: what it needs split is larger than they are. One
+        line of code is decided once, and as on the path that a forward leaves, which what ran must be the same on."""
         shards = [inputs[i] for i, s in given.items() if s is not None]
         split = [inputs[i] for i in effect.slices if inputs[i].differentiable]
-        if not any(v.param for v in shards) and size(split) > size(shards):
-            return "its other inputs are larger than its shards"
+        if any(v.param for v in shards) or not split:
+            return ""
+        key = call.module.path, call.name, call.source
+        dear = self.sharding.dear.get(key, self.layout.dear.get(key, size(split) > size(shards)))
+        self.layout.dear[key] = dear
+        return "its other inputs are larger than its shards" if dear else ""
 
     def defers(self, call, state, inputs):
         """Whether the call can run on partial results and its output be summed instead: the paths of the replicated

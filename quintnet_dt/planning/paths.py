@@ -21,7 +21,7 @@ from ..tracing.attributes import kinds_at
 from ..tracing.trace import trace
 from ..utils import leaves, opaque
 from .planner import Planner, divides, indices, settle, spans
-from .signature import device_of, moded, odd_modes, signature
+from .signature import device_of, moded, modes, signature
 
 VALUES = 2  # numbers of a kind of call that have programs of their own; all others share theirs
 KEPT = 64  # kinds of calls whose programs are kept
@@ -80,12 +80,11 @@ class Paths:
         return self.known[key][0]
 
     def state(self, path, module):
-        """Which modules are in another mode than the rest, and what an earlier forward has left in attributes, where
+        """Which modules compute otherwise than the rest, and what an earlier forward has left in attributes, where
         one does; empty if nothing."""
         if path not in self.moded:
             self.moded[path] = moded(module)
-        odd = odd_modes(module, self.moded[path])
-        return (*(("modes", odd) if odd else ()), *self.left(path, module))
+        return (*modes(module, self.moded[path]), *self.left(path, module))
 
     def left(self, path, module):
         """What an earlier forward has left in attributes, where one does; empty if nothing yet."""
@@ -206,6 +205,8 @@ class Paths:
         plan = TensorParallelPlan(self.plan.tp_size, entries, loss_parallel=self.plan.loss_parallel)
         try:
             sharding = sharding_of(plan, graph, axes)
+            if self.key in self.known:  # another path of such a call
+                sharding.dear = self.known[self.key][0][path].dear
             programs = settle(Planner(graph, axes, plan.tp_size), module, args, kwargs, device, sharding)[2]
         except LayoutError as e:
             raise RuntimeError(

@@ -11,6 +11,7 @@ from ..axes.sharding import Axis, LayoutError, Sharding
 from .candidates import Candidate, Way, divides, indices, regions, spans
 from .compile import compile_programs
 from .cost import cost, hoist
+from .indexing import INDEXING, indexed_dims
 from .layout import lay_out
 from .prove import prove
 
@@ -68,8 +69,11 @@ class Planner:
                         found.setdefault(tuple(dim[i:j]), []).append(name)
         for factors, names in found.items():
             axis, params = Axis(factors), {}
+            of_inputs = not self._input_factors.isdisjoint(flat(factors))
             for name in dict.fromkeys(names):
                 at = axis.find(self.axes, self.params[name])
+                if at and of_inputs and at[0] in self._cut_by_numbers.get(name, ()):
+                    continue  # a table of positions, of which another input takes other rows
                 if at and (name not in self.fixed or self.fixed[name] == at[0]):
                     params[name] = at[0], ((at[1], at[2]),) if self.contiguous and at[1] != 1 and at[2] else at[1]
             if sum(map(self.numel, params)):
@@ -77,6 +81,22 @@ class Planner:
                 calls = [c for _, c in sorted(touched.items())]
                 if calls:  # an axis of weights that the forward did not reach runs nowhere
                     yield Candidate(axis, params, calls, sum(map(self.numel, params)))
+
+    @cached_property
+    def _input_factors(self):
+        """The factors of the model's own inputs."""
+        dims = (dim for v in self.graph.modules[0].inputs.values() for dim in self.axes.final(v))
+        return {f for dim in dims for f in flat(dim)}
+
+    @cached_property
+    def _cut_by_numbers(self):
+        """Parameter name -> its dims of which the forward takes a part by numbers."""
+        found = {}
+        for call in self.graph.calls:
+            table = call.args[0][0] if call.name in INDEXING and call.args[0] else None
+            if getattr(table, "param", None):
+                found.setdefault(table.param, set()).update(indexed_dims(call).values())
+        return found
 
     @cached_property
     def crowded(self):
@@ -193,7 +213,11 @@ class Planner:
         if not calls or sum(len(call.inputs) for call in calls) > CROWDED:
             return gathered
         axis = own_axis(self.graph, name, dim)
-        if not axis.find(self.axes, v):
+        given = self.graph.modules[0].inputs.values()
+        of_inputs = dim in self._cut_by_numbers.get(name, ()) and any(
+            axis.find(self.axes, x) is not None for x in given
+        )
+        if of_inputs or not axis.find(self.axes, v):
             return gathered
         partners = {}
         for x in (x for call in calls for x in call.inputs.values() if x.param and len(x.shape) == 1):

@@ -22,10 +22,12 @@ def moded(model):
     return [m for m in model.modules() if isinstance(m, _MODED)]
 
 
-def odd_modes(model, modules):
-    """The places in a list of modules of those that are not in the model's own mode: dropout that is on for sampling,
-    batch norms that are frozen."""
-    return tuple(i for i, m in enumerate(modules) if m.training is not model.training)
+def modes(model, modules):
+    """How the modules in a list compute otherwise than the rest, as their places: those that are not in the model's own
+    mode (dropout that is on for sampling, batch norms that are frozen), and dropouts that drop nothing, of which no
+    operator tells."""
+    odd = tuple(i for i, m in enumerate(modules) if m.training is not model.training)
+    return odd, tuple(i for i, m in enumerate(modules) if getattr(m, "p", 1) == 0)
 
 
 def device_of(model):

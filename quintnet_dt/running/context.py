@@ -31,18 +31,14 @@ class Context:
         self.recomputing = False  # a backward runs, in which checkpoints find the programs of their forward
         self.weights, self.structures = None, None  # Weights, Structures
         self.paths, self.call = None, None  # Paths; the call that the user made, while it runs
-        # What it has done so far: Starts of a module, (name, CallProgram, CallKind) of a call that was counted, True
-        # where one ends (False: failed).
-        self.log = []
+        self.log = []  # what it has done so far: Started, Called, Ended
         self.forward = object()  # the one that runs
         self.holders = []  # weak references to the tensors that keep what an action made of them in it
         # How many modules have run; such numbers of which it is known that no module was changed.
         self.ran, self.counts = 0, set()
         self.random_is_shared = False  # in the forward that runs
         self.first_hook = 0  # hooks with this id or a later one were added since it began
-        # Of each forward that runs, one in the other: (ModuleHooks, program, parameters shown, whether it has a frame
-        # in calls, what `apply` keeps, whether it is compiled).
-        self.running = []
+        self.running = []  # a Running of each module, one in the other
 
     @property
     def group(self):
@@ -107,23 +103,6 @@ class Context:
             share_random_state(self.mesh)
         self.random_is_shared = True
 
-    def go_on(self, programs, stack):
-        """Run on by other programs, from these frames of the running modules; returns those that stay on calls'
-        stack."""
-        self.programs, frames = programs, []
-        if programs[self.call[0]].random:  # nothing was drawn so far, or they share one already
-            self.share_random()
-        for i, frame in enumerate(stack):
-            # One that ends is still to be popped.
-            counted = i == len(self.running) or bool(frames) or frame[1].names is not None
-            if i < len(self.running):
-                hooks, _, shown, was, *rest = self.running[i]
-                counted |= was
-                self.running[i] = hooks, frame[1], shown, counted, *rest
-                frame[4] = rest[1]
-            frames += [frame] * counted
-        return frames
-
     def act(self, actions, x):
         """Apply actions to a tensor."""
         with quiet():
@@ -152,7 +131,7 @@ class Context:
                     wanted = f"a tensor at {path} of a module's inputs or outputs, as in the forward that was traced"
                     raise RuntimeError(f"expected {wanted}, found {type(x).__name__}")
                 if compiling(self):
-                    kept = self.running[depth][4] if path in fixed and len(self.running) >= -depth else None
+                    kept = self.running[depth].kept if path in fixed and len(self.running) >= -depth else None
                     changes[path] = self.once(actions, x, kept)
                 elif x.is_inference() and path not in fixed:
                     changes[path] = self.act(actions, x)

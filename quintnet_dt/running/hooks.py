@@ -26,9 +26,10 @@ from ..private import (
 from ..tracing.ghost import SplitWithin, hooks_of, passed, put_last, user_hooks
 from ..tracing.trace import tracing
 from ..utils import SHARDS, lookup, quiet, tensors
-from .calls import Starts, calls
+from .calls import calls
 from .context import AGAIN
 from .program import NOTHING
+from .record import Ended, Running, Started, Starts
 from .shown import Shown, hide, keep_data, show, writable
 from .structure import Hooks, hooks_on, parameter_owners
 
@@ -87,11 +88,11 @@ class ModuleHooks(Hooks):
         if program is not None and sum(map(len, hooks_of(module))) != self.count:
             self.check(module, program)
         counted = bool(calls.frames) or program is not None and program.names is not None
-        context.running.append((self, program, shown, counted, [] if compiled else None, compiled or within))
+        context.running.append(Running(self, program, shown, counted, [] if compiled else None, compiled or within))
         if compiled:
             context.compiled = True
         else:
-            context.log.append(Starts(self.path, module))
+            context.log.append(Started(self.path, module))
             context.ran += 1
         if counted:
             calls.push(context, program or NOTHING, self.path, compiled or within)
@@ -174,7 +175,7 @@ class ModuleHooks(Hooks):
     def shown_around(self, owner, attr, tensor):
         """The Shown of a module around this one that shows this tensor there; None where none does."""
         for running in reversed(self.context.running):
-            for s in running[2]:
+            for s in running.shown:
                 if s.owner is owner and s.attr == attr and s.tensor is tensor:
                     return s
         return None
@@ -214,16 +215,17 @@ class ModuleHooks(Hooks):
 
     def leave(self, module, args, kwargs, output):
         context = self.context
-        if not context.running or context.running[-1][0] is not self:  # an exception came before `before`
+        if not context.running or context.running[-1].hooks is not self:  # an exception came before `before`
             return None
-        _, program, shown, counted, *_ = context.running.pop()
+        run = context.running.pop()
+        program = run.program
         try:
-            if counted:
+            if run.counted:
                 calls.pop(failed=output is None)
         finally:
             if not compiling(context):
-                context.log.append(output is not None)
-            for s in reversed(shown):
+                context.log.append(Ended(failed=output is None))
+            for s in reversed(run.shown):
                 hide(s)
             if not context.running:
                 context.call = None

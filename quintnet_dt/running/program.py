@@ -49,6 +49,7 @@ class Program:
     random: bool = field(default=False, compare=False)  # of what the user calls: whether it draws random numbers
     modules: int = field(default=0, compare=False)  # and how many modules run in it
     changes: list = field(default_factory=list, compare=False)  # and which attributes of modules are changed by it
+    dear: dict = field(default_factory=dict, compare=False)  # and what was decided of its lines, as Layout has it
     # Whether hooks would see shards or partial results at its border.
     inside: bool = field(default=False, compare=False)
     # Path of an object in (args, kwargs, output) -> {place: Action} of the shards that it keeps.
@@ -58,7 +59,14 @@ class Program:
         """Whether a module is set as it was when its forward was shown."""
         if self.training is None:
             return True
-        return module.training is self.training and self.settings.items() <= vars(module).items()
+        if module.training is not self.training:
+            return False
+        now = vars(module)
+        for name, then in self.settings.items():
+            x = now.get(name, self)
+            if x is not then and (type(x) is not type(then) or x != then):  # a tensor now is not to be compared
+                return False
+        return True
 
 
 NOTHING = Program(aside=True)  # that of a module that no traced forward reached: its calls are its callers'

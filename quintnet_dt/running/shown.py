@@ -93,7 +93,7 @@ def keep_data(param, local):
 def put_back(context):
     """While a forward runs, for as long as something looks at the model itself: its parameters as they are between
     forwards."""
-    shown = [s for running in context.running for s in running[2]]
+    shown = [s for running in context.running for s in running.shown]
     for s in reversed(shown):
         hide(s)
     try:

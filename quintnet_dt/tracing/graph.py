@@ -145,6 +145,12 @@ class Graph:
         return {v.memory.id: c.index for c in self.calls for n in c.nodes for v in n.inputs if v.id in n.mutated}
 
     @cached_property
+    def made_in_place(self):
+        """Ids of the values that a call made by writing to a tensor that it was given, which the model may go on with
+        whatever the call returns."""
+        return {v.id for c in self.calls for n in c.nodes if n.mutated for v in n.outputs}
+
+    @cached_property
     def made_of(self):
         """Value id -> the parameters that it is made of, if of them (and constants) alone: a weight that is
         standardised."""

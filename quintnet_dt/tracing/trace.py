@@ -97,13 +97,13 @@ def _on_fakes(model, args, kwargs, device):
 def _check_hooks(model, graph):
     """Refuse hooks on the gradients of parameters in a forward that takes such gradients itself: they would run on the
     DTensor's gradient alone."""
-    taken = next((c for c in graph.calls if c.name == "grad"), None)
-    hooked = [name for name, p in model.named_parameters() if has_hooks(p)]
-    if taken is not None and hooked:
-        raise RuntimeError(
-            f"{', '.join(hooked[:5])}: expected no hook (register_hook) on a parameter whose gradient a forward takes "
-            f"itself, found one, and {taken}: apply in the forward what the hook does"
-        )
+    hooked = {name for name, p in model.named_parameters() if has_hooks(p)}
+    for call in graph.calls if hooked else ():
+        if call.name == "grad" and (taken := sorted({v.param for v in call.inputs.values()} & hooked)):
+            raise RuntimeError(
+                f"{', '.join(taken[:5])}: expected no hook (register_hook) on a parameter whose gradient a forward "
+                f"takes itself, found one, and {call}: apply in the forward what the hook does"
+            )
 
 
 def let_go_of_graph(graph):

@@ -1,0 +1,86 @@
+"""What is noted while a forward runs: the modules in it, and what has happened so far."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from .program import CallProgram, Program
+
+
+@dataclass(eq=False)
+class Frame:
+    """One run of a module in which calls are counted."""
+
+    context: Any
+    program: Program
+    path: str
+    compiled: bool = False  # its Python code runs within a function given to torch.compile
+    number: int = 0  # of the call that comes next
+
+
+@dataclass(eq=False)
+class Running:
+    """One run of a module's forward, as its hooks know it."""
+
+    hooks: Any
+    program: Program | None
+    shown: list  # Shown of each parameter
+    counted: bool  # whether it has a Frame
+    kept: list | None  # what actions made, in compiled code, which has no tensors to keep it with
+    compiled: bool
+
+
+# What has happened.
+
+
+class Started(NamedTuple):
+    """A module started."""
+
+    path: str
+    module: Any
+
+
+class Called(NamedTuple):
+    """A call was made that was counted, and this was done around it."""
+
+    name: str
+    program: CallProgram | None
+    kind: Any
+
+
+class Ended(NamedTuple):
+    """The innermost module ended, or failed."""
+
+    failed: bool
+
+
+# What comes next.
+
+
+@dataclass(frozen=True)
+class Starts:
+    """A module starts, set as it is now."""
+
+    path: str
+    module: Any = None
+
+
+@dataclass(frozen=True)
+class Calls:
+    """A call."""
+
+    name: str
+    args: tuple
+    kwargs: dict
+
+
+@dataclass(frozen=True)
+class Ends:
+    """The innermost module ends."""
+
+
+def watching(frames):
+    """The Frame in which a call is counted: of the innermost module whose calls are its own, if they are watched."""
+    for frame in reversed(frames):
+        if not frame.program.aside:
+            return frame if frame.program.names is not None else None
+    return None
