@@ -9,7 +9,7 @@ from .axes.sharding import Action
 from .carried import distribute
 from .processgroup import ProcessGroupManager
 from .running.context import Context
-from .running.hooks import hook
+from .running.install import hook
 from .running.program import CallProgram, Program
 from .running.structure import parameter_owners
 from .state.loading import place_on_load

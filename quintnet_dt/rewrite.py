@@ -27,7 +27,7 @@ from .planning.signature import device_of, signature
 from .private import SINCE_2_13
 from .processgroup import ProcessGroupManager
 from .running.context import Context
-from .running.hooks import unhook
+from .running.install import unhook
 from .running.program import Program
 from .running.structure import Structures, changed_modules, hooks_on, parameter_owners
 from .running.weights import Weights

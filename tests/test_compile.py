@@ -10,7 +10,7 @@ from torch._dynamo.backends.registry import lookup_backend
 from quintnet_dt import apply_tensor_parallel
 
 transformers = pytest.importorskip("transformers")
-VARIANTS = 3  # of one function that torch compiles, here; of its own accord 8
+VARIANTS = 5  # of one function that torch compiles, here; of its own accord 8
 LAYERS = VARIANTS + 1
 
 

@@ -177,7 +177,7 @@ def test_what_is_translated_stays_local():
             y = self.qkv(x)
             return self.out(attention(y[..., :32], y[..., 32:64], y[..., 64:]))
 
-    plan = plan_tensor_parallel(Attention(), 2, example_inputs=(torch.randn(2, 8, 32),))
+    plan = plan_tensor_parallel(Attention(), 2, example_inputs=(torch.randn(2, 80, 32),))
     assert plan["qkv.weight"].how == plan["out.weight"].how == "local"
 
 

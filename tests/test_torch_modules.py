@@ -378,11 +378,11 @@ class CausalSelfAttention(nn.Module):
 
 
 def test_dropout_within_attention():
-    inputs = lambda: (randn(2, 5, 32),), lambda: (randn(2, 6, 32), torch.rand(6, 6) > 0.3)
+    inputs = lambda: (randn(2, 45, 32),), lambda: (randn(2, 46, 32), torch.rand(46, 46) > 0.3)
     cases = {kv: (lambda kv=kv: CausalSelfAttention(kv), *inputs) for kv in (4, 2)}
     check_all(cases, share=0.52)
-    plan = plan_tensor_parallel(CausalSelfAttention(), 2, example_inputs=(randn(2, 5, 32),))
-    assert {plan.entries[f"{x}.weight"].how for x in ("qkv", "proj")} == {"local"}
+    plan = plan_tensor_parallel(CausalSelfAttention(), 2, example_inputs=(randn(2, 45, 32),))
+    assert {plan.entries[f"{x}.weight"].how for x in ("qkv", "proj")} == {"local"}, plan
 
 
 # ---- recurrent layers

@@ -14,7 +14,7 @@ from ..ddp import whole_shape
 from ..private import FakeTensorMode, silent_fakes
 from ..running.calls import resize
 from ..running.context import Context
-from ..running.hooks import install
+from ..running.install import install
 from ..running.memory import dims_in_memory, laid_out
 from ..running.program import Bound
 from ..tracing.escapes import let_go

@@ -5,7 +5,6 @@ so that the forward computes on plain tensors at their cost.
 """
 
 import sys
-import threading
 from functools import partial
 
 import torch
@@ -23,7 +22,7 @@ from ..private import (
     transforms_aside,
     within_compiled,
 )
-from ..tracing.ghost import SplitWithin, hooks_of, passed, put_last, user_hooks
+from ..tracing.ghost import SplitWithin, hooks_of, user_hooks
 from ..tracing.trace import tracing
 from ..utils import SHARDS, lookup, quiet, tensors
 from .calls import calls
@@ -31,11 +30,7 @@ from .context import AGAIN
 from .program import NOTHING
 from .record import Ended, Running, Started, Starts
 from .shown import Shown, hide, keep_data, show, writable
-from .structure import Hooks, hooks_on, parameter_owners
-
-OUR_ID = -2  # of the hooks' handles: the same in every module, for torch.compile guards it; torch counts its own from 0
-
-_ids = threading.Lock()  # torch's counter is one for all threads
+from .structure import Hooks
 
 
 class ModuleHooks(Hooks):
@@ -278,31 +273,3 @@ class ModuleHooks(Hooks):
         for path, shards in program.shards.items() if program is not None else ():
             if (holder := lookup(objects, path)) is not None:
                 vars(holder)[SHARDS] = shards
-
-
-def hook(module, context, path, owners):
-    """Register the hooks of one module."""
-    hooks = ModuleHooks(context, path, owners)
-    with _ids:
-        next_id, RemovableHandle.next_id = RemovableHandle.next_id, OUR_ID
-        module.register_forward_pre_hook(hooks.before, with_kwargs=True, prepend=True)
-        module.register_forward_hook(hooks.after, with_kwargs=True, always_call=True)
-        RemovableHandle.next_id = next_id
-    put_last(module)
-    hooks.count, hooks.known = sum(map(len, hooks_of(module))), set(user_hooks(module))
-
-
-def unhook(module):
-    """Take the hooks of one module off."""
-    h = hooks_on(module)
-    for hooks in (module._forward_pre_hooks, module._forward_hooks) if h is not None else ():
-        for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is h]:
-            del hooks[key]
-
-
-def install(model, context):
-    """Register the hooks on every module of `model`."""
-    owners = parameter_owners(model)
-    for path, module in model.named_modules():
-        if not passed(module):
-            hook(module, context, path, owners)
