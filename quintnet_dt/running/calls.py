@@ -29,10 +29,10 @@ class _Calls(threading.local, TorchFunctionMode):
         self.frames = []
         self.backwards = 0  # that a forward runs now, one in the other
 
-    def push(self, context, program, path, compiled):
+    def push(self, context, program, hooks, compiled):
         if not self.frames:
             self.__enter__()
-        self.frames.append(Frame(context, program, path, compiled))
+        self.frames.append(Frame(context, program, hooks, compiled))
 
     def pop(self, failed):
         frame = self.frames[-1]
@@ -136,7 +136,7 @@ class _Calls(threading.local, TorchFunctionMode):
         args, kwargs = context.apply((args, kwargs), call.inputs, call.fixed)
         if call.divided or call.multiplied:
             n = comm_ops.group_size(context.group)
-            args, kwargs = resize((args, kwargs), call.divided, call.multiplied, n, frame.path)
+            args, kwargs = resize((args, kwargs), call.divided, call.multiplied, n, frame)
         if call.bounds:
             args, kwargs = replace((args, kwargs), {p: b.local for p, b in call.bounds.items()})
         if call.order is not None:
@@ -172,6 +172,7 @@ def resize(obj, divided, multiplied, n, where):
     sizes = {p: lookup(obj, p) for p in divided}
     odd = [x for x in sizes.values() if not isinstance(x, int) or x > 0 and x % n]
     if odd:
+        where = getattr(where, "path", where)
         raise RuntimeError(f"{where}: expected sizes that {n} ranks divide, as when it was traced, found {odd}")
     new = {p: x if x < 0 else x // n for p, x in sizes.items()}
     new |= {p: lookup(obj, p) * n for p in multiplied}

@@ -57,7 +57,7 @@ def again(context, programs, event):
             old, new = (p.get(past.path, NOTHING) for p in (context.programs, programs))
             if not _same_borders(old, new) or not new.fits(past.module):
                 return None
-            frames.append(Frame(context, new, past.path))
+            frames.append(Frame(context, new, past))
         elif isinstance(past, Called):
             if not _same_call(frames, past):
                 return None

@@ -90,7 +90,7 @@ class ModuleHooks(Hooks):
             context.log.append(Started(self.path, module))
             context.ran += 1
         if counted:
-            calls.push(context, program or NOTHING, self.path, compiled or within)
+            calls.push(context, program or NOTHING, self, compiled or within)
         if program is None:
             return None
         if self.params:

@@ -12,9 +12,13 @@ class Frame:
 
     context: Any
     program: Program
-    path: str
+    of: Any  # what has its path, which is read for errors alone: torch.compile would make each block's code its own
     compiled: bool = False  # its Python code runs within a function given to torch.compile
     number: int = 0  # of the call that comes next
+
+    @property
+    def path(self):
+        return self.of.path
 
 
 @dataclass(eq=False)
