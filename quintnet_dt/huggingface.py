@@ -10,6 +10,8 @@ import sys
 import torch
 from torch.distributed.tensor import DTensor
 
+from .parts import modules
+
 GATHER = "gather_sharded_state_dict_for_save"  # what transformers' save_pretrained asks for whole tensors
 MARKS = "_tp_size", "_device_mesh", "_is_distributed_loading_by_transformers"  # of a model that transformers split
 
@@ -17,7 +19,7 @@ MARKS = "_tp_size", "_device_mesh", "_is_distributed_loading_by_transformers"  #
 def mark(model, mesh):
     """Mark a model that was split, and models within it, as transformers marks those that it splits itself."""
     config_class = getattr(sys.modules.get("transformers.distributed"), "DistributedConfig", None)
-    for module in model.modules():
+    for module in modules(model):
         if hasattr(type(module), "save_pretrained") and hasattr(module, "peft_config"):
             vars(module)["_tp_size"] = mesh.size()  # peft then saves whole adapters
         config = getattr(module, "config", None)
@@ -32,7 +34,7 @@ def mark(model, mesh):
 @contextlib.contextmanager
 def unmarked(model):
     """For a while, a model that looks as if nobody had split it."""
-    kept = [(vars(m), {name: vars(m).pop(name) for name in MARKS if name in vars(m)}) for m in model.modules()]
+    kept = [(vars(m), {name: vars(m).pop(name) for name in MARKS if name in vars(m)}) for m in modules(model)]
     try:
         yield
     finally:

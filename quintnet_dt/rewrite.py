@@ -19,6 +19,7 @@ from .carried import carried
 from .fsdp import wrapped_by_fsdp1
 from .huggingface import mark
 from .layers import ShardedModule
+from .parts import modules, named_modules, named_parameters, parameters, scripts
 from .plan import TensorParallelPlan, check_user_plan
 from .planning.describe import blind_plan, describe, why_blind
 from .planning.paths import Paths, sharding_of
@@ -132,7 +133,7 @@ def _make_plan(model, n, example_inputs, user, loss_parallel, contiguous, kept):
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, found {type(model).__name__}")
     _check_modules(model)
-    if strange := [name for name, p in model.named_parameters() if isinstance(p, DTensor) and name not in kept]:
+    if strange := [name for name, p in named_parameters(model) if isinstance(p, DTensor) and name not in kept]:
         raise ValueError(
             f"{', '.join(strange[:5])}: expected a model that is whole, or that this function split, found DTensors "
             "already: apply tensor parallelism before fully_shard"
@@ -142,7 +143,7 @@ def _make_plan(model, n, example_inputs, user, loss_parallel, contiguous, kept):
             f"plan: expected none for a model that was split before, found a {type(user).__name__}: its parameters "
             "stay as they are"
         )
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    shapes = {name: tuple(p.shape) for name, p in named_parameters(model)}
     whole_plan = isinstance(user, TensorParallelPlan)
     if whole_plan and user.tp_size != n:
         raise ValueError(f"plan: expected one for tp_size {n}, found one for {user.tp_size}")
@@ -189,12 +190,11 @@ def _check_modules(model):
             f"{wrapped}: expected a model that is split before any data parallelism, found FullyShardedDataParallel: "
             "apply tensor parallelism first, then torch.distributed.fsdp.fully_shard"
         )
-    for path, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            raise TypeError(
-                f"{path or 'the model'}: expected modules written in Python, found a ScriptModule, whose weights and "
-                "calls are out of reach: use the module that it was made from (functions of torch.jit.script are fine)"
-            )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            "the model: expected modules written in Python, found a ScriptModule, whose weights and calls are out of "
+            "reach: use the module that it was made from (within a model, one is left whole)"
+        )
 
 
 # ---- applying
@@ -202,17 +202,17 @@ def _check_modules(model):
 
 def _kept(model, mesh):
     """{name: Entry} of the parameters that this library has split already."""
-    splits = {id(h.context): h for m in model.modules() if (h := hooks_on(m)) and h.context.paths is not None}
+    splits = {id(h.context): h for m in modules(model) if (h := hooks_on(m)) and h.context.paths is not None}
     entries = {}
     for h in splits.values():
         _check_shared(model, h.context)
         for name, at in h.owners.items():
             entries.update({id(m._parameters.get(attr)): h.context.paths.plan[name] for m, attr in at})
-    params = {name: p for name, p in model.named_parameters() if isinstance(p, DTensor) and p.device_mesh == mesh}
+    params = {name: p for name, p in named_parameters(model) if isinstance(p, DTensor) and p.device_mesh == mesh}
     same = len(splits) == 1 and not changed_modules(model, next(iter(splits.values())).context)
-    if same and len(params) == len(list(model.parameters())):
+    if same and len(params) == len(list(parameters(model))):
         raise ValueError("the model was split already, and not changed since: apply tensor parallelism once")
-    for module in model.modules():
+    for module in modules(model):
         vars(module).pop(PASSED, None)
     return {name: replace(entries[id(p)], name=name) for name, p in params.items() if id(p) in entries}
 
@@ -223,7 +223,7 @@ def _check_shared(model, context):
     root = context.paths.root and context.paths.root()
     if root is None or root is model:
         return
-    mine, theirs = dict(map(reversed, model.named_modules())), set(root.modules())
+    mine, theirs = dict(map(reversed, named_modules(model))), set(modules(root))
     shared = [path for m, path in mine.items() if m in theirs]
     if root not in mine and model not in theirs and shared:
         raise ValueError(
@@ -235,7 +235,7 @@ def _check_shared(model, context):
 
 def _apply(model, mesh, plan, known, src_data_rank, split_id):
     context = Context(mesh)
-    for module in model.modules():
+    for module in modules(model):
         unhook(module)
         for attr in "tensor_parallel_plan", "tensor_parallel_mesh":
             vars(module).pop(attr, None)
@@ -243,16 +243,17 @@ def _apply(model, mesh, plan, known, src_data_rank, split_id):
     context.paths = Paths(plan, defaults, known, mesh, split_id, model)
     context.programs = next(iter(context.paths.known.values()), [defaults])[0]
     owners, made = parameter_owners(model), {}
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         style = ShardedModule(context, path, owners, plan.placements, made)
         parallelize_module(module, mesh, style, src_data_rank=src_data_rank)
     with together(mesh.get_group()):
         adopt(list(made.values()))
     if src_data_rank is not None and mesh.size() > 1:
         source = dist.get_global_rank(mesh.get_group(), src_data_rank)
-        for buffer in model.buffers():
-            if buffer.device.type != "meta" and buffer.numel():
-                _broadcast(buffer, source, mesh.get_group())
+        left_whole = [p.data for script in scripts(model) for p in script.parameters()]
+        for tensor in (*model.buffers(), *left_whole):
+            if tensor.device.type != "meta" and tensor.numel():
+                _broadcast(tensor, source, mesh.get_group())
     adapt(model)
     mark(model, mesh)
     context.weights, context.structures = Weights(owners, mesh), Structures(model)
@@ -271,8 +272,8 @@ def _broadcast(buffer, source, group):
 
 def _default_programs(model, plan):
     """For a module that no traced forward reached: its own weights gathered."""
-    programs, names = {}, {id(p): n for n, p in model.named_parameters()}
-    for path, module in model.named_modules():
+    programs, names = {}, {id(p): n for n, p in named_parameters(model)}
+    for path, module in named_modules(model):
         params = {}
         for e in (plan[names[id(p)]] for p in module.parameters(recurse=False)):
             split = e.dim is not None

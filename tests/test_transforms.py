@@ -6,9 +6,10 @@ import torch
 from helpers import check, close, pair
 from ranks import run_ranks
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.func import grad, jacrev, jvp, vmap
 
-from quintnet_dt import plan_tensor_parallel
+from quintnet_dt import apply_tensor_parallel, load_checkpoint, plan_tensor_parallel, save_checkpoint
 
 
 @torch.jit.script
@@ -152,5 +153,72 @@ def test_products_of_hessians_and_vectors_and_jacobians():
         ]
         for a, b in zip(found, expected):
             close(a, b, "product")
+
+    run_ranks(ranks, 2)
+
+
+class Swish(nn.Module):
+    def forward(self, x):
+        return x * torch.sigmoid(x)
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.full((1,), 2.0))
+        self.lin = nn.Linear(64, 64)
+
+    def forward(self, x):
+        return self.lin(x) * self.scale
+
+
+SCRIPTS = {
+    "scripted": lambda: torch.jit.script(Swish()),
+    "scripted, with weights": lambda: torch.jit.script(Scaled().double()),
+    "traced": lambda: torch.jit.trace(nn.Linear(64, 64).double(), torch.randn(2, 64).double()),
+}
+
+
+class WithScript(nn.Module):
+    def __init__(self, make):
+        super().__init__()
+        self.up, self.script, self.down = nn.Linear(8, 64), make(), nn.Linear(64, 8)
+        self.mlp = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 8))
+
+    def forward(self, x):
+        return self.mlp(self.down(self.script(self.up(x))))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_script_modules_are_left_whole(name, tmp_path):
+    """Their parameters stay plain tensors, the first rank's on all; what is around them is split; checkpoints have
+    all."""
+
+    def ranks(rank):
+        models = []
+        for seed in 0, rank:  # the second is built otherwise on each rank, and gets the first's weights
+            torch.manual_seed(seed)
+            models.append(WithScript(SCRIPTS[name]).double())
+        whole, model = models
+        apply_tensor_parallel(model, 2, example_inputs=rows())
+        assert model.tensor_parallel_plan["mlp.0.weight"].units
+        for _ in range(2):
+            (x,) = make_rows()
+            for m in whole, model:
+                m.zero_grad()
+                m(x).square().sum().backward()
+            for (key, p), q in zip(model.named_parameters(), whole.parameters()):
+                found = p.grad.full_tensor() if isinstance(p, DTensor) else p.grad
+                torch.testing.assert_close(found, q.grad, rtol=1e-9, atol=1e-9, msg=key)
+        model.eval()
+        with torch.no_grad():
+            close(model(x), whole(x), "output")
+        save_checkpoint(tmp_path / "c", model)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.zero_()
+        load_checkpoint(tmp_path / "c", model)
+        close(model(x), whole(x), "output")
 
     run_ranks(ranks, 2)

@@ -1,6 +1,7 @@
 """A plan as a user reads it, of a forward that was traced, or of none."""
 
 from ..axes.sharding import pieces
+from ..parts import named_parameters
 from ..plan import EXCHANGED, GATHERED, LOCAL, REPLICATED, WEIGHT_GATHERED, Entry, TensorParallelPlan
 from ..tracing.trace import UnknownValues
 from .cost import cost
@@ -19,7 +20,7 @@ def why_blind(failed):
 def blind_plan(model, n, fixed, note, kept):
     """Every large weight split on its longest dim, but for those that are split already."""
     plan = TensorParallelPlan(n, bytes_per_step=None, note=note)
-    for name, p in model.named_parameters():
+    for name, p in named_parameters(model):
         longest = max(range(p.dim()), key=lambda d: p.shape[d], default=None)
         dim = fixed.get(name, longest if p.dim() > 1 and p.shape[longest] >= n else None)
         pieces = kept[name].pieces if name in kept else 1

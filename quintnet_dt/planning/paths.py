@@ -12,6 +12,7 @@ from ..around import look_around, undisturbed
 from ..axes.axes import Axes, lone_axis, own_axis
 from ..axes.sharding import Axis, LayoutError, Sharding
 from ..in_step import CHECKED, Apart, InStep
+from ..parts import named_modules, named_parameters
 from ..plan import EXCHANGED, WEIGHT_GATHERED, TensorParallelPlan
 from ..private import as_compiled
 from ..running.context import AGAIN
@@ -183,11 +184,11 @@ class Paths:
 
     def show(self, path, owners, module, args, kwargs):
         names = {id(m._parameters.get(attr)): name for name, at in owners.items() for m, attr in at}
-        if added := [inner for inner, p in module.named_parameters() if id(p) not in names]:
+        if added := [inner for inner, p in named_parameters(module) if id(p) not in names]:
             raise RuntimeError(
                 f"{', '.join(added[:5])}: expected the parameters that were split, found others: {AGAIN}"
             )
-        names = {inner: names[id(p)] for inner, p in module.named_parameters()}
+        names = {inner: names[id(p)] for inner, p in named_parameters(module)}
         device = device_of(module)
         pass_added(module)
         try:
@@ -227,7 +228,9 @@ class Paths:
         for (
             inner,
             m,
-        ) in module.named_modules():  # where they were when they were split; a shared one has its first place
+        ) in named_modules(
+            module
+        ):  # where they were when they were split; a shared one has its first place
             h = hooks_on(m)
             places[inner] = h.path if h is not None and h.context is context else ".".join(filter(None, (path, inner)))
         return completed(self.defaults, {places[inner]: renamed(p) for inner, p in programs.items()})

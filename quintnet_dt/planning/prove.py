@@ -11,6 +11,7 @@ import torch
 from ..axes.sharding import Axis, LayoutError, pieces
 from ..comm_ops import SimulatedGroup, chunk_sizes
 from ..ddp import whole_shape
+from ..parts import parameters
 from ..private import FakeTensorMode, silent_fakes
 from ..running.calls import resize
 from ..running.context import Context
@@ -263,7 +264,7 @@ class _Checker(Recorder):
 
     def let_go(self, model, inputs):
         """The forward is over; none of its tensors is to stay in a list of the user's."""
-        states = [*model.parameters(), *model.buffers(), *(t for _, t in tensors(inputs))]
+        states = [*parameters(model), *model.buffers(), *(t for _, t in tensors(inputs))]
         others = set(map(id, states))
         made = {id(t): t for t in self.graph.values if id(t) not in others}
         self.graph = None

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from ..parts import modules, parameters
 from ..utils import leaves, opaque
 
 # What computes otherwise in training, of torch's modules. Of others' it shows when they run.
@@ -19,7 +20,7 @@ _MODED = (
 
 def moded(model):
     """The modules within that compute otherwise in training."""
-    return [m for m in model.modules() if isinstance(m, _MODED)]
+    return [m for m in modules(model) if isinstance(m, _MODED)]
 
 
 def modes(model, modules):
@@ -32,7 +33,7 @@ def modes(model, modules):
 
 def device_of(model):
     """Where a model's forward runs; a model on the meta device is imagined on the CPU."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = next((p.device for p in parameters(model)), torch.device("cpu"))
     return torch.device("cpu") if device.type == "meta" else device
 
 

@@ -4,6 +4,7 @@ import threading
 
 from torch.utils.hooks import RemovableHandle
 
+from ..parts import named_modules
 from ..tracing.ghost import hooks_of, passed, put_last, user_hooks
 from .hooks import ModuleHooks
 from .structure import hooks_on, parameter_owners
@@ -36,6 +37,6 @@ def unhook(module):
 def install(model, context):
     """Register the hooks on every module of `model`."""
     owners = parameter_owners(model)
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         if not passed(module):
             hook(module, context, path, owners)

@@ -2,6 +2,7 @@
 
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from ..parts import modules, named_parameters
 from ..tracing.ghost import PASSED
 
 
@@ -77,16 +78,16 @@ class Structures:
 
 def pass_added(module):
     """Mark the modules that were added since the split and have no hooks: what they call is their caller's."""
-    for m in module.modules():
+    for m in modules(module):
         if hooks_on(m) is None:
             vars(m)[PASSED] = True
 
 
 def parameter_owners(model):
     """Parameter name (the first of tied ones) -> [(module, attribute), ...] for every place that holds it."""
-    names = {id(p): n for n, p in model.named_parameters()}
+    names = {id(p): n for n, p in named_parameters(model)}
     owners = {}
-    for module in model.modules():
+    for module in modules(model):
         for attr, p in module._parameters.items():
             if p is not None:
                 owners.setdefault(names[id(p)], []).append((module, attr))

@@ -4,13 +4,15 @@ another path."""
 import torch
 from torch import nn
 
+from ..parts import named_modules
+
 _OURS = {*vars(nn.Module()), "_tp_later", "tensor_parallel_plan", "tensor_parallel_mesh"}
 
 
 def attributes(model):
     """{(module path, attribute): kind} of what modules keep, but for parameters and what torch itself keeps."""
     found = {}
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         for name, x in (*vars(module).items(), *module._buffers.items()):
             if name not in _OURS and name not in module._parameters:
                 found[path, name] = kind_of(x)
@@ -24,7 +26,7 @@ def changed(before, after):
 
 def kinds_at(model, keys):
     """The kinds of some attributes now."""
-    modules, found = dict(model.named_modules()), []
+    modules, found = dict(named_modules(model)), []
     for path, name in keys:
         module = modules.get(path)
         x = None if module is None else vars(module).get(name, module._buffers.get(name))

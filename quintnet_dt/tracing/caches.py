@@ -6,12 +6,14 @@ import inspect
 import sys
 from types import CellType, MethodType
 
+from ..parts import modules
+
 _Cache = type(functools.lru_cache(lambda: None))
 
 
 def unshare(model, copied):
     """Methods with a cache that a deep copy's modules share with the original's: made its own, without a cache."""
-    for module, twin in zip(model.modules(), copied.modules()):
+    for module, twin in zip(modules(model), modules(copied)):
         for name, cached in vars(module).items():
             if isinstance(cached, _Cache) and inspect.ismethod(cached.__wrapped__):
                 vars(twin)[name] = MethodType(cached.__wrapped__.__func__, twin)
@@ -32,7 +34,7 @@ def forgotten(model):
 
 def _caches(model):
     classes = {
-        c for kind in {type(m) for m in model.modules()} for c in kind.__mro__ if not c.__module__.startswith("torch.")
+        c for kind in {type(m) for m in modules(model)} for c in kind.__mro__ if not c.__module__.startswith("torch.")
     }
     files = {id(f): f for c in classes if (f := sys.modules.get(c.__module__)) is not None and c is not object}
     for x in (x for owner in (*classes, *files.values()) for x in list(vars(owner).values())):

@@ -11,6 +11,7 @@ from types import CellType, CodeType, FunctionType, MethodType
 
 from torch import nn
 
+from ..parts import modules
 from ..utils import leaves, opaque
 
 
@@ -18,13 +19,13 @@ def rebind(model, copied, memo):
     """Give the copy of a model functions of its own wherever its modules, or what they keep, have one that reaches the
     model. `memo`: of the deepcopy that made it."""
     copies = _Copies(model, memo)
-    for module in copied.modules():
+    for module in modules(copied):
         copies.within(vars(module))
 
 
 class _Copies:
     def __init__(self, model, memo):
-        self.memo, self.modules = memo, {id(m) for m in model.modules()}
+        self.memo, self.modules = memo, {id(m) for m in modules(model)}
         self.made = {}  # id of a function -> the copy's own
         self.cells = {}  # id of a cell -> the copy's own
         self.seen = set()  # ids of the containers that were looked through

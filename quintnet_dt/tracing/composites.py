@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import distribute_tensor
 
+from ..parts import named_modules
 from ..private import safe_softmax
 from ..utils import quiet
 
@@ -162,7 +163,7 @@ def adapt(model):
     tensors, and gives zeros for padding; an embedding with max_norm writes to its weight. (And with sparse=True makes
     gradients that a DTensor cannot have.)
     """
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         if setting := plain(module):
             beside = _Beside(module, setting)
             if isinstance(module, nn.TransformerEncoder):

@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from ..ddp import as_dtensor, whole_shape
 from ..fsdp import copyable, is_fsdp
+from ..parts import modules, named_parameters, parameters, scripts
 from ..private import FakeCopyMode, global_hooks
 from ..utils import held, leaves, opaque, replace, shard_kept, tensors
 from .caches import unshare
@@ -72,7 +73,7 @@ def _ghost(model, fake_mode, local_shape, device, memo, dtypes):
                 return torch.empty_strided(shape, t.stride(), dtype=dtype, device=on)
             return torch.empty(shape, dtype=dtype, device=on)
 
-    for name, p in model.named_parameters():
+    for name, p in named_parameters(model):
         shape, real = local_shape(name, p) if local_shape else whole_shape(p), as_dtensor(p)
         if fake_mode is not None:
             memo[id(p)] = nn.Parameter(fake(p, shape), p.requires_grad)
@@ -88,8 +89,8 @@ def _ghost(model, fake_mode, local_shape, device, memo, dtypes):
             memo[id(p)] = nn.Parameter(real.full_tensor().to(dtypes.get(id(p), p.dtype)), p.requires_grad)
         else:
             memo[id(p)] = nn.Parameter(p.detach(), p.requires_grad)
-    own, free = Counter(), {id(p) for p in model.parameters() if not isinstance(p, DTensor)}
-    for module in model.modules():
+    own, free = Counter(), {id(p) for p in parameters(model) if not isinstance(p, DTensor)}
+    for module in modules(model):
         own.update(map(id, module._parameters.values()))
         if type(module).__setattr__ is not nn.Module.__setattr__:  # keeps a list of its own, as nn.LSTM does
             free -= set(map(id, module._parameters.values()))
@@ -99,6 +100,8 @@ def _ghost(model, fake_mode, local_shape, device, memo, dtypes):
         for hook in [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]:
             if is_ours(hook):  # to be stripped: not copied, with all that they hold
                 memo[id(getattr(hook, "__self__", hook))] = getattr(hook, "__self__", hook)
+    for script in scripts(model):  # shared: its forward changes nothing of it but buffers
+        memo[id(script)] = script
     try:
         copied = strip(copy.deepcopy(model, memo))
         rebind(model, copied, memo)
@@ -107,7 +110,7 @@ def _ghost(model, fake_mode, local_shape, device, memo, dtypes):
             f"{type(model).__name__} cannot be deep-copied, which planning needs so that the model itself stays "
             f"untouched: {e}"
         ) from e
-    if stray := [name for name, p in model.named_parameters() if id(p) in free and memo.met[id(p)] > own[id(p)]]:
+    if stray := [name for name, p in named_parameters(model) if id(p) in free and memo.met[id(p)] > own[id(p)]]:
         raise StrayParameter(stray)
     unshare(model, copied)
     return copied
@@ -142,7 +145,7 @@ def hooks_of(module):
 
 def strip(model):
     """Take this library's hooks, and FSDP2's, off a copy of a model that they were applied to."""
-    for module in model.modules():
+    for module in modules(model):
         plain(module)
         module._tp_later = []  # hooks that the user added since, which see what this library's have done
         for hooks in (module._forward_pre_hooks, module._forward_hooks):

@@ -5,6 +5,8 @@ import inspect
 import torch
 from torch import nn
 
+from ..parts import modules, parameters
+
 BATCH, LENGTH = 2, 16
 CONVS = nn.Conv1d, nn.Conv2d, nn.Conv3d
 
@@ -88,10 +90,10 @@ def _image_sizes(model, layer):
 def _first_layers(model, image):
     """The first embedding, convolution and other layer with a weight, in that model's order (`image`: conv first)."""
     found = {}
-    for module in model.modules():
+    for module in modules(model):
         if module._parameters.get("weight") is None and not isinstance(module, nn.MultiheadAttention):
             continue
         kind = "embedding" if isinstance(module, nn.Embedding) else "conv" if isinstance(module, CONVS) else "linear"
-        if kind != "linear" or next(module.parameters(), torch.empty(0)).dim() >= 2:
+        if kind != "linear" or next(parameters(module), torch.empty(0)).dim() >= 2:
             found.setdefault(kind, module)
     return [found[kind] for kind in sorted(found, key=lambda kind: image and kind != "conv")]

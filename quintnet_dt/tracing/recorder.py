@@ -6,6 +6,7 @@ from types import NoneType
 import torch
 from torch import nn
 
+from ..parts import modules, named_modules
 from ..private import FakeTensor, transform, unset_fake_temporarily
 from ..utils import callers, held, is_float, replace, shard_kept, source_line, tensors, within_higher_order
 from .attributes import attributes, changed
@@ -53,7 +54,7 @@ class Recorder:
     def attach(self, model):
         """Hooks that tell when each module starts and ends; parameters get their names."""
         self.before = attributes(model)
-        for path, module in model.named_modules():
+        for path, module in named_modules(model):
             for name, p in module.named_parameters(path, recurse=False):
                 if id(p) not in self._values:
                     v = self.graph.params[name] = self.value(p)
@@ -76,7 +77,7 @@ class Recorder:
     def keep(self, model, objects):
         """Note the values that the forward left in buffers, in attributes, and in objects among its inputs and
         outputs."""
-        inside = [x for m in model.modules() for x in [*m._buffers.values(), *vars(m).values()]]
+        inside = [x for m in modules(model) for x in [*m._buffers.values(), *vars(m).values()]]
         values = [self._values.get(id(t)) for _, t in tensors(inside)]
         self.graph.stored = [v for v in values if v is not None and v.producer is not None]
         self.graph.changes = changed(self.before, attributes(model))

@@ -15,6 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from ..around import tools_aside
+from ..parts import named_parameters, parameters
 from ..private import (
     FakeTensorMode,
     HigherOrderOperator,
@@ -66,7 +67,7 @@ def trace(model, args=(), kwargs=None, *, device=None, any_rank=bool):
         alive = ghost(model, device=device), real_inputs(args, kwargs)
         graph = record(alive[0], *alive[1])
     read = {id(v.tensor) for v in graph.values}  # of the model itself, not of its copy
-    if stray := [name for name, p in model.named_parameters() if id(p) in read]:
+    if stray := [name for name, p in named_parameters(model) if id(p) in read]:
         raise StrayParameter(stray)
     _check_hooks(model, graph)
     let_go_of_graph(graph)
@@ -84,7 +85,7 @@ def _on_fakes(model, args, kwargs, device):
     except (StrayParameter, SplitWithin):
         raise
     except Exception as e:
-        on_meta = any(p.device.type == "meta" for p in model.parameters())
+        on_meta = any(p.device.type == "meta" for p in parameters(model))
         shards = any(shard_kept(holder, place) is not None for _, holder, place, _ in held((args, kwargs)))
         again = not compiles and "torch._dynamo" in sys.modules  # `record` knows now that it must not compile
         if not again and on_meta and recorder.asked is not None:
@@ -97,7 +98,7 @@ def _on_fakes(model, args, kwargs, device):
 def _check_hooks(model, graph):
     """Refuse hooks on the gradients of parameters in a forward that takes such gradients itself: they would run on the
     DTensor's gradient alone."""
-    hooked = {name for name, p in model.named_parameters() if has_hooks(p)}
+    hooked = {name for name, p in named_parameters(model) if has_hooks(p)}
     for call in graph.calls if hooked else ():
         if call.name == "grad" and (taken := sorted({v.param for v in call.inputs.values()} & hooked)):
             raise RuntimeError(

@@ -1,0 +1,35 @@
+"""The parts of a model, less those that TorchScript runs.
+
+A ScriptModule within a model is out of reach: its forward calls no Python, and its parameters cannot be DTensors. It is
+left as it is, an operator of its caller's: it computes the same on every rank, on whole tensors.
+"""
+
+import torch
+
+
+def scripts(model):
+    """The ScriptModules within a model."""
+    return {m for m in model.modules() if isinstance(m, torch.jit.ScriptModule)}
+
+
+def named_modules(model):
+    """As torch's own, but for ScriptModules."""
+    return model.named_modules(scripts(model))
+
+
+def modules(model):
+    for _, module in named_modules(model):
+        yield module
+
+
+def named_parameters(model):
+    """As torch's own, but for those of ScriptModules."""
+    aside = {id(p) for script in scripts(model) for p in script.parameters()}
+    for name, p in model.named_parameters():
+        if id(p) not in aside:
+            yield name, p
+
+
+def parameters(model):
+    for _, p in named_parameters(model):
+        yield p
