@@ -72,25 +72,64 @@ def test_what_cannot_be_intercepted_gets_whole_tensors(build):
 
 
 class Flex(nn.Module):
-    def __init__(self):
+    def __init__(self, score_mod=None, mask=None, heads=None):
         super().__init__()
         self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
         self.mlp = nn.Sequential(nn.Linear(16, 128), nn.GELU(), nn.Linear(128, 16))
         self.requires_grad_(False)  # on a CPU it has no backward
+        self.score_mod, self.mask, self.heads = score_mod, mask, heads
 
     def forward(self, x):
-        from torch.nn.attention.flex_attention import flex_attention  # which imports much
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention  # which imports much
 
+        length, mask = x.shape[1], None
         q, k, v = self.qkv(x).unflatten(-1, (3, 4, 4)).permute(2, 0, 3, 1, 4)
-        x = self.out(flex_attention(q, k, v).transpose(1, 2).flatten(2))
+        if self.mask is not None:
+            mask = create_block_mask(self.mask, None, self.heads, length, length, device="cpu")
+        x = self.out(flex_attention(q, k, v, self.score_mod, mask).transpose(1, 2).flatten(2))
         return x + self.mlp(x)
 
 
+def causal(b, h, q, k):
+    return q >= k
+
+
+def by_head(score, b, h, q, k):
+    return score * (1 + h)
+
+
+def by_place(score, b, h, q, k):
+    return score + (q - k)
+
+
+FLEX = {
+    "plain": ({}, True),
+    "a mask for all heads": ({"mask": causal, "heads": None}, True),
+    "a mask for each head": ({"mask": causal, "heads": 4}, False),
+    "scores by head": ({"score_mod": by_head}, False),
+    "scores by place": ({"score_mod": by_place}, False),  # it might read the head: it is not looked into
+}
+
+
 @pytest.mark.filterwarnings("ignore")
-def test_flex_attention_runs_whole():
-    check(Flex, lambda: (torch.randn(1, 5, 16),), grad=False, tol=1e-6)
-    plan = plan_tensor_parallel(Flex(), 2, example_inputs=(torch.randn(1, 5, 16),))
-    assert plan["mlp.0.weight"].how == "local" and plan["qkv.weight"].dim == 0
+def test_flex_attention():
+    """Its heads are split where nothing given reads a head's number; else it gets whole tensors."""
+
+    def ranks(rank):
+        for name, (options, split) in FLEX.items():
+            torch.manual_seed(1)
+            x = torch.randn(2, 128, 16, dtype=torch.float64)
+            with torch.no_grad():
+                sharded, whole = pair(lambda: Flex(**options), 2, example_inputs=(x,))
+                for length in 128, 64:
+                    close(sharded(x[:, :length]), whole(x[:, :length]), f"{name}, {length}", 1e-5)
+                plan = sharded.tensor_parallel_plan
+                assert plan["mlp.0.weight"].how == "local", (name, plan)
+                assert (plan["qkv.weight"].how == "local") == split, (name, plan)
+                sharded.score_mod, whole.score_mod = by_head, by_head  # another path, shown anew
+                close(sharded(x), whole(x), f"{name}, then by head", 1e-5)
+
+    run_ranks(ranks, 2, timeout=200)
 
 
 def test_modules_within_cond_are_refused():

@@ -13,6 +13,7 @@ from ..axes.sharding import PARTIAL, LayoutError
 from ..running.kinds import call_kind
 from ..running.memory import is_contiguous
 from ..running.program import CallProgram, Program
+from ..tracing.recorder import HIDDEN
 from ..utils import leaves
 from .analysis import linear
 
@@ -154,8 +155,8 @@ class _Compiler:
                     self.per_run[id(m)].fixed.update(given if self.fixed(v) else ())
                     if given:
                         continue
-            if call.opaque:
-                raise LayoutError(call.opaque, call, self.axis(call))
+            if call.opaque or call.hidden:
+                raise LayoutError(call.opaque or HIDDEN, call, self.axis(call))
             self.at(call).inputs[path] = actions
             self.at(call).fixed.update([path] if self.fixed(v) else ())
 
@@ -182,6 +183,8 @@ class _Compiler:
                 break  # a later dropout draws in the order of memory, which a collective makes that of the dims
         call = self.graph.calls[x.producer]
         at = [p for p, y in call.outputs.items() if y is x]
+        if call.hidden:
+            raise LayoutError(HIDDEN, call, self.axis(call))
         if not at or x.id in self.graph.made_in_place:
             raise LayoutError("a tensor that was written to in place cannot be completed", call, self.axis(call))
         self.at(call).outputs.update({p: actions for p in at})

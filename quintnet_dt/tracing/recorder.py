@@ -214,6 +214,8 @@ class Recorder:
         if self._call is not None or not self._stack or not any(True for _ in tensors((args, kwargs))):
             return self.record_node(func, args, kwargs)
         self._call = call = self.hidden_call(func)
+        if isinstance(func, HigherOrder) and func.shards(args):
+            call.opaque = ""
         try:
             return self.record_node(func, args, kwargs)
         finally:

@@ -24,6 +24,19 @@ def convolution(node, axes):
     axes.set(out, [xd[0], g + o, *map(fresh, out.shape[2:])])
 
 
+@rule("higher_order::flex_attention")
+def flex_attention(node, axes):
+    """b h q d, b h k d, b h k e -> b h q e, b h q, b h q: heads pass (see HigherOrder.shards)."""
+    heads = [axes.dims(v)[1] for v in node.args[:3]]
+    for v in node.inputs:
+        known = any(v is x for x in node.args[:3])
+        axes.whole(node, v, every(d for i, d in enumerate(axes.dims(v)) if not known or i != 1))
+    unify(heads[0], heads[1])
+    unify(heads[0], heads[2])
+    for out in node.outputs:
+        axes.set(out, [heads[0] if i == 1 else fresh(n) for i, n in enumerate(out.shape)])
+
+
 @rule("_grouped_mm")
 def grouped_mm(node, axes):
     """t k, e k j -> t j: rows in groups by offsets, one expert's matrix each."""
