@@ -8,13 +8,13 @@ import torch
 
 
 def scripts(model):
-    """The ScriptModules within a model."""
-    return {m for m in model.modules() if isinstance(m, torch.jit.ScriptModule)}
+    """The ScriptModules within a model, in its order, which every rank has."""
+    return [m for m in model.modules() if isinstance(m, torch.jit.ScriptModule)]
 
 
 def named_modules(model):
     """As torch's own, but for ScriptModules."""
-    return model.named_modules(scripts(model))
+    return model.named_modules(set(scripts(model)))
 
 
 def modules(model):

@@ -250,8 +250,8 @@ def _apply(model, mesh, plan, known, src_data_rank, split_id):
         adopt(list(made.values()))
     if src_data_rank is not None and mesh.size() > 1:
         source = dist.get_global_rank(mesh.get_group(), src_data_rank)
-        left_whole = [p.data for script in scripts(model) for p in script.parameters()]
-        for tensor in (*model.buffers(), *left_whole):
+        left_whole = {id(p): p.data for script in scripts(model) for p in script.parameters()}
+        for tensor in (*model.buffers(), *left_whole.values()):
             if tensor.device.type != "meta" and tensor.numel():
                 _broadcast(tensor, source, mesh.get_group())
     adapt(model)

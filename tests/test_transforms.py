@@ -214,6 +214,7 @@ class Scaled(nn.Module):
 SCRIPTS = {
     "scripted": lambda: torch.jit.script(Swish()),
     "scripted, with weights": lambda: torch.jit.script(Scaled().double()),
+    "several": lambda: torch.jit.script(nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 64)).double()),
     "traced": lambda: torch.jit.trace(nn.Linear(64, 64).double(), torch.randn(2, 64).double()),
 }
 
