@@ -1,9 +1,8 @@
 """Differentiable collectives that DTensor has not, or runs too slowly.
 
 ``x_r`` is rank r's tensor. A tensor is *replicated* where every rank holds the same (its gradient is then the same
-everywhere too); else it *varies*, and each rank holds the gradient of its own. Six operators in three pairs, and
-`exchange`, which is its own partner: the backward of each is the forward of its partner, so gradients of any order are
-right.
+everywhere too); else it *varies*, and each rank holds the gradient of its own. Six operators in three pairs (and
+`exchange`): the backward of each is the forward of its partner, so gradients of any order are right.
 
     all_reduce      varies -> replicated    y   = sum_r x_r
     copy_in         replicated -> varies    y_r = x
@@ -139,11 +138,9 @@ def exchange(x: Tensor, dim: int, group: Group, positions: Tensor) -> Tensor:
     ``positions`` is (ranks, length): every index of ``X`` once, increasing for each rank. An all-to-all, for weights
     whose rows are stored in another order than they are used in. Returns (..., length, ...).
     """
-    if group_size(group) == 1:
-        return x
     simulated = isinstance(group, SimulatedGroup)  # on fake tensors no positions can be worked out
     route = Route(x.shape[dim], positions.shape[1]) if simulated else Route.of(positions, group_rank(group))
-    return Exchange.apply(x, dim % x.dim(), group, route, False)
+    return x if group_size(group) == 1 else Exchange.apply(x, dim % x.dim(), group, route, False)
 
 
 # --- The autograd functions. Backward is the partner's function: differentiable again. Gradients stay materialized: a

@@ -19,6 +19,7 @@ from quintnet_dt.axes.sharding import Sharding
 from quintnet_dt.planning.cost import cost, hoist
 from quintnet_dt.planning.layout import lay_out
 from quintnet_dt.planning.planner import Planner
+from quintnet_dt.running.program import Program
 from quintnet_dt.tracing.trace import trace
 
 D = 24
@@ -683,3 +684,113 @@ def test_a_gradient_within_a_checkpoint(within):
 
 def full(x):
     return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+class WritesAndReturns(nn.Module):
+    """What it returns is the tensor that it wrote to, and not what the call that wrote gave back."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.b = nn.Parameter(torch.randn(10, 10)), nn.Parameter(torch.randn(10))
+
+    def forward(self, x):
+        y = x @ self.w.t() + self.b
+        y.add_(x)
+        return y
+
+
+def test_a_result_that_is_written_in_place_and_returned_by_name():
+    """By a module that runs twice, so that nothing can be done at its border."""
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = WritesAndReturns()
+
+        def forward(self, x):
+            return self.block(self.block(x))
+
+    def ranks(rank):
+        x = torch.randn(3, 7, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        models = pair(Twice, 2, example_inputs=(x,))
+        assert models[0].tensor_parallel_plan["block.b"].dim == 0  # or there is no shard to complete
+        compare(*models, (x,))
+
+    run_ranks(ranks, 2)
+
+
+def test_an_attribute_that_was_none_and_is_a_tensor():
+    """Class weights that come later: to look at them is no call of the model's."""
+
+    class Weighed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inp, self.head, self.weights = nn.Linear(10, 3), nn.Linear(3, 24), None
+
+        def forward(self, x):
+            logits = self.head(self.inp(x).relu()).flatten(0, 1)
+            return F.cross_entropy(logits, logits.detach().argmax(-1), weight=self.weights)
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.emb, self.block = nn.Embedding(12, 9), Weighed()
+
+        def forward(self, x):
+            logits = (x @ self.emb.weight.t())[..., :10]
+            return F.cross_entropy(logits.flatten(0, 1), logits.detach().flatten(0, 1).argmax(-1)) + self.block(logits)
+
+    def ranks(rank):
+        x = torch.randn(2, 5, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        models = pair(Outer, 2, example_inputs=(x,))
+        for weights in None, torch.linspace(0.1, 3, 24, dtype=torch.float64), None:
+            for m in models:
+                m.block.weights = weights
+            compare(*models, (x,))
+
+    run_ranks(ranks, 2)
+
+
+def test_what_a_module_is_set_to_is_compared_without_a_call():
+    """Of a setting that was None and is a tensor now, `==` would be a call of the model's own to a mode."""
+    module, seen = nn.Linear(2, 2), []
+    module.weights = torch.ones(2)
+
+    class Sees(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **kwargs or {})
+
+    with Sees():
+        assert not Program(training=True, settings={"weights": None}).fits(module)
+        assert Program(training=True, settings={"in_features": 2}).fits(module)
+        assert not Program(training=True, settings={"in_features": 3}).fits(module)
+    assert not seen
+
+
+class ChosenBySize(nn.Module):
+    """A product that is dearer on shards where the input is short, then a loop over the length."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.made, self.cell = (nn.Linear(*sizes) for sizes in ((8, 64), (64, 8), (8, 64), (8, 8)))
+        self.register_buffer("given", torch.randn(16, 1, 8))
+
+    def forward(self, x):
+        gates = self.made(self.given).softmax(-1)  # whole
+        y = self.down((self.up(x).relu().unsqueeze(0) * gates.unsqueeze(1)).sum(0))
+        state = y.new_zeros(len(x), 8)
+        for t in range(x.shape[1]):
+            state = torch.tanh(self.cell(y[:, t]) + state)
+        return state
+
+
+def test_what_was_chosen_by_size_holds_on_a_longer_path():
+    """The loop makes another path of another length, on which what ran before it must be the same."""
+
+    def ranks(rank):
+        models = pair(ChosenBySize, 2, example_inputs=(torch.randn(2, 3, 8).double(),))
+        for length in 3, 40, 5:
+            compare(*models, (torch.randn(2, length, 8),))
+
+    run_ranks(ranks, 2)

@@ -25,6 +25,7 @@ MAY_DRAW = set(
 # Calls all of whose integers name dims, though their operators know none.
 NAME_DIMS = set("flatten movedim moveaxis swapaxes swapdims squeeze unsqueeze".split())
 DIM_NAMES = {"dim", "dims", "dim0", "dim1"}
+UNNUMBERED = "the forward reads values, or runs a function in a checkpoint, so its calls have no fixed numbers"
 
 
 @dataclass
@@ -67,9 +68,8 @@ class _Compiler:
     def __init__(self, graph, layout, found, aside):
         self.graph, self.layout, self.found = graph, layout, found
         self.aside = aside  # modules whose calls are numbered by their callers
-        self.closed = aside | {
-            m.path for m in graph.modules if m.watched
-        }  # and others at whose borders nothing is done
+        # These, and others at whose borders nothing is done.
+        self.closed = aside | {m.path for m in graph.modules if m.watched}
         self.readers = {}  # value id -> calls that read it
         self.direct = {}  # (value id, module run) -> calls of that run that read it
         self.within = Counter()  # (value id, module run) -> how many calls read it in that run and what it calls
@@ -220,9 +220,8 @@ class _Compiler:
         code is watched too: its calls must be those that were shown right."""
         watched = {self.caller(self.graph.calls[i]).path for i in self.at_calls}
         on_shards = {c.index for c in self.graph.calls if self.on_shards(c) or c.name in MAY_DRAW}
-        paths = watched | {
-            self.caller(c).path for c in self.graph.calls if c.index in on_shards and not c.module.steady
-        }
+        unsteady = (c for c in self.graph.calls if c.index in on_shards and not c.module.steady)
+        paths = watched | {self.caller(c).path for c in unsteady}
         for m in self.graph.modules[1:]:
             if self.per_run[id(m)].inside and not m.parent.steady:
                 paths.add(next(x.path for x in m.parent.chain() if x.path not in self.aside))
@@ -235,10 +234,7 @@ class _Compiler:
             if program.names is None:
                 continue
             if call.index in self.at_calls and not self.graph.numbered(call, m):
-                reason = (
-                    "the forward reads values, or runs a function in a checkpoint, so its calls have no fixed numbers"
-                )
-                raise LayoutError(reason, call, self.axis(call))
+                raise LayoutError(UNNUMBERED, call, self.axis(call))
             if call.index in self.at_calls:
                 program.calls[len(program.names)] = self.at_calls[call.index]
             if call.index in self.at_calls or call.index in on_shards:

@@ -10,12 +10,10 @@ from ..parts import modules, parameters
 from ..utils import leaves, opaque
 
 # What computes otherwise in training, of torch's modules. Of others' it shows when they run.
-_MODED = (
-    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.RReLU),
-    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
-    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
-    *(nn.MultiheadAttention, nn.RNNBase),
-)
+_DROPOUTS = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.RReLU
+_NORMS = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
+_INSTANCE_NORMS = nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d
+_MODED = (*_DROPOUTS, *_NORMS, *_INSTANCE_NORMS, nn.MultiheadAttention, nn.RNNBase)
 
 
 def moded(model):

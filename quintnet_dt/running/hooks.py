@@ -30,7 +30,7 @@ from .context import AGAIN
 from .program import NOTHING
 from .record import Ended, Running, Started, Starts
 from .shown import Shown, hide, keep_data, show, writable
-from .structure import Hooks, hooks_on  # noqa: F401  the hooks of a module, and where they are found
+from .structure import Hooks, hooks_on  # noqa: F401  hooks_on: scripts that look at a split model read it here
 
 
 class ModuleHooks(Hooks):
