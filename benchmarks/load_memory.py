@@ -1,11 +1,13 @@
-"""What a rank needs to load a sharded model: its peak memory above what it had before, beside the size of its shards.
+"""What a rank needs to load a sharded model: its peak memory above what it had before, beside the
+size of its shards.
 
     python benchmarks/load_memory.py            # 400 MB of float32 weights over 4 ranks
     python benchmarks/load_memory.py --mb 2000 --ranks 2
 
-A transformer is written by one rank group (each its own shards) and loaded by another, from the meta device; then one
-is started there by `materialize`. Every rank is a process of its own, as is every measurement: the peak is that of the
-process (ru_maxrss) during the call, less its memory just before. Linux only.
+A transformer is written by one rank group (each its own shards) and loaded by another, from the
+meta device; then one is started there by `materialize`. Every rank is a process of its own, as is
+every measurement: the peak is that of the process (ru_maxrss) during the call, less its memory just
+before. Linux only.
 """
 
 import argparse
@@ -34,7 +36,11 @@ class Block(nn.Module):
     def forward(self, x):
         h = self.norms[0](x)
         q, k, v = (f(h).unflatten(-1, (8, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
-        x = x + self.o(nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        x = x + self.o(
+            nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            .transpose(1, 2)
+            .flatten(2)
+        )
         return x + self.down(nn.functional.gelu(self.up(self.norms[1](x))))
 
 
@@ -52,7 +58,9 @@ def now():
 
 
 def measure(rank, job, port, args, folder, results):
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(args.ranks), MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(args.ranks), MASTER_ADDR="localhost", MASTER_PORT=str(port)
+    )
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     model = build(args.mb)
@@ -87,17 +95,23 @@ def run(job, args, folder):
     found = sorted(results.get() for _ in range(args.ranks))
     whole, shard, largest, peak = (max(r[i] for r in found) / MB for i in range(1, 5))
     print(
-        f"| {job} | {whole:.0f} | {args.ranks} | {shard:.1f} | {largest:.1f} | {peak:.1f} | {peak / shard:.2f} |",
+        f"| {job} | {whole:.0f} | {args.ranks} | {shard:.1f} | {largest:.1f} | {peak:.1f} |"
+        f" {peak / shard:.2f} |",
         flush=True,
     )
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--mb", type=int, default=400, help="size of the whole model")
     parser.add_argument("--ranks", type=int, default=4)
     args = parser.parse_args()
-    print("| call | whole, MB | ranks | shard, MB | largest module, MB | peak above before, MB | peak / shard |")
+    print(
+        "| call | whole, MB | ranks | shard, MB | largest module, MB | peak above before, MB | peak"
+        " / shard |"
+    )
     print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for job in "export_safetensors", "load_safetensors", "materialize":

@@ -1,12 +1,15 @@
 """Train a Hugging Face language model on a 2-D mesh: data parallel (FSDP2) x tensor parallel.
 
-    torchrun --standalone --nproc-per-node 4 examples/train_2d.py --stop 30    # dp 2 x tp 2, half of the steps
-    torchrun --standalone --nproc-per-node 4 examples/train_2d.py --tp 4       # goes on from the checkpoint, in another layout
-    torchrun --standalone --nproc-per-node 4 examples/train_2d.py --model FOLDER --checkpoint other
+    torchrun --standalone --nproc-per-node 4 examples/train_2d.py --stop 30    # dp 2 x tp 2, half
+    of the steps torchrun --standalone --nproc-per-node 4 examples/train_2d.py --tp 4       # goes
+    on from the checkpoint, in another layout torchrun --standalone --nproc-per-node 4
+    examples/train_2d.py --model FOLDER --checkpoint other
 
-The model is a tiny Llama over bytes with random weights, or that of FOLDER (config.json and safetensors, as the hub
-and --export have them). No rank ever holds it whole. The text is the source of Python's standard library, a byte a
-token: for a model with a tokenizer, put its tokens into read_text. A step's batch is the same in every layout.
+The model is a tiny Llama over bytes with random weights, or that of FOLDER (config.json and
+safetensors, as the hub and --export have them). No rank ever holds it whole. The text is the source
+of Python's standard library, a byte a
+token: for a model with a tokenizer, put its tokens into read_text. A step's batch is the same in
+every layout.
 """
 
 import argparse
@@ -61,7 +64,8 @@ def windows(text: torch.Tensor, starts: torch.Tensor, length: int) -> torch.Tens
 
 
 def build(args, group: ProcessGroupManager, device) -> nn.Module:
-    """The model on the mesh. It starts without memory, and each rank then makes or reads its shards only."""
+    """The model on the mesh. It starts without memory, and each rank then makes or reads its shards
+    only."""
     if args.model:
         config = AutoConfig.from_pretrained(args.model)
     else:
@@ -78,12 +82,19 @@ def build(args, group: ProcessGroupManager, device) -> nn.Module:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype))
 
-    ids = torch.zeros(args.batch // group.dp_size // args.accumulate, args.context, dtype=torch.long, device=device)
+    ids = torch.zeros(
+        args.batch // group.dp_size // args.accumulate,
+        args.context,
+        dtype=torch.long,
+        device=device,
+    )
     example = {"input_ids": ids, "labels": ids, "use_cache": False}
     apply_tensor_parallel(model, mesh=group, example_inputs=example)
     if group.dp_size > 1:
         policy = (
-            MixedPrecisionPolicy(torch.bfloat16, torch.float32) if device.type == "cuda" else MixedPrecisionPolicy()
+            MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+            if device.type == "cuda"
+            else MixedPrecisionPolicy()
         )
         blocks = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
         for part in (*blocks, model):
@@ -104,8 +115,10 @@ def loss_of(model, ids):
 
 
 def train(model, group, text, held_out, args) -> None:
-    """AdamW, clipped gradients, warm-up then cosine; goes on from the checkpoint, if there is one."""
-    # Made before any forward, which can leave FSDP2's parameters unsharded: it must hold the shards.
+    """AdamW, clipped gradients, warm-up then cosine; goes on from the checkpoint, if there is
+    one."""
+    # Made before any forward, which can leave FSDP2's parameters unsharded: it must hold the
+    # shards.
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, (0.9, 0.95))
 
     def schedule(step: int) -> float:
@@ -115,7 +128,9 @@ def train(model, group, text, held_out, args) -> None:
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     begin, last, saving = 0, min(args.stop or args.steps, args.steps), None
     torch.manual_seed(args.seed + group.dp_rank)  # of dropout: the same in a tp group only
-    if any(Path(args.checkpoint + end).exists() for end in ("", ".old")):  # .old: killed while it was replaced
+    if any(
+        Path(args.checkpoint + end).exists() for end in ("", ".old")
+    ):  # .old: killed while it was replaced
         extra = load_checkpoint(args.checkpoint, model, optimizer)
         scheduler.load_state_dict(extra["scheduler"])
         begin = extra["step"]
@@ -126,9 +141,13 @@ def train(model, group, text, held_out, args) -> None:
     model.train()
     with tqdm(total=last, initial=begin, desc="train", disable=RANK != 0, unit="step") as bar:
         for step in range(begin, last):
-            rng = torch.Generator().manual_seed(args.seed + step)  # every rank: the same batch, of which it takes
+            rng = torch.Generator().manual_seed(
+                args.seed + step
+            )  # every rank: the same batch, of which it takes
             starts = torch.randint(len(text) - args.context, (args.batch,), generator=rng)
-            parts = starts.chunk(group.dp_size)[group.dp_rank].chunk(args.accumulate)  # its tp group's part
+            parts = starts.chunk(group.dp_size)[group.dp_rank].chunk(
+                args.accumulate
+            )  # its tp group's part
             total = 0.0
             for i, part in enumerate(parts, 1):
                 if isinstance(model, FSDPModule):  # reduces over dp once a step
@@ -143,17 +162,26 @@ def train(model, group, text, held_out, args) -> None:
                 if saving:
                     saving.result()  # raises what went wrong
                 extra = {"step": step + 1, "scheduler": scheduler.state_dict()}
-                saving = save_checkpoint(args.checkpoint, model, optimizer, extra=extra, async_=True)
+                saving = save_checkpoint(
+                    args.checkpoint, model, optimizer, extra=extra, async_=True
+                )
     if saving:
         saving.result()
 
 
 @torch.no_grad()
 def held_out_loss(model, text, args, batches: int = 4) -> float:
-    """The mean loss, in nats a byte, over windows spread evenly over the text; every rank computes all of them."""
+    """The mean loss, in nats a byte, over windows spread evenly over the text; every rank computes
+    all of them."""
     model.eval()
     starts = torch.linspace(0, len(text) - args.context, batches * args.batch).long()
-    return sum(loss_of(model, windows(text, part, args.context)).item() for part in starts.chunk(batches)) / batches
+    return (
+        sum(
+            loss_of(model, windows(text, part, args.context)).item()
+            for part in starts.chunk(batches)
+        )
+        / batches
+    )
 
 
 def say(text) -> None:
@@ -167,17 +195,35 @@ def size(tensors) -> int:
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tp", type=int, default=min(2, WORLD_SIZE), help="ranks of a tp group; the others are dp")
-    parser.add_argument("--model", help="a folder with config.json and safetensors; default: random weights")
-    parser.add_argument("--dtype", default="float32", help="of the parameters; on CUDA, FSDP2 computes in bfloat16")
+    parser.add_argument(
+        "--tp", type=int, default=min(2, WORLD_SIZE), help="ranks of a tp group; the others are dp"
+    )
+    parser.add_argument(
+        "--model", help="a folder with config.json and safetensors; default: random weights"
+    )
+    parser.add_argument(
+        "--dtype", default="float32", help="of the parameters; on CUDA, FSDP2 computes in bfloat16"
+    )
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--stop", type=int, help="end after this step, to go on later")
     parser.add_argument("--batch", type=int, default=16, help="windows a step, of all ranks")
-    parser.add_argument("--accumulate", type=int, default=2, help="parts of a rank's batch, one after the other")
-    defaults = dict(layers=2, hidden=256, context=64, lr=2e-3, seed=0, save_every=20, checkpoint="train_2d.checkpoint")
+    parser.add_argument(
+        "--accumulate", type=int, default=2, help="parts of a rank's batch, one after the other"
+    )
+    defaults = dict(
+        layers=2,
+        hidden=256,
+        context=64,
+        lr=2e-3,
+        seed=0,
+        save_every=20,
+        checkpoint="train_2d.checkpoint",
+    )
     for name, default in defaults.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
-    parser.add_argument("--export", help="a folder for the trained model, as from_pretrained reads it")
+    parser.add_argument(
+        "--export", help="a folder for the trained model, as from_pretrained reads it"
+    )
     args = parser.parse_args(argv)
     if args.batch % (WORLD_SIZE // args.tp * args.accumulate):
         parser.error(f"--batch {args.batch}: expected a multiple of dp x accumulate")

@@ -1,9 +1,10 @@
-"""Tensor parallelism for any PyTorch model in one call: `apply_tensor_parallel(model, tp_size=4)`."""
+"""Tensor parallelism for any PyTorch model in one call: `apply_tensor_parallel(model,
+tp_size=4)`."""
 
 import importlib
 
-# Where each public name lives; loaded when first asked for, since torch.distributed.tensor alone takes most of a second
-# to import.
+# Where each public name lives; loaded when first asked for, since torch.distributed.tensor alone
+# takes most of a second to import.
 _PUBLIC = {
     "ColumnParallelLinear": "layers",
     "ProcessGroupManager": "processgroup",

@@ -1,8 +1,8 @@
-"""What a user hung on a model's parameters before it was split goes on with the DTensors: gradient hooks, optimizers,
-lists.
+"""What a user hung on a model's parameters before it was split goes on with the DTensors: gradient
+hooks, optimizers, lists.
 
-A plain Parameter cannot become a DTensor itself (their classes lay out memory otherwise, so `torch.utils.swap_tensors`
-refuses), so whatever holds one is given the other.
+A plain Parameter cannot become a DTensor itself (their classes lay out memory otherwise, so
+`torch.utils.swap_tensors` refuses), so whatever holds one is given the other.
 """
 
 import gc
@@ -25,11 +25,12 @@ class Split(NamedTuple):
 
 
 def adopt(splits):
-    """Give what holds the old parameters of [Split, ...] the new ones: lists, dicts (optimizers' state is split along),
-    attributes of objects. The hooks on their gradients run on the new ones' gradients.
+    """Give what holds the old parameters of [Split, ...] the new ones: lists, dicts (optimizers'
+    state is split along), attributes of objects. The hooks on their gradients run on the new ones'
+    gradients.
 
-    Raises RuntimeError where something holds one that cannot be given another: a tuple or a set that a list, a dict or
-    an object keeps.
+    Raises RuntimeError where something holds one that cannot be given another: a tuple or a set
+    that a list, a dict or an object keeps.
     """
     by_id = {id(s.old): s for s in splits if s.new is not s.old}
     for s in by_id.values():
@@ -37,16 +38,20 @@ def adopt(splits):
     ours = {id(splits), id(by_id), *map(id, splits)}
     todo, stuck = list(by_id.values()), []
     while todo := [s for s in todo if sys.getrefcount(s.old) > _REFERENCES]:
-        some, todo = todo[:_AT_ONCE], todo[_AT_ONCE:]  # what holds one most often holds the others too
+        some, todo = (
+            todo[:_AT_ONCE],
+            todo[_AT_ONCE:],
+        )  # what holds one most often holds the others too
         for holder in gc.get_referrers(*(s.old for s in some)):
             if id(holder) not in ours and not _give(holder, by_id) and _kept_by_user(holder, ours):
                 stuck.append(type(holder).__name__)
         del holder
     if stuck:
         raise RuntimeError(
-            "apply_tensor_parallel: expected what holds the model's parameters to be lists, dicts or attributes, which "
-            f"are given the DTensors, found them in a {' and a '.join(sorted(set(stuck)))} too, which would keep the "
-            "old ones: make it after the split"
+            "apply_tensor_parallel: expected what holds the model's parameters to be lists, dicts"
+            " or attributes, which are given the DTensors, found them in a"
+            f" {' and a '.join(sorted(set(stuck)))} too, which would keep the old ones: make it"
+            " after the split"
         )
 
 
@@ -67,7 +72,9 @@ def _give(holder, by_id):
         _give_dict(holder, by_id)
     elif isinstance(holder, (tuple, set, frozenset)):
         return False
-    elif hasattr(holder, "__dict__") and not isinstance(holder, (torch.Tensor, type, types.ModuleType)):
+    elif hasattr(holder, "__dict__") and not isinstance(
+        holder, (torch.Tensor, type, types.ModuleType)
+    ):
         _give_dict(vars(holder), by_id)
     return True
 
@@ -78,7 +85,8 @@ def _give_dict(held, by_id):
             held[key] = by_id[id(x)].new
     if any(id(key) in by_id for key in held):  # an optimizer's state
         items = [
-            (by_id[id(k)].new, _split_state(x, by_id[id(k)])) if id(k) in by_id else (k, x) for k, x in held.items()
+            (by_id[id(k)].new, _split_state(x, by_id[id(k)])) if id(k) in by_id else (k, x)
+            for k, x in held.items()
         ]
         held.clear()
         held.update(items)

@@ -1,5 +1,5 @@
-"""What the ranks of a tp group must have in common: the model and its plan, then, as it runs, the batch and what is
-random."""
+"""What the ranks of a tp group must have in common: the model and its plan, then, as it runs, the
+batch and what is random."""
 
 import ctypes
 import hashlib
@@ -20,10 +20,11 @@ from .utils import leaves
 
 
 def agree(model, options, programs, mesh):
-    """Raise RuntimeError, on every rank, unless all ranks of a tp group are about to split the same model in the same
-    way; called on every rank, before any collective depends on it.
+    """Raise RuntimeError, on every rank, unless all ranks of a tp group are about to split the same
+    model in the same way; called on every rank, before any collective depends on it.
 
-    Args: `options`: {name: value} of what the user chose for all ranks; `programs`: data, what the plan will run.
+    Args: `options`: {name: value} of what the user chose for all ranks; `programs`: data, what the
+    plan will run.
     Returns: a text that is the same on all of them, and that no other split has.
     """
     held, group = {**_held(model), **options}, mesh.get_group()
@@ -37,20 +38,21 @@ def agree(model, options, programs, mesh):
         if found := _difference(everyone[0], other, rank):
             raise RuntimeError(f"{found} on every rank")
     raise RuntimeError(
-        "the ranks made different plans for one model; pass the same example_inputs and plan, and register the same "
-        "hooks, on every rank"
+        "the ranks made different plans for one model; pass the same example_inputs and plan, and"
+        " register the same hooks, on every rank"
     )
 
 
 def agree_on(programs, mesh):
-    """Raise RuntimeError, on every rank, unless all are about to run a new kind of call by the same programs."""
+    """Raise RuntimeError, on every rank, unless all are about to run a new kind of call by the same
+    programs."""
     digests = [None] * mesh.size()
     mine = hashlib.sha256(canonical(programs).encode()).hexdigest()
     dist.all_gather_object(digests, mine, group=mesh.get_group())
     if len(set(digests)) > 1:
         raise RuntimeError(
-            "the ranks of a tp group would run this call in different ways: give all of them the same arguments (and "
-            "dicts in the same order), and register the same hooks"
+            "the ranks of a tp group would run this call in different ways: give all of them the"
+            " same arguments (and dicts in the same order), and register the same hooks"
         )
 
 
@@ -60,44 +62,59 @@ def _held(model):
     for kind, tensors in ("parameter", model.named_parameters()), ("buffer", model.named_buffers()):
         for name, t in tensors:
             meta = ", on the meta device" if t.is_meta else ""
-            held[f"{kind} {name}"] = f"{tuple(t.shape)} {t.dtype} requires_grad={t.requires_grad}{meta}"
+            held[f"{kind} {name}"] = (
+                f"{tuple(t.shape)} {t.dtype} requires_grad={t.requires_grad}{meta}"
+            )
     return held
 
 
 def _difference(first, other, rank):
-    """The first thing that rank 0 and another have otherwise, and what to do about it; None where nothing is."""
+    """The first thing that rank 0 and another have otherwise, and what to do about it; None where
+    nothing is."""
     for name in {**first, **other}:
         a, b = first.get(name, "absent"), other.get(name, "absent")
         if a != b and name.partition(" ")[0] in ("parameter", "buffer"):
             return (
-                f"the model differs between ranks: {name} is {a} on rank 0 and {b} on rank {rank}; build the same model"
+                f"the model differs between ranks: {name} is {a} on rank 0 and {b} on rank {rank};"
+                " build the same model"
             )
         if a != b:
-            return f"{name} is {a} on rank 0 and {b} on rank {rank}; give apply_tensor_parallel the same"
+            return (
+                f"{name} is {a} on rank 0 and {b} on rank {rank}; give apply_tensor_parallel the"
+                " same"
+            )
     for a, b in zip(first, other):
         if a != b:
             where = f"where rank 0 has {a}, rank {rank} has {b}"
-            return f"the model holds the same in another order: {where} (made in the order of a set?); build it alike"
+            return (
+                f"the model holds the same in another order: {where} (made in the order of a set?);"
+                " build it alike"
+            )
     return None
 
 
 @undisturbed
 def check_batch(batch, mesh, values=True):
-    """Raise ValueError, on every rank, unless all ranks of a tp mesh were given the same batch; called on every rank.
+    """Raise ValueError, on every rank, unless all ranks of a tp mesh were given the same batch;
+    called on every rank.
 
-    A sharded model does so by itself in its first calls of each kind; call this where a batch may come to differ later,
-    say after each epoch. Costs one small exchange, and a checksum of the batch.
+    A sharded model does so by itself in its first calls of each kind; call this where a batch may
+    come to differ later, say after each epoch. Costs one small exchange, and a checksum of the
+    batch.
 
     Args:
         batch: tensors, numbers and strings, in tuples, lists, dicts and dataclasses.
-        mesh: the 1-D DeviceMesh of the tp group (`model.tensor_parallel_mesh`), or a ProcessGroupManager.
+        mesh: the 1-D DeviceMesh of the tp group (`model.tensor_parallel_mesh`), or a
+        ProcessGroupManager.
         values: False compares what the tensors are, but not their values.
 
     Raises: TypeError where `mesh` is neither.
     """
     mesh = mesh.mesh if isinstance(mesh, ProcessGroupManager) else mesh
     if not isinstance(mesh, DeviceMesh):
-        raise TypeError(f"mesh: expected a 1-D DeviceMesh or a ProcessGroupManager, found {type(mesh).__name__}")
+        raise TypeError(
+            f"mesh: expected a 1-D DeviceMesh or a ProcessGroupManager, found {type(mesh).__name__}"
+        )
     mine = {path: _digest(x) if values else (_digest(x)[0], 0) for path, x in leaves(batch)}
     if mesh.size() == 1 or _alike(zlib.crc32(repr(mine).encode()), mesh):
         return
@@ -107,17 +124,20 @@ def check_batch(batch, mesh, values=True):
         for path in {**everyone[0], **other}:
             (a, x), (b, y) = (ranks.get(path, ("nothing", 0)) for ranks in (everyone[0], other))
             if (a, x) != (b, y):
-                where, values = "".join(f"[{key!r}]" for key in path), "" if a != b else ", with other values"
+                where, values = "".join(f"[{key!r}]" for key in path), (
+                    "" if a != b else ", with other values"
+                )
                 raise ValueError(
-                    f"the ranks of a tp group were given different batches: (args, kwargs){where} is {a} on rank 0 and "
-                    f"{b}{values} on rank {rank}: give all of them the same (a DistributedSampler's rank is that of "
-                    "the dp group, ProcessGroupManager.dp_rank)"
+                    f"the ranks of a tp group were given different batches: (args, kwargs){where}"
+                    f" is {a} on rank 0 and {b}{values} on rank {rank}: give all of them the same"
+                    " (a DistributedSampler's rank is that of the dp group,"
+                    " ProcessGroupManager.dp_rank)"
                 )
 
 
 def in_pipeline():
-    """Whether this is called by torch.distributed.pipelining, which first runs a stage on uninitialised inputs, to
-    learn the shapes of its outputs."""
+    """Whether this is called by torch.distributed.pipelining, which first runs a stage on
+    uninitialised inputs, to learn the shapes of its outputs."""
     frame = sys._getframe(1)
     while frame is not None and not frame.f_code.co_filename.startswith(_PIPELINING):
         frame = frame.f_back
@@ -130,7 +150,11 @@ _PIPELINING = os.path.join(os.path.dirname(dist.__file__), "pipelining", "")
 def _digest(x):
     """(What it is, a checksum of its values)."""
     if not isinstance(x, torch.Tensor):
-        return (repr(x), 0) if isinstance(x, (bool, int, float, str, type(None))) else (type(x).__name__, 0)
+        return (
+            (repr(x), 0)
+            if isinstance(x, (bool, int, float, str, type(None)))
+            else (type(x).__name__, 0)
+        )
     what = f"a tensor of shape {tuple(x.shape)}, {x.dtype}"
     if x.device.type == "meta" or x.layout != torch.strided or type(x) is not torch.Tensor:
         return what, 0
@@ -154,7 +178,8 @@ def random_state(cuda):
 
 
 def set_random_state(states):
-    """Go on from states that `random_state` gave; that of a CUDA device is left out where none is in use."""
+    """Go on from states that `random_state` gave; that of a CUDA device is left out where none is
+    in use."""
     torch.set_rng_state(states[0])
     if len(states) > 1 and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(states[1])
@@ -162,8 +187,9 @@ def set_random_state(states):
 
 @undisturbed
 def share_random_state(mesh):
-    """Every rank of a tp group goes on with the random state of its first, so that what is drawn outside a shard is the
-    same on all of them, however they were seeded, and what is drawn for a shard is a part of the whole's."""
+    """Every rank of a tp group goes on with the random state of its first, so that what is drawn
+    outside a shard is the same on all of them, however they were seeded, and what is drawn for a
+    shard is a part of the whole's."""
     states = random_state(mesh.device_type == "cuda")
     packed, group = torch.cat(states), mesh.get_group()
     if _alike(_checksum(packed), mesh):

@@ -1,4 +1,5 @@
-"""Data written so that every rank writes the same: no order of a set or a dict, no address, no hash."""
+"""Data written so that every rank writes the same: no order of a set or a dict, no address, no
+hash."""
 
 import dataclasses
 import enum
@@ -9,8 +10,8 @@ _PLAIN = bool, int, float, complex, str, bytes, type(None), range, torch.dtype, 
 
 
 def canonical(x):
-    """A text of nested data that is the same in every process for the same data, however its dicts and sets are
-    ordered; of an object that is no data, its class alone."""
+    """A text of nested data that is the same in every process for the same data, however its dicts
+    and sets are ordered; of an object that is no data, its class alone."""
     if isinstance(x, enum.Enum):
         return f"{_name(type(x))}.{x.name}"
     if isinstance(x, _PLAIN):
@@ -22,13 +23,15 @@ def canonical(x):
     if isinstance(x, (set, frozenset)):
         return f"{{{', '.join(sorted(map(canonical, x)))}}}"
     if isinstance(x, dict):
-        return f"{{{', '.join(sorted(f'{canonical(key)}: {canonical(value)}' for key, value in x.items()))}}}"
+        items = sorted(f"{canonical(key)}: {canonical(value)}" for key, value in x.items())
+        return f"{{{', '.join(items)}}}"
     if isinstance(x, slice):
         return f"slice{canonical((x.start, x.stop, x.step))}"
     if isinstance(x, type):
         return _name(x)
     if dataclasses.is_dataclass(x):
-        return f"{_name(type(x))}{canonical({f.name: getattr(x, f.name) for f in dataclasses.fields(x)})}"
+        fields = {f.name: getattr(x, f.name) for f in dataclasses.fields(x)}
+        return f"{_name(type(x))}{canonical(fields)}"
     return f"a {_name(type(x))}"
 
 

@@ -1,10 +1,16 @@
-"""Tensors of dtypes that a backend does not send (gloo: float8, int16, unsigned ones) go as others of the same size:
-what is only moved keeps its bits."""
+"""Tensors of dtypes that a backend does not send (gloo: float8, int16, unsigned ones) go as others
+of the same size: what is only moved keeps its bits."""
 
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-_SENT = {torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64}  # and all floats and complex ones from 2 bytes
+_SENT = {
+    torch.bool,
+    torch.uint8,
+    torch.int8,
+    torch.int32,
+    torch.int64,
+}  # and all floats and complex ones from 2 bytes
 _OF_SIZE = {1: torch.uint8, 2: torch.bfloat16, 4: torch.int32, 8: torch.int64}
 
 
@@ -21,7 +27,9 @@ def distribute(t, mesh, placement, src_data_rank):
     if sent is t:
         return split
     local = split.to_local().view(t.dtype)
-    return DTensor.from_local(local, mesh, [placement], run_check=False, shape=split.shape, stride=split.stride())
+    return DTensor.from_local(
+        local, mesh, [placement], run_check=False, shape=split.shape, stride=split.stride()
+    )
 
 
 def whole_of(t):
@@ -30,5 +38,7 @@ def whole_of(t):
     sent = carried(local)
     if sent is local:
         return t.full_tensor()
-    split = DTensor.from_local(sent, t.device_mesh, t.placements, run_check=False, shape=t.shape, stride=t.stride())
+    split = DTensor.from_local(
+        sent, t.device_mesh, t.placements, run_check=False, shape=t.shape, stride=t.stride()
+    )
     return split.full_tensor().view(t.dtype)

@@ -1,8 +1,9 @@
 """Differentiable collectives that DTensor has not, or runs too slowly.
 
-``x_r`` is rank r's tensor. A tensor is *replicated* where every rank holds the same (its gradient is then the same
-everywhere too); else it *varies*, and each rank holds the gradient of its own. Six operators in three pairs (and
-`exchange`): the backward of each is the forward of its partner, so gradients of any order are right.
+``x_r`` is rank r's tensor. A tensor is *replicated* where every rank holds the same (its gradient
+is then the same everywhere too); else it *varies*, and each rank holds the gradient of its own. Six
+operators in three pairs (and `exchange`): the backward of each is the forward of its partner, so
+gradients of any order are right.
 
     all_reduce      varies -> replicated    y   = sum_r x_r
     copy_in         replicated -> varies    y_r = x
@@ -11,12 +12,13 @@ everywhere too); else it *varies*, and each rank holds the gradient of its own. 
     reduce_scatter  varies -> varies        y_r = (sum_s x_s)[part r]
     all_gather(partial_grad=True)           y_r = cat_s(x_s), varies -> varies
 
-The first pair is g and f of Megatron-LM (arXiv 1909.08053, section 3), the last its sequence parallelism's (arXiv
-2205.05198, section 4.2.2). Torch's functional ``all_reduce`` takes its result to vary (its backward is an all-reduce):
-before a replicated loss, gradients are n times too large.
+The first pair is g and f of Megatron-LM (arXiv 1909.08053, section 3), the last its sequence
+parallelism's (arXiv 2205.05198, section 4.2.2). Torch's functional ``all_reduce`` takes its result
+to vary (its backward is an all-reduce): before a replicated loss, gradients are n times too large.
 
-Every rank must make the same calls in the same order, and either every rank's input requires grad or none does. Inputs
-and incoming gradients are never modified. A group of one communicates nothing and gives the input itself back.
+Every rank must make the same calls in the same order, and either every rank's input requires grad
+or none does. Inputs and incoming gradients are never modified. A group of one communicates nothing
+and gives the input itself back.
 """
 
 from dataclasses import dataclass
@@ -38,10 +40,12 @@ _scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scat
 
 @dataclass(frozen=True)
 class SimulatedGroup:
-    """A group whose other ranks are imagined to hold what this one holds. ValueError unless ``0 <= rank < size``.
+    """A group whose other ranks are imagined to hold what this one holds. ValueError unless ``0 <=
+    rank < size``.
 
-    Its collectives communicate nothing and give tensors of the right shape, fake tensors too: a plan can be proved and
-    costed in one process. Where lengths differ, the others hold this rank's tensor cut to theirs, or zero-filled.
+    Its collectives communicate nothing and give tensors of the right shape, fake tensors too: a
+    plan can be proved and costed in one process. Where lengths differ, the others hold this rank's
+    tensor cut to theirs, or zero-filled.
     """
 
     rank: int
@@ -57,7 +61,8 @@ Sizes = Sequence[int] | None
 
 
 def group_of(mesh) -> Group:
-    """The group of a 1-D DeviceMesh; of one rank, one that outlives its process group, which it does not need."""
+    """The group of a 1-D DeviceMesh; of one rank, one that outlives its process group, which it
+    does not need."""
     return SimulatedGroup(0, 1) if mesh.size() == 1 else mesh.get_group()
 
 
@@ -72,15 +77,20 @@ def group_size(group: Group) -> int:
         return group.size
     if not isinstance(group, ProcessGroup):  # new_group gives outsiders an int
         found = f"found {group!r}; of a DeviceMesh pass mesh.get_group()"
-        raise ValueError(f"expected a ProcessGroup that this rank is in, or a SimulatedGroup, {found}")
+        raise ValueError(
+            f"expected a ProcessGroup that this rank is in, or a SimulatedGroup, {found}"
+        )
     if not SINCE_2_13 and torch.compiler.is_compiling():
-        raise RuntimeError(f"torch.compile of collectives: expected torch 2.13 or newer, found {torch.__version__}")
+        raise RuntimeError(
+            f"torch.compile of collectives: expected torch 2.13 or newer, found {torch.__version__}"
+        )
     return group.size()
 
 
 def chunk_sizes(length: int, n: int) -> list[int]:
-    """The lengths of a dim's n parts, as ``torch.chunk`` and DTensor's Shard cut it: ``ceil(length / n)`` while that
-    lasts. 10 over 4 is 3, 3, 3, 1; 3 over 4 is 1, 1, 1, 0. Raises ValueError if ``length < 0`` or ``n < 1``."""
+    """The lengths of a dim's n parts, as ``torch.chunk`` and DTensor's Shard cut it: ``ceil(length
+    / n)`` while that lasts. 10 over 4 is 3, 3, 3, 1; 3 over 4 is 1, 1, 1, 0. Raises ValueError if
+    ``length < 0`` or ``n < 1``."""
     if length < 0 or n < 1:
         raise ValueError(f"expected length >= 0 and n >= 1, found {length} and {n}")
     full = -(-length // n)
@@ -96,19 +106,28 @@ def all_reduce(x: Tensor, group: Group) -> Tensor:
 
 
 def copy_in(x: Tensor, group: Group) -> Tensor:
-    """``y_r = x``; ``dx = sum_r dy_r``. Any shape. Where a replicated tensor enters work that differs by rank.
+    """``y_r = x``; ``dx = sum_r dy_r``. Any shape. Where a replicated tensor enters work that
+    differs by rank.
 
     ``y`` is ``x`` or a view of it; autograd refuses to modify the view in place."""
-    return Copy.apply(x, group) if group_size(group) != 1 and x.requires_grad and torch.is_grad_enabled() else x
+    return (
+        Copy.apply(x, group)
+        if group_size(group) != 1 and x.requires_grad and torch.is_grad_enabled()
+        else x
+    )
 
 
-def all_gather(x: Tensor, dim: int, group: Group, sizes: Sizes = None, partial_grad: bool = False) -> Tensor:
-    """``y = cat_r(x_r, dim)``; ``dx_r = dy[part r]``; with ``partial_grad`` (y's use varies), ``(sum_s dy_s)[part r]``.
+def all_gather(
+    x: Tensor, dim: int, group: Group, sizes: Sizes = None, partial_grad: bool = False
+) -> Tensor:
+    """``y = cat_r(x_r, dim)``; ``dx_r = dy[part r]``; with ``partial_grad`` (y's use varies),
+    ``(sum_s dy_s)[part r]``.
 
-    ``x`` is (..., sizes[rank], ...), its other dims the same on every rank; ``dim``, where the parts lie, may be
-    negative; ``sizes`` is every rank's length along it, None if all have this rank's. Returns (..., sum(sizes), ...).
-    Raises ValueError if ``dim`` is out of range, or ``sizes`` is not one length per rank or does not fit ``x`` (which
-    can only be seen on the rank whose ``x`` it is: the others wait for it).
+    ``x`` is (..., sizes[rank], ...), its other dims the same on every rank; ``dim``, where the
+    parts lie, may be negative; ``sizes`` is every rank's length along it, None if all have this
+    rank's. Returns (..., sum(sizes), ...). Raises ValueError if ``dim`` is out of range, or
+    ``sizes`` is not one length per rank or does not fit ``x`` (which can only be seen on the rank
+    whose ``x`` it is: the others wait for it).
     """
     dim, sizes = _check(x, dim, group, sizes, whole=False)
     return x if group_size(group) == 1 else All_Gather.apply(x, dim, group, sizes, partial_grad)
@@ -117,36 +136,44 @@ def all_gather(x: Tensor, dim: int, group: Group, sizes: Sizes = None, partial_g
 def split(x: Tensor, dim: int, group: Group, sizes: Sizes = None) -> Tensor:
     """``y_r = x[part r]``; ``dx = cat_r(dy_r, dim)``. A copy: the whole can be freed.
 
-    ``x`` is (..., sum(sizes), ...), replicated; ``dim``, what to split, may be negative; ``sizes`` is every rank's
-    length along it, None for `chunk_sizes`. Returns (..., sizes[rank], ...). Raises ValueError if ``dim`` is out of
-    range, or ``sizes`` is not one length per rank or does not add up to the length of ``x``.
+    ``x`` is (..., sum(sizes), ...), replicated; ``dim``, what to split, may be negative; ``sizes``
+    is every rank's length along it, None for `chunk_sizes`. Returns (..., sizes[rank], ...). Raises
+    ValueError if ``dim`` is out of range, or ``sizes`` is not one length per rank or does not add
+    up to the length of ``x``.
     """
     dim, sizes = _check(x, dim, group, sizes, whole=True)
     return x if group_size(group) == 1 else Split.apply(x, dim, group, sizes)
 
 
 def reduce_scatter(x: Tensor, dim: int, group: Group, sizes: Sizes = None) -> Tensor:
-    """``y_r = (sum_s x_s)[part r]``; ``dx_r = cat_s(dy_s, dim)``. Shapes and errors as for `split`; ``x`` varies."""
+    """``y_r = (sum_s x_s)[part r]``; ``dx_r = cat_s(dy_s, dim)``. Shapes and errors as for `split`;
+    ``x`` varies."""
     dim, sizes = _check(x, dim, group, sizes, whole=True)
     return x if group_size(group) == 1 else ReduceScatter.apply(x, dim, group, sizes)
 
 
 def exchange(x: Tensor, dim: int, group: Group, positions: Tensor) -> Tensor:
-    """``y_r = X[positions[r]]`` along ``dim``, of the whole ``X`` whose part r, by `chunk_sizes`, is ``x_r``; ``dx``
-    goes back the same way.
+    """``y_r = X[positions[r]]`` along ``dim``, of the whole ``X`` whose part r, by `chunk_sizes`,
+    is ``x_r``; ``dx`` goes back the same way.
 
-    ``positions`` is (ranks, length): every index of ``X`` once, increasing for each rank. An all-to-all, for weights
-    whose rows are stored in another order than they are used in. Returns (..., length, ...).
+    ``positions`` is (ranks, length): every index of ``X`` once, increasing for each rank. An
+    all-to-all, for weights whose rows are stored in another order than they are used in. Returns
+    (..., length, ...).
     """
     simulated = isinstance(group, SimulatedGroup)  # on fake tensors no positions can be worked out
-    route = Route(x.shape[dim], positions.shape[1]) if simulated else Route.of(positions, group_rank(group))
+    route = (
+        Route(x.shape[dim], positions.shape[1])
+        if simulated
+        else Route.of(positions, group_rank(group))
+    )
     return x if group_size(group) == 1 else Exchange.apply(x, dim % x.dim(), group, route, False)
 
 
-# --- The autograd functions. Backward is the partner's function: differentiable again. Gradients stay materialized: a
-# rank whose gradient is undefined joins with zeros. No setup_context: it costs microseconds a call. One collective
-# each, so nothing that async could overlap. Results are no views: autograd forbids in-place work on those. ``sizes`` is
-# None where all are equal; backends want equal lengths, so uneven parts are filled up to the longest.
+# --- The autograd functions. Backward is the partner's function: differentiable again. Gradients
+# stay materialized: a rank whose gradient is undefined joins with zeros. No setup_context: it costs
+# microseconds a call. One collective each, so nothing that async could overlap. Results are no
+# views: autograd forbids in-place work on those. ``sizes`` is None where all are equal; backends
+# want equal lengths, so uneven parts are filled up to the longest.
 
 
 class All_Reduce(Function):
@@ -191,7 +218,13 @@ class All_Gather(Function):
 
     @staticmethod
     def backward(ctx, dy):
-        return (reduce_scatter if ctx.partial_grad else split)(dy, *ctx.args), None, None, None, None
+        return (
+            (reduce_scatter if ctx.partial_grad else split)(dy, *ctx.args),
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 class Split(Function):
@@ -200,7 +233,9 @@ class Split(Function):
         ctx.args = dim, group, sizes
         n, rank = group_size(group), group_rank(group)
         sizes = sizes or [x.shape[dim] // n] * n
-        return x.narrow(dim, sum(sizes[:rank]), sizes[rank]).clone(memory_format=torch.contiguous_format)
+        return x.narrow(dim, sum(sizes[:rank]), sizes[rank]).clone(
+            memory_format=torch.contiguous_format
+        )
 
     @staticmethod
     def backward(ctx, dy):
@@ -219,8 +254,14 @@ class ReduceScatter(Function):
         if sizes is not None:
             parts = [_filled(part, dim, max(sizes)) for part in parts]
         y = x.new_empty(parts[0].shape)
-        _scatter_flat(y, (x if dim == 0 and sizes is None else torch.cat(parts)).contiguous(), group=group)
-        return y if sizes is None else y.narrow(dim, 0, own.shape[dim]).clone(memory_format=torch.contiguous_format)
+        _scatter_flat(
+            y, (x if dim == 0 and sizes is None else torch.cat(parts)).contiguous(), group=group
+        )
+        return (
+            y
+            if sizes is None
+            else y.narrow(dim, 0, own.shape[dim]).clone(memory_format=torch.contiguous_format)
+        )
 
     @staticmethod
     def backward(ctx, dy):
@@ -244,10 +285,14 @@ class Route(NamedTuple):
     @classmethod
     def of(cls, positions, rank):
         sizes = chunk_sizes(positions.numel(), len(positions))
-        owners = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))[positions]  # (ranks, length)
+        owners = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))[
+            positions
+        ]  # (ranks, length)
         given = [p[o == rank] - sum(sizes[:rank]) for p, o in zip(positions, owners)]
         taken = torch.bincount(owners[rank], minlength=len(sizes)).tolist()
-        return cls(sizes[rank], positions.shape[1], torch.cat(given), [len(g) for g in given], taken)
+        return cls(
+            sizes[rank], positions.shape[1], torch.cat(given), [len(g) for g in given], taken
+        )
 
 
 class Exchange(Function):

@@ -1,16 +1,18 @@
-"""Under DistributedDataParallel(model, device_mesh=mesh["dp"]): it makes of every DTensor parameter a plain one, its
-local tensor, of which it averages the gradient over dp."""
+"""Under DistributedDataParallel(model, device_mesh=mesh["dp"]): it makes of every DTensor parameter
+a plain one, its local tensor, of which it averages the gradient over dp."""
 
 from torch.distributed.tensor import DTensor
 
 from .private import DDP_SPEC
 
-SPEC = "_tp_spec"  # the attribute of such a parameter that says of which DTensor it is the local tensor
+SPEC = (  # the attribute of such a parameter that says of which DTensor it is the local tensor
+    "_tp_spec"
+)
 
 
 def take_local(model):
-    """Before a forward: parameters are read as the plain ones that they are. DDP's own hooks, which would make DTensors
-    of them for each forward, find nothing to do."""
+    """Before a forward: parameters are read as the plain ones that they are. DDP's own hooks, which
+    would make DTensors of them for each forward, find nothing to do."""
     for p in model.parameters():
         if DDP_SPEC in vars(p):
             vars(p)[SPEC] = vars(p).pop(DDP_SPEC)
@@ -32,5 +34,10 @@ def as_dtensor(p):
         return p
     spec = vars(p)[SPEC]
     return DTensor.from_local(
-        p.detach(), spec.mesh, spec.placements, run_check=False, shape=spec.shape, stride=spec.stride
+        p.detach(),
+        spec.mesh,
+        spec.placements,
+        run_check=False,
+        shape=spec.shape,
+        stride=spec.stride,
     )

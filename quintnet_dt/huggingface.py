@@ -1,5 +1,5 @@
-"""What transformers and peft look for on a split model of theirs: their trainers take it, their `save_pretrained` saves
-the whole.
+"""What transformers and peft look for on a split model of theirs: their trainers take it, their
+`save_pretrained` saves the whole.
 
 Nothing is imported: a model is transformers' if its class has the names below.
 """
@@ -12,12 +12,19 @@ from torch.distributed.tensor import DTensor
 
 from .parts import modules
 
-GATHER = "gather_sharded_state_dict_for_save"  # what transformers' save_pretrained asks for whole tensors
-MARKS = "_tp_size", "_device_mesh", "_is_distributed_loading_by_transformers"  # of a model that transformers split
+GATHER = (  # what transformers' save_pretrained asks for whole tensors
+    "gather_sharded_state_dict_for_save"
+)
+MARKS = (
+    "_tp_size",
+    "_device_mesh",
+    "_is_distributed_loading_by_transformers",
+)  # of a model that transformers split
 
 
 def mark(model, mesh):
-    """Mark a model that was split, and models within it, as transformers marks those that it splits itself."""
+    """Mark a model that was split, and models within it, as transformers marks those that it splits
+    itself."""
     config_class = getattr(sys.modules.get("transformers.distributed"), "DistributedConfig", None)
     for module in modules(model):
         if hasattr(type(module), "save_pretrained") and hasattr(module, "peft_config"):
@@ -26,7 +33,11 @@ def mark(model, mesh):
         if not hasattr(type(module), GATHER) or config is None:
             continue
         setattr(module, GATHER, gathered)
-        if mesh.size() > 1 and config_class is not None and all(hasattr(type(module), name) for name in MARKS):
+        if (
+            mesh.size() > 1
+            and config_class is not None
+            and all(hasattr(type(module), name) for name in MARKS)
+        ):
             vars(module).update(zip(MARKS, (mesh.size(), mesh, True)))
             config.distributed_config = config_class(tp_size=mesh.size())
 
@@ -34,7 +45,10 @@ def mark(model, mesh):
 @contextlib.contextmanager
 def unmarked(model):
     """For a while, a model that looks as if nobody had split it."""
-    kept = [(vars(m), {name: vars(m).pop(name) for name in MARKS if name in vars(m)}) for m in modules(model)]
+    kept = [
+        (vars(m), {name: vars(m).pop(name) for name in MARKS if name in vars(m)})
+        for m in modules(model)
+    ]
     try:
         yield
     finally:
@@ -43,7 +57,8 @@ def unmarked(model):
 
 
 def gathered(model, state, distributed_config=None, *, save_on_this_rank=True):
-    """{name: whole tensor, on the CPU} of a state dict, on the ranks that save; {} on the others. On every rank."""
+    """{name: whole tensor, on the CPU} of a state dict, on the ranks that save; {} on the others.
+    On every rank."""
     whole = {}
     for name, x in state.items():
         x = x.detach().full_tensor() if isinstance(x, DTensor) else x

@@ -1,4 +1,5 @@
-"""The ParallelStyle that makes a module compute on shards, and drop-in layers for models that are written for it."""
+"""The ParallelStyle that makes a module compute on shards, and drop-in layers for models that are
+written for it."""
 
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -16,10 +17,11 @@ from .state.loading import place_on_load
 
 
 class ShardedModule(ParallelStyle):
-    """The style that `apply_tensor_parallel` gives every module: its parameters become DTensors, its hooks are
-    registered.
+    """The style that `apply_tensor_parallel` gives every module: its parameters become DTensors,
+    its hooks are registered.
 
-    `placements`: parameter name -> placement; `made`: Splits by the id of the plain parameter, so that ties stay tied.
+    `placements`: parameter name -> placement; `made`: Splits by the id of the plain parameter, so
+    that ties stay tied.
     """
 
     def __init__(self, context, path, owners, placements, made):
@@ -33,7 +35,9 @@ class ShardedModule(ParallelStyle):
                 continue
             if id(p) not in self.made:
                 placement = self.placements[self.names[id(module), attr]]
-                self.made[id(p)] = Split(p, p if isinstance(p, DTensor) else self.distribute(p, mesh, placement))
+                self.made[id(p)] = Split(
+                    p, p if isinstance(p, DTensor) else self.distribute(p, mesh, placement)
+                )
             setattr(module, attr, self.made[id(p)].new)
         hook(module, self.context, self.path, self.owners)
         place_on_load(module)
@@ -68,13 +72,14 @@ def _positional(module, args, kwargs):
 class ColumnParallelLinear(nn.Linear):
     """A Linear split over its output features (Megatron-LM, arXiv 1909.08053, section 3).
 
-    y = x A^T + b with A = [A_0; A_1; ...]: rank r computes y_r = x A_r^T + b_r. Backward: dx = sum_r dy_r A_r (one
-    all-reduce).
+    y = x A^T + b with A = [A_0; A_1; ...]: rank r computes y_r = x A_r^T + b_r. Backward: dx =
+    sum_r dy_r A_r (one all-reduce).
 
-    Args: as nn.Linear, and `mesh`: a 1-D DeviceMesh or a ProcessGroupManager; `gather_output`: return the whole y, of
-    shape (..., out_features), else this rank's part (`torch.chunk`'s, so out_features need not divide);
-    `src_data_rank`: whose initial weights are used; None if all ranks are seeded alike. `state_dict` has the whole
-    layer's keys, with DTensors; initial values are the whole layer's under the same seed.
+    Args: as nn.Linear, and `mesh`: a 1-D DeviceMesh or a ProcessGroupManager; `gather_output`:
+    return the whole y, of shape (..., out_features), else this rank's part (`torch.chunk`'s, so
+    out_features need not divide); `src_data_rank`: whose initial weights are used; None if all
+    ranks are seeded alike. `state_dict` has the whole layer's keys, with DTensors; initial values
+    are the whole layer's under the same seed.
     """
 
     def __init__(self, *args, mesh, gather_output=True, src_data_rank=0, **kwargs):
@@ -91,11 +96,12 @@ class ColumnParallelLinear(nn.Linear):
 class RowParallelLinear(nn.Linear):
     """A Linear split over its input features (Megatron-LM, arXiv 1909.08053, section 3).
 
-    y = sum_r x_r A_r^T + b with A = [A_0, A_1, ...] and x = [x_0, x_1, ...]: one all-reduce forward, the bias added
-    once. Backward: dx_r = dy A_r.
+    y = sum_r x_r A_r^T + b with A = [A_0, A_1, ...] and x = [x_0, x_1, ...]: one all-reduce
+    forward, the bias added once. Backward: dx_r = dy A_r.
 
-    Args: as nn.Linear, and `mesh`, `src_data_rank` as for ColumnParallelLinear; `input_is_parallel`: x is this rank's
-    part already (what a ColumnParallelLinear with gather_output=False returns), else it is whole and is split here.
+    Args: as nn.Linear, and `mesh`, `src_data_rank` as for ColumnParallelLinear;
+    `input_is_parallel`: x is this rank's part already (what a ColumnParallelLinear with
+    gather_output=False returns), else it is whole and is split here.
     """
 
     def __init__(self, *args, mesh, input_is_parallel=False, src_data_rank=0, **kwargs):
@@ -110,17 +116,20 @@ class RowParallelLinear(nn.Linear):
 
 
 class VocabParallelEmbedding(nn.Embedding):
-    """An Embedding split over its rows (Megatron-LM, arXiv 1909.08053, section 3): each rank looks up its own, zeros
-    for the others; one all-reduce.
+    """An Embedding split over its rows (Megatron-LM, arXiv 1909.08053, section 3): each rank looks
+    up its own, zeros for the others; one all-reduce.
 
-    Args: as nn.Embedding (`max_norm` excepted: it would write to rows that are elsewhere), and `mesh`, `src_data_rank`
-    as for ColumnParallelLinear. Raises ValueError for `max_norm`.
+    Args: as nn.Embedding (`max_norm` excepted: it would write to rows that are elsewhere), and
+    `mesh`, `src_data_rank` as for ColumnParallelLinear. Raises ValueError for `max_norm`.
     """
 
     def __init__(self, *args, mesh, src_data_rank=0, **kwargs):
         super().__init__(*args, **kwargs)
         if self.max_norm is not None:
-            raise ValueError(f"VocabParallelEmbedding: expected max_norm=None, found {self.max_norm}; use nn.Embedding")
+            raise ValueError(
+                f"VocabParallelEmbedding: expected max_norm=None, found {self.max_norm}; use"
+                " nn.Embedding"
+            )
         call = CallProgram(instead=Action("embedding", 0, self.num_embeddings))
         program = Program({"weight": ()}, {}, {(): (Action("sum"),)}, {0: call}, ["embedding"])
         _shard(self, mesh, {"weight": Shard(0)}, program, src_data_rank)

@@ -10,11 +10,11 @@ from .running.structure import hooks_on
 
 
 def register_forward_method(module, name):
-    """Make a method of a split model, or of a part of it, a forward of its own: CLIP's `encode_text`, say. As
-    `torch.distributed.fsdp.register_fsdp_forward_method` does for FSDP2.
+    """Make a method of a split model, or of a part of it, a forward of its own: CLIP's
+    `encode_text`, say. As `torch.distributed.fsdp.register_fsdp_forward_method` does for FSDP2.
 
-    A call of it from outside is traced and shown before it runs, once for each kind of call; within a forward of the
-    model it is a part of that. Hooks of the user's on the module do not run.
+    A call of it from outside is traced and shown before it runs, once for each kind of call; within
+    a forward of the model it is a part of that. Hooks of the user's on the module do not run.
 
     Args:
         module: an nn.Module, before or after `apply_tensor_parallel`.
@@ -23,12 +23,14 @@ def register_forward_method(module, name):
     Raises: TypeError, ValueError where there is no such module or method.
     """
     if not isinstance(module, nn.Module):
-        raise TypeError(f"register_forward_method: expected an nn.Module, found {type(module).__name__}")
+        raise TypeError(
+            f"register_forward_method: expected an nn.Module, found {type(module).__name__}"
+        )
     found = getattr(type(module), name, None) if isinstance(name, str) else None
     if not isinstance(found, FunctionType) or name == "forward":
         raise ValueError(
-            f"register_forward_method: expected the name of a method of {type(module).__name__} beside forward, "
-            f"found {name!r}"
+            f"register_forward_method: expected the name of a method of {type(module).__name__}"
+            f" beside forward, found {name!r}"
         )
 
     @functools.wraps(found)

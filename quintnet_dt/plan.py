@@ -1,5 +1,5 @@
-"""TensorParallelPlan: what is sharded, how it runs, why, and what it costs. Pure data: a table, JSON, and a check
-against a model."""
+"""TensorParallelPlan: what is sharded, how it runs, why, and what it costs. Pure data: a table,
+JSON, and a check against a model."""
 
 import json
 import re
@@ -16,7 +16,10 @@ LOCAL, EXCHANGED, GATHERED = "local", "exchanged", "gathered"
 WEIGHT_GATHERED, REPLICATED = "weight gathered", "replicated"
 HOW = {
     LOCAL: "computes on this rank's shard, the axis stays sharded through the region",
-    EXCHANGED: "as local; of fused pieces, stored in their own order: the ranks exchange rows before its use",
+    EXCHANGED: (
+        "as local; of fused pieces, stored in their own order: the ranks exchange rows before"
+        " its use"
+    ),
     GATHERED: "computes on this rank's shard, the result is completed at once",
     WEIGHT_GATHERED: "the weight is gathered before its use",
     REPLICATED: "whole on every rank",
@@ -25,8 +28,9 @@ HOW = {
 
 @dataclass
 class Entry:
-    """One parameter: the `dim` it is split on (None: replicated), in each of its `pieces` equal parts; `how` it runs
-    (see HOW); of how many `units` the axis is that it is split along, 0 where that is the weight's own."""
+    """One parameter: the `dim` it is split on (None: replicated), in each of its `pieces` equal
+    parts; `how` it runs (see HOW); of how many `units` the axis is that it is split along, 0 where
+    that is the weight's own."""
 
     name: str
     shape: tuple
@@ -40,7 +44,11 @@ class Entry:
     def placement(self):
         if self.dim is None:
             return Replicate()
-        return _StridedShard(self.dim, split_factor=self.pieces) if self.pieces > 1 else Shard(self.dim)
+        return (
+            _StridedShard(self.dim, split_factor=self.pieces)
+            if self.pieces > 1
+            else Shard(self.dim)
+        )
 
     def in_one_block(self):
         """This entry, with one block of the weight a rank."""
@@ -52,7 +60,9 @@ class Entry:
         if any(type(x) is not int or x < 0 for x in sizes) or self.pieces < 1:
             return False
         inside = self.dim is None or self.dim < len(self.shape)
-        return inside and self.how in HOW and isinstance(self.name, str) and isinstance(self.why, str)
+        return (
+            inside and self.how in HOW and isinstance(self.name, str) and isinstance(self.why, str)
+        )
 
     def share(self, n):
         """Elements that the fullest rank holds."""
@@ -65,9 +75,10 @@ class Entry:
 
 @dataclass
 class TensorParallelPlan:
-    """How a model is split over `tp_size` ranks. `entries` holds an Entry a parameter, by name; `bytes_per_step` is
-    what a rank sends in one forward and backward of the traced inputs (ring collectives); None where none was traced.
-    `plan[name] = Shard(0)` or `Replicate()` edits it: what a user sets, wins."""
+    """How a model is split over `tp_size` ranks. `entries` holds an Entry a parameter, by name;
+    `bytes_per_step` is what a rank sends in one forward and backward of the traced inputs (ring
+    collectives); None where none was traced. `plan[name] = Shard(0)` or `Replicate()` edits it:
+    what a user sets, wins."""
 
     tp_size: int
     entries: dict = field(default_factory=dict)
@@ -113,10 +124,17 @@ class TensorParallelPlan:
         what = "expected the JSON of a TensorParallelPlan"
         try:
             data = json.loads(text)
-            entries = {n: Entry(**{**e, "shape": tuple(e["shape"])}) for n, e in data.pop("entries").items()}
+            entries = {
+                n: Entry(**{**e, "shape": tuple(e["shape"])})
+                for n, e in data.pop("entries").items()
+            }
             plan = cls(entries=entries, **data)
             wrong = [f"{n}: {e}" for n, e in entries.items() if n != e.name or not e.valid()]
-            if type(plan.tp_size) is not int or plan.tp_size < 1 or type(plan.bytes_per_step) not in (int, type(None)):
+            if (
+                type(plan.tp_size) is not int
+                or plan.tp_size < 1
+                or type(plan.bytes_per_step) not in (int, type(None))
+            ):
                 wrong.append(f"tp_size {plan.tp_size!r}, bytes_per_step {plan.bytes_per_step!r}")
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as e:
             raise ValueError(f"{what} (made by to_json), found something else: {e}") from e
@@ -130,26 +148,36 @@ class TensorParallelPlan:
             module, _, leaf = name.rpartition(".")
             pieces = f" of {e.pieces} pieces" if e.pieces > 1 else ""
             placement = "Replicate()" if e.dim is None else f"Shard({e.dim}){pieces}"
-            rows.append((module or "(root)", leaf, " x ".join(map(str, e.shape)), placement, e.how, e.why))
+            rows.append(
+                (module or "(root)", leaf, " x ".join(map(str, e.shape)), placement, e.how, e.why)
+            )
         widths = [max(map(len, column)) for column in zip(*rows)]
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in rows]
         if self.bytes_per_step is None:
             sends = "; what it sends was not counted, as no forward was traced"
         else:
             sends = f" and sends {self.bytes_per_step / 1e6:.2f} MB a step of the traced inputs"
-        head = f"tensor parallel over {self.tp_size} ranks: each holds {self.share:.1%} of the parameters{sends}"
-        return "\n".join([head, *filter(None, [self.note]), lines[0], "-" * max(map(len, lines)), *lines[1:]])
+        head = (
+            f"tensor parallel over {self.tp_size} ranks: each holds {self.share:.1%} of the"
+            f" parameters{sends}"
+        )
+        return "\n".join(
+            [head, *filter(None, [self.note]), lines[0], "-" * max(map(len, lines)), *lines[1:]]
+        )
 
 
 def _collapsed(entries):
-    """Entries that differ only in a layer's number, as one: ("layers.0-31.mlp.up.weight", entry)."""
+    """Entries that differ only in a layer's number, as one: ("layers.0-31.mlp.up.weight",
+    entry)."""
     groups = {}
     for e in entries:
         key = (re.sub(r"\d+", "#", f"{e.name} {e.why}"), e.shape, e.dim, e.pieces, e.how)
         groups.setdefault(key, []).append((tuple(map(int, re.findall(r"\d+", e.name))), e))
     for group in groups.values():
         parts = {(): group}
-        if len(group) < prod(len(set(column)) for column in zip(*(numbers for numbers, _ in group))):
+        if len(group) < prod(
+            len(set(column)) for column in zip(*(numbers for numbers, _ in group))
+        ):
             parts = {}  # some are missing: only the first number is joined
             for numbers, e in group:
                 parts.setdefault(numbers[1:], []).append((numbers, e))
@@ -160,12 +188,16 @@ def _collapsed(entries):
 
 def _ranges(numbers):
     """[0, 1, 2, 5] -> "0-2,5"."""
-    runs = [list(run) for _, run in groupby(sorted(set(numbers)), key=lambda x, at=count(): x - next(at))]
+    runs = [
+        list(run)
+        for _, run in groupby(sorted(set(numbers)), key=lambda x, at=count(): x - next(at))
+    ]
     return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def problems(placements, shapes):
-    """What is wrong with a user's placements for a model whose parameters have these shapes: a list of messages."""
+    """What is wrong with a user's placements for a model whose parameters have these shapes: a list
+    of messages."""
     errors = []
     for name, p in placements.items():
         if name not in shapes:
@@ -177,7 +209,9 @@ def problems(placements, shapes):
         elif p.is_shard() or isinstance(p, _StridedShard):
             shape, last = tuple(shapes[name]), len(shapes[name]) - 1
             if not 0 <= p.dim <= last:
-                errors.append(f"{name}: expected a dim of 0 to {last} for shape {shape}, found Shard({p.dim})")
+                errors.append(
+                    f"{name}: expected a dim of 0 to {last} for shape {shape}, found Shard({p.dim})"
+                )
     return errors
 
 

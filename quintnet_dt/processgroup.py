@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import DeviceMesh, ProcessGroup, init_device_mesh
 
-# Seconds that a collective waits for other ranks: torch's own are 1800 for gloo, long after one has died.
+# Seconds that a collective waits for other ranks: torch's own are 1800 for gloo, long after one has
+# died.
 TIMEOUT = 600
 
 _RUN = "run: torchrun --standalone --nproc-per-node %s your_script.py"
@@ -18,27 +19,32 @@ _RUN = "run: torchrun --standalone --nproc-per-node %s your_script.py"
 class ProcessGroupManager(AbstractContextManager):
     """The ranks that hold one model together, and this process's place among them.
 
-    Made from one of ``tp_size``, ``mesh`` and ``group`` (none of them: the whole world is one tp group). Every rank of
-    the world must make the same call (with ``mesh`` or ``group``, every rank of it). As a context manager it closes
-    itself. A copy (``copy.deepcopy``, pickle) shares the groups and closes nothing.
+    Made from one of ``tp_size``, ``mesh`` and ``group`` (none of them: the whole world is one tp
+    group). Every rank of the world must make the same call (with ``mesh`` or ``group``, every rank
+    of it). As a context manager it closes itself. A copy (``copy.deepcopy``, pickle) shares the
+    groups and closes nothing.
 
     Args:
-        tp_size: an int, ranks in a tp group; with ``mesh`` or ``group``, must be theirs. Alone, of the processes that
+        tp_size: an int, ranks in a tp group; with ``mesh`` or ``group``, must be theirs. Alone, of
+        the processes that
             torchrun started: initialises the default process group if there is none, with nccl (and
-            ``torch.cuda.set_device(LOCAL_RANK)``) where CUDA is available, else gloo. A size of 1 needs no launcher. In
-            a larger world, ranks ``k * tp_size ... (k + 1) * tp_size - 1`` are one tp group.
+            ``torch.cuda.set_device(LOCAL_RANK)``) where CUDA is available, else gloo. A size of 1
+            needs no launcher. In a larger world, ranks ``k * tp_size ... (k + 1) * tp_size - 1``
+            are one tp group.
         mesh: a 1-D DeviceMesh of any name, such as ``mesh["tp"]`` of a larger one.
         group: a ProcessGroup that this process is in.
         device_type: "cpu", "cuda", ...; None for that of the mesh or the group's backend.
-        timeout: seconds, above 0, after which a collective raises in the groups that this makes; None for those of the
+        timeout: seconds, above 0, after which a collective raises in the groups that this makes;
+        None for those of the
             default process group where there is one, else 600.
 
-    Attributes: ``mesh``, the 1-D mesh of the tp group; ``world_mesh``, of all ranks, ("dp", "tp"), or ``mesh`` if
-    tp_size is the world's or a mesh or group was given.
+    Attributes: ``mesh``, the 1-D mesh of the tp group; ``world_mesh``, of all ranks, ("dp", "tp"),
+    or ``mesh`` if tp_size is the world's or a mesh or group was given.
 
-    Raises ValueError: more than one source; a mesh not 1-D; a tp_size that is no positive int, does not divide the
-    world or is not the mesh's; a mesh or group without this rank; a timeout that is no number above 0, or of a mesh or
-    group, which have theirs. RuntimeError: nothing tells where the others are.
+    Raises ValueError: more than one source; a mesh not 1-D; a tp_size that is no positive int, does
+    not divide the world or is not the mesh's; a mesh or group without this rank; a timeout that is
+    no number above 0, or of a mesh or group, which have theirs. RuntimeError: nothing tells where
+    the others are.
 
     Example::
 
@@ -49,7 +55,9 @@ class ProcessGroupManager(AbstractContextManager):
     def __init__(self, tp_size=None, *, mesh=None, group=None, device_type=None, timeout=None):
         # No ProcessGroup is stored: it cannot be copied, and a mesh can.
         self._opened = None  # "world", "groups" of a given world, or None
-        self.alone = False  # whether it opened a world of this process alone, which no launcher started
+        self.alone = (
+            False  # whether it opened a world of this process alone, which no launcher started
+        )
         if tp_size is not None and (type(tp_size) is not int or tp_size < 1):
             raise ValueError(f"expected tp_size to be an int from 1 on, found {tp_size!r}")
         if mesh is not None and group is not None:
@@ -61,24 +69,37 @@ class ProcessGroupManager(AbstractContextManager):
             if mesh.get_coordinate() is None:
                 raise ValueError(f"rank {dist.get_rank()} is not in the mesh {mesh}")
             if device_type not in (None, mesh.device_type):
-                raise ValueError(f"expected a mesh of device_type {device_type!r}, found {mesh.device_type!r}")
+                raise ValueError(
+                    f"expected a mesh of device_type {device_type!r}, found {mesh.device_type!r}"
+                )
             self.mesh = self.world_mesh = mesh
         elif group is not None:
             if not isinstance(group, ProcessGroup):  # new_group gives outsiders an int
                 found = f"found {group!r}; call this on the ranks of the group only"
                 raise ValueError(f"expected a ProcessGroup that this rank is in, {found}")
             device_type = device_type or _device_type(group)
-            self.mesh = self.world_mesh = DeviceMesh.from_group(group, device_type, mesh_dim_names=("tp",))
+            self.mesh = self.world_mesh = DeviceMesh.from_group(
+                group, device_type, mesh_dim_names=("tp",)
+            )
         else:
             self._open(tp_size, device_type, timeout)
         if tp_size not in (None, self.tp_size):
-            raise ValueError(f"expected tp_size={tp_size} ranks, found {self.tp_size}; leave tp_size out")
+            raise ValueError(
+                f"expected tp_size={tp_size} ranks, found {self.tp_size}; leave tp_size out"
+            )
 
     def _open(self, tp_size, device_type, timeout):
         fresh = not dist.is_initialized()
-        missing = [v for v in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if fresh and v not in os.environ]
+        missing = [
+            v
+            for v in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+            if fresh and v not in os.environ
+        ]
         if missing and (tp_size not in (None, 1) or os.environ.get("WORLD_SIZE", "1") != "1"):
-            unset = f"there is no default process group: {', '.join(missing)} not set; {_RUN % (tp_size or 'N')}"
+            unset = (
+                f"there is no default process group: {', '.join(missing)} not set;"
+                f" {_RUN % (tp_size or 'N')}"
+            )
             raise RuntimeError(f"tp_size={tp_size} needs a launcher and {unset}")
         world = 1 if missing else int(os.environ["WORLD_SIZE"]) if fresh else dist.get_world_size()
         tp_size = tp_size or world
@@ -93,16 +114,26 @@ class ProcessGroupManager(AbstractContextManager):
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
             one = dict(store=dist.HashStore(), rank=0, world_size=1) if missing else {}
             wait = timeout or timedelta(seconds=TIMEOUT)
-            dist.init_process_group(backend, timeout=wait, **one)  # after all that can be checked is
+            dist.init_process_group(
+                backend, timeout=wait, **one
+            )  # after all that can be checked is
             self._opened, self.alone = "world", bool(missing)
         device_type = device_type or _device_type(dist.group.WORLD)
         if tp_size == world:
-            self.mesh = self.world_mesh = init_device_mesh(device_type, (world,), mesh_dim_names=("tp",))
+            self.mesh = self.world_mesh = init_device_mesh(
+                device_type, (world,), mesh_dim_names=("tp",)
+            )
         else:
             self._opened = self._opened or "groups"
-            self.world_mesh = init_device_mesh(device_type, (world // tp_size, tp_size), mesh_dim_names=("dp", "tp"))
+            self.world_mesh = init_device_mesh(
+                device_type, (world // tp_size, tp_size), mesh_dim_names=("dp", "tp")
+            )
             self.mesh = self.world_mesh["tp"]
-            for group in self.world_mesh.get_all_groups():  # a mesh makes them with the backend's own timeout
+            for (
+                group
+            ) in (
+                self.world_mesh.get_all_groups()
+            ):  # a mesh makes them with the backend's own timeout
                 if group is not dist.group.WORLD and hasattr(group, "set_timeout"):
                     group.set_timeout(timeout or timeout_of(dist.group.WORLD))
 
@@ -146,7 +177,9 @@ class ProcessGroupManager(AbstractContextManager):
         return {**self.__dict__, "_opened": None, "alone": False}
 
     def __repr__(self) -> str:
-        values = ", ".join(f"{name}={getattr(self, name)}" for name in ("tp_rank", "tp_size", "dp_rank", "dp_size"))
+        values = ", ".join(
+            f"{name}={getattr(self, name)}" for name in ("tp_rank", "tp_size", "dp_rank", "dp_size")
+        )
         return f"ProcessGroupManager({values}, {self.mesh.device_type})"
 
 
@@ -158,15 +191,22 @@ def _checked(timeout, given):
     if not number or not math.isfinite(timeout) or timeout <= 0:
         raise ValueError(f"timeout: expected a number of seconds above 0, found {timeout!r}")
     if given is not None:
-        raise ValueError(f"timeout: expected None with a mesh or a group, which have theirs, found {timeout!r}")
+        raise ValueError(
+            f"timeout: expected None with a mesh or a group, which have theirs, found {timeout!r}"
+        )
     return timedelta(seconds=timeout)
 
 
 def timeout_of(group: ProcessGroup) -> timedelta:
-    """How long a group's store waits for its ranks: as long as collectives of the default group do."""
+    """How long a group's store waits for its ranks: as long as collectives of the default group
+    do."""
     store = group.get_group_store() if hasattr(group, "get_group_store") else None
     return store.timeout if store is not None else timedelta(seconds=TIMEOUT)
 
 
 def _device_type(group: ProcessGroup) -> str:
-    return "cuda" if "nccl" in str(dist.get_backend_config(group)) and torch.cuda.is_available() else "cpu"
+    return (
+        "cuda"
+        if "nccl" in str(dist.get_backend_config(group)) and torch.cuda.is_available()
+        else "cpu"
+    )

@@ -40,17 +40,21 @@ from .tracing.trace import UnknownValues, trace
 
 
 @undisturbed
-def plan_tensor_parallel(model, tp_size, *, example_inputs=None, plan=None, loss_parallel=False, contiguous=False):
-    """The plan that `apply_tensor_parallel` would apply, in one process, without a process group, a GPU, or a change to
-    the model.
+def plan_tensor_parallel(
+    model, tp_size, *, example_inputs=None, plan=None, loss_parallel=False, contiguous=False
+):
+    """The plan that `apply_tensor_parallel` would apply, in one process, without a process group, a
+    GPU, or a change to the model.
 
     Args:
         tp_size: number of ranks to split over, at least 1.
-        model, example_inputs, plan, loss_parallel, contiguous: as for `apply_tensor_parallel`, which sets `contiguous`
+        model, example_inputs, plan, loss_parallel, contiguous: as for `apply_tensor_parallel`,
+        which sets `contiguous`
             by itself.
 
     Returns: TensorParallelPlan.
-    Raises: TypeError, ValueError for inputs or plans that do not fit; every wrong plan entry is listed at once.
+    Raises: TypeError, ValueError for inputs or plans that do not fit; every wrong plan entry is
+    listed at once.
     """
     if isinstance(tp_size, bool) or not isinstance(tp_size, int) or tp_size < 1:
         raise ValueError(f"tp_size: expected an int of at least 1, found {tp_size!r}")
@@ -71,37 +75,50 @@ def apply_tensor_parallel(
 ):
     """Split a model's weights over the ranks of a process group, in place.
 
-    The model stays itself: same object, classes, parameter names and outputs. Every parameter becomes a DTensor on the
-    1-D tp mesh; its plan is `model.tensor_parallel_plan`, the mesh `model.tensor_parallel_mesh`.
+    The model stays itself: same object, classes, parameter names and outputs. Every parameter
+    becomes a DTensor on the 1-D tp mesh; its plan is `model.tensor_parallel_plan`, the mesh
+    `model.tensor_parallel_mesh`.
 
-    A model that was split before, and whose modules have changed since (adapters were added or merged), is split anew:
-    its DTensors stay as they are, new parameters are split along the axes of theirs, or replicated.
+    A model that was split before, and whose modules have changed since (adapters were added or
+    merged), is split anew: its DTensors stay as they are, new parameters are split along the axes
+    of theirs, or replicated.
 
     Args:
         model: any nn.Module, live or on the meta device.
         tp_size: number of ranks to split over; with no mesh, the world is laid out as by
-            `ProcessGroupManager(tp_size)`. In a process that no launcher started, 1 leaves no process group open.
+            `ProcessGroupManager(tp_size)`. In a process that no launcher started, 1 leaves no
+            process group open.
         mesh: a 1-D DeviceMesh or a ProcessGroupManager, instead of tp_size.
-        example_inputs: a tuple (positional) or dict (keyword) for the model's forward; made up from the first layer if
+        example_inputs: a tuple (positional) or dict (keyword) for the model's forward; made up from
+        the first layer if
             left out.
-        plan: placements that win over the planner's: {parameter name: Shard(dim) or Replicate()}, or a
+        plan: placements that win over the planner's: {parameter name: Shard(dim) or Replicate()},
+        or a
             TensorParallelPlan.
-        loss_parallel: outputs that are sharded on their last dim (the vocabulary of logits) are returned as DTensors
-            with Shard(-1), and not gathered: use them within torch.distributed.tensor.parallel.loss_parallel(). A cross
-            entropy inside the model runs on shards in any case.
-        contiguous: whether each rank's part of a fused weight ([q | k | v]) is one block of it, a plain Shard, of which
-            the ranks exchange rows before its use; else it is a part of each piece, a _StridedShard, which sends
-            nothing, but which FSDP2 and torch's own checkpoint functions do not handle. By default it is where the
-            world is larger than the tp group, as it then will be split again, and before torch 2.13.
-        src_data_rank: the rank of each tp group whose weights are used; None if every rank holds the same: then each
+        loss_parallel: outputs that are sharded on their last dim (the vocabulary of logits) are
+        returned as DTensors
+            with Shard(-1), and not gathered: use them within
+            torch.distributed.tensor.parallel.loss_parallel(). A cross entropy inside the model runs
+            on shards in any case.
+        contiguous: whether each rank's part of a fused weight ([q | k | v]) is one block of it, a
+        plain Shard, of which
+            the ranks exchange rows before its use; else it is a part of each piece, a
+            _StridedShard, which sends nothing, but which FSDP2 and torch's own checkpoint functions
+            do not handle. By default it is where the world is larger than the tp group, as it then
+            will be split again, and before torch 2.13.
+        src_data_rank: the rank of each tp group whose weights are used; None if every rank holds
+        the same: then each
             takes its slices with no communication.
 
     Returns: the model.
-    Raises: TypeError, ValueError, RuntimeError, on every rank, also when only one rank's model or plan is at fault.
+    Raises: TypeError, ValueError, RuntimeError, on every rank, also when only one rank's model or
+    plan is at fault.
     """
     mesh = mesh.mesh if isinstance(mesh, ProcessGroupManager) else mesh
     if mesh is not None and not isinstance(mesh, DeviceMesh):
-        raise TypeError(f"mesh: expected a 1-D DeviceMesh or a ProcessGroupManager, found {type(mesh).__name__}")
+        raise TypeError(
+            f"mesh: expected a 1-D DeviceMesh or a ProcessGroupManager, found {type(mesh).__name__}"
+        )
     ranks = ProcessGroupManager(tp_size, mesh=mesh)
     try:
         _split(model, ranks.mesh, example_inputs, plan, loss_parallel, contiguous, src_data_rank)
@@ -116,10 +133,18 @@ def _split(model, mesh, example_inputs, plan, loss_parallel, contiguous, src_dat
         contiguous = mesh.size() < dist.get_world_size() or not SINCE_2_13
     with together(mesh.get_group()):
         if src_data_rank is not None and src_data_rank not in range(mesh.size()):
-            raise ValueError(f"src_data_rank: expected None or a rank of the tp group, found {src_data_rank!r}")
+            raise ValueError(
+                f"src_data_rank: expected None or a rank of the tp group, found {src_data_rank!r}"
+            )
         kept = _kept(model, mesh) if isinstance(model, nn.Module) else {}
-        plan, known = _make_plan(model, mesh.size(), example_inputs, plan, loss_parallel, contiguous, kept)
-    options = {"src_data_rank": src_data_rank, "contiguous": contiguous, "loss_parallel": plan.loss_parallel}
+        plan, known = _make_plan(
+            model, mesh.size(), example_inputs, plan, loss_parallel, contiguous, kept
+        )
+    options = {
+        "src_data_rank": src_data_rank,
+        "contiguous": contiguous,
+        "loss_parallel": plan.loss_parallel,
+    }
     split_id = agree(model, options, (plan.to_json(), known), mesh)
     _apply(model, mesh, plan, known, src_data_rank, split_id)
 
@@ -129,19 +154,22 @@ def _split(model, mesh, example_inputs, plan, loss_parallel, contiguous, src_dat
 
 @torch.enable_grad()
 def _make_plan(model, n, example_inputs, user, loss_parallel, contiguous, kept):
-    """(plan, {signature: programs}) for a model. `kept`: Entries of parameters that are split already."""
+    """(plan, {signature: programs}) for a model. `kept`: Entries of parameters that are split
+    already."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, found {type(model).__name__}")
     _check_modules(model)
-    if strange := [name for name, p in named_parameters(model) if isinstance(p, DTensor) and name not in kept]:
+    if strange := [
+        name for name, p in named_parameters(model) if isinstance(p, DTensor) and name not in kept
+    ]:
         raise ValueError(
-            f"{', '.join(strange[:5])}: expected a model that is whole, or that this function split, found DTensors "
-            "already: apply tensor parallelism before fully_shard"
+            f"{', '.join(strange[:5])}: expected a model that is whole, or that this function"
+            " split, found DTensors already: apply tensor parallelism before fully_shard"
         )
     if kept and user is not None:
         raise ValueError(
-            f"plan: expected none for a model that was split before, found a {type(user).__name__}: its parameters "
-            "stay as they are"
+            f"plan: expected none for a model that was split before, found a {type(user).__name__}:"
+            " its parameters stay as they are"
         )
     shapes = {name: tuple(p.shape) for name, p in named_parameters(model)}
     whole_plan = isinstance(user, TensorParallelPlan)
@@ -154,9 +182,16 @@ def _make_plan(model, n, example_inputs, user, loss_parallel, contiguous, kept):
         whole_plan, user = True, TensorParallelPlan(n, kept, loss_parallel=loss_parallel)
     placements = user.placements if whole_plan else {} if user is None else user
     if not isinstance(placements, dict):
-        raise TypeError(f"plan: expected a TensorParallelPlan or a dict of placements, found {type(user).__name__}")
+        raise TypeError(
+            "plan: expected a TensorParallelPlan or a dict of placements, found"
+            f" {type(user).__name__}"
+        )
     check_user_plan(placements, shapes)
-    fixed = {name: getattr(p, "dim", None) for name, p in placements.items()} if n > 1 else dict.fromkeys(shapes)
+    fixed = (
+        {name: getattr(p, "dim", None) for name, p in placements.items()}
+        if n > 1
+        else dict.fromkeys(shapes)
+    )
     device, failed = device_of(model), None
     given = None if example_inputs is None else [inputs.check(example_inputs)]
     for args, kwargs in given or inputs.made_up(model, device):
@@ -164,7 +199,11 @@ def _make_plan(model, n, example_inputs, user, loss_parallel, contiguous, kept):
             graph = trace(model, args, kwargs, device=device)
             break
         except Exception as e:
-            if isinstance(e, (StrayParameter, SplitWithin)) or given and not isinstance(e, UnknownValues):
+            if (
+                isinstance(e, (StrayParameter, SplitWithin))
+                or given
+                and not isinstance(e, UnknownValues)
+            ):
                 raise
             failed = failed or e
     else:
@@ -187,13 +226,15 @@ def _check_modules(model):
     """Raise TypeError where a module is of a kind that cannot be split."""
     if wrapped := wrapped_by_fsdp1(model):
         raise TypeError(
-            f"{wrapped}: expected a model that is split before any data parallelism, found FullyShardedDataParallel: "
-            "apply tensor parallelism first, then torch.distributed.fsdp.fully_shard"
+            f"{wrapped}: expected a model that is split before any data parallelism, found"
+            " FullyShardedDataParallel: apply tensor parallelism first, then"
+            " torch.distributed.fsdp.fully_shard"
         )
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(
-            "the model: expected modules written in Python, found a ScriptModule, whose weights and calls are out of "
-            "reach: use the module that it was made from (within a model, one is left whole)"
+            "the model: expected modules written in Python, found a ScriptModule, whose weights and"
+            " calls are out of reach: use the module that it was made from (within a model, one is"
+            " left whole)"
         )
 
 
@@ -202,23 +243,38 @@ def _check_modules(model):
 
 def _kept(model, mesh):
     """{name: Entry} of the parameters that this library has split already."""
-    splits = {id(h.context): h for m in modules(model) if (h := hooks_on(m)) and h.context.paths is not None}
+    splits = {
+        id(h.context): h
+        for m in modules(model)
+        if (h := hooks_on(m)) and h.context.paths is not None
+    }
     entries = {}
     for h in splits.values():
         _check_shared(model, h.context)
         for name, at in h.owners.items():
-            entries.update({id(m._parameters.get(attr)): h.context.paths.plan[name] for m, attr in at})
-    params = {name: p for name, p in named_parameters(model) if isinstance(p, DTensor) and p.device_mesh == mesh}
+            entries.update(
+                {id(m._parameters.get(attr)): h.context.paths.plan[name] for m, attr in at}
+            )
+    params = {
+        name: p
+        for name, p in named_parameters(model)
+        if isinstance(p, DTensor) and p.device_mesh == mesh
+    }
     same = len(splits) == 1 and not changed_modules(model, next(iter(splits.values())).context)
     if same and len(params) == len(list(parameters(model))):
-        raise ValueError("the model was split already, and not changed since: apply tensor parallelism once")
+        raise ValueError(
+            "the model was split already, and not changed since: apply tensor parallelism once"
+        )
     for module in modules(model):
         vars(module).pop(PASSED, None)
-    return {name: replace(entries[id(p)], name=name) for name, p in params.items() if id(p) in entries}
+    return {
+        name: replace(entries[id(p)], name=name) for name, p in params.items() if id(p) in entries
+    }
 
 
 def _check_shared(model, context):
-    """Refuse to split a module again as a part of a model that neither holds the one it was split in nor is a part of
+    """Refuse to split a module again as a part of a model that neither holds the one it was split
+    in nor is a part of
     it: its hooks can serve one of them."""
     root = context.paths.root and context.paths.root()
     if root is None or root is model:
@@ -227,9 +283,9 @@ def _check_shared(model, context):
     shared = [path for m, path in mine.items() if m in theirs]
     if root not in mine and model not in theirs and shared:
         raise ValueError(
-            f"{shared[0]}: expected modules of one model, found one that is a part of a {type(root).__name__} too, "
-            f"which was split before: make one module that holds it and this {type(model).__name__}, split that, and "
-            "call its parts"
+            f"{shared[0]}: expected modules of one model, found one that is a part of a"
+            f" {type(root).__name__} too, which was split before: make one module that holds it and"
+            f" this {type(model).__name__}, split that, and call its parts"
         )
 
 
@@ -277,7 +333,9 @@ def _default_programs(model, plan):
         params = {}
         for e in (plan[names[id(p)]] for p in module.parameters(recurse=False)):
             split = e.dim is not None
-            params[e.name] = (Action("gather", e.dim, e.shape[e.dim] // e.pieces, 1, e.pieces),) if split else ()
+            params[e.name] = (
+                (Action("gather", e.dim, e.shape[e.dim] // e.pieces, 1, e.pieces),) if split else ()
+            )
         if params:
             programs[path] = Program(params)
     return programs

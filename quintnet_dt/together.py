@@ -7,12 +7,13 @@ import torch.distributed as dist
 
 @contextlib.contextmanager
 def together(group=None):
-    """Around a step that every rank of a group takes (the whole world by default; with no process group, this process
-    alone).
+    """Around a step that every rank of a group takes (the whole world by default; with no process
+    group, this process alone).
 
-    An exception within it is told to all ranks at its end: the ranks that failed raise their own, the others a
-    RuntimeError that names the ranks and their errors. Where the step communicates after a point at which a rank may
-    fail, the others would wait for it: ask first, by one of these within the other, whether all ranks came so far.
+    An exception within it is told to all ranks at its end: the ranks that failed raise their own,
+    the others a RuntimeError that names the ranks and their errors. Where the step communicates
+    after a point at which a rank may fail, the others would wait for it: ask first, by one of these
+    within the other, whether all ranks came so far.
 
         with together():
             header = read(file)
@@ -39,8 +40,8 @@ def together(group=None):
 
 
 def any_rank(yes, group):
-    """Whether any rank of a group says yes. Within `together`, every rank that does not fail asks this; where one fails
-    in its place, it raises RuntimeError on the others."""
+    """Whether any rank of a group says yes. Within `together`, every rank that does not fail asks
+    this; where one fails in its place, it raises RuntimeError on the others."""
     told = [None] * dist.get_world_size(group)
     dist.all_gather_object(told, bool(yes), group=group)
     if (error := _failed(told, group)) is not None:
@@ -60,7 +61,8 @@ _TOLD = "_told_to_all_ranks"  # the attribute of such an exception
 
 
 def gather(x, group=None):
-    """Every rank's x, in the order of the ranks of a group (the world by default); of a picklable object."""
+    """Every rank's x, in the order of the ranks of a group (the world by default); of a picklable
+    object."""
     if not dist.is_initialized():
         return [x]
     everyone = [None] * dist.get_world_size(group)

@@ -1,12 +1,14 @@
-"""Modules at random, written as people write them: split over ranks, they are to compute what the whole ones do.
+"""Modules at random, written as people write them: split over ranks, they are to compute what the
+whole ones do.
 
     python tests/fuzz.py --seeds 1000 --tp 2             # as many as wished
     python tests/fuzz.py --start 17 --seeds 1 --shrink   # one that failed, made as short as it goes
 
-A seed is a program (fuzzing/): source code of an nn.Module, inputs and calls: a backward, another batch, another
-length, eval, without gradients, under checkpointing, a gradient of gradients, steps of an optimizer, changed
-attributes. Each is GOOD; WRONG, where an output, a gradient, a buffer or a parameter is not the whole model's; RAISED;
-or HUNG, where ranks did not all come to an end. The exit code is 1 where one was WRONG or HUNG.
+A seed is a program (fuzzing/): source code of an nn.Module, inputs and calls: a backward, another
+batch, another length, eval, without gradients, under checkpointing, a gradient of gradients, steps
+of an optimizer, changed attributes. Each is GOOD; WRONG, where an output, a gradient, a buffer or a
+parameter is not the whole model's; RAISED; or HUNG, where ranks did not all come to an end. The
+exit code is 1 where one was WRONG or HUNG.
 """
 
 import argparse
@@ -39,7 +41,9 @@ def parse(args):
     parser.add_argument("--timeout", type=float, default=20, help="seconds for a program")
     parser.add_argument("--shrink", action="store_true", help="make what fails as short as it goes")
     parser.add_argument("--quiet", action="store_true", help="no programs, only the summary")
-    parser.add_argument("--only", default="", help="kinds of statements and ways of calls, by comma, and no others")
+    parser.add_argument(
+        "--only", default="", help="kinds of statements and ways of calls, by comma, and no others"
+    )
     parser.add_argument("--without", default="", help="all but these")
     parser.add_argument("--show", action="store_true", help="print the programs, and run none")
     return parser.parse_args(args)
@@ -55,7 +59,13 @@ def main(args=None):
             maker.ask("make", seed, *choice)
             print(maker.answer(), "\n")
         return 0
-    counts, messages, bad, began, said = Counter(), defaultdict(list), defaultdict(list), time.time(), time.time()
+    counts, messages, bad, began, said = (
+        Counter(),
+        defaultdict(list),
+        defaultdict(list),
+        time.time(),
+        time.time(),
+    )
     for outcome in run(seeds, args.tp, args.timeout, *choice):
         word, seed = outcome.verdict.word, outcome.program.seed
         counts[word] += 1
@@ -67,10 +77,19 @@ def main(args=None):
             messages[grouped(outcome.verdict.text)].append((seed, outcome.verdict.placed))
         if time.time() - said > 5:
             said, done = time.time(), sum(counts.values())
-            print(f"{done} of {args.seeds}, {dict(counts)}, {(said - began) / done * 1000:.0f} ms each", flush=True)
+            print(
+                f"{done} of {args.seeds}, {dict(counts)}, {(said - began) / done * 1000:.0f} ms"
+                " each",
+                flush=True,
+            )
     total = max(1, sum(counts.values()))
     print(f"\ntp={args.tp}, {total} modules in {time.time() - began:.0f} s:")
-    print(", ".join(f"{word} {counts[word]} ({counts[word] / total:.2%})" for word in (GOOD, WRONG, RAISED, HUNG)))
+    print(
+        ", ".join(
+            f"{word} {counts[word]} ({counts[word] / total:.2%})"
+            for word in (GOOD, WRONG, RAISED, HUNG)
+        )
+    )
     for word in WRONG, HUNG:
         print(f"{word}: seeds {bad[word]}" if bad[word] else f"{word}: none")
     for message, found in sorted(messages.items(), key=lambda item: -len(item[1])):

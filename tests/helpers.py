@@ -1,4 +1,5 @@
-"""A sharded model against the whole one, on real processes: outputs, every gradient, and what must not change."""
+"""A sharded model against the whole one, on real processes: outputs, every gradient, and what must
+not change."""
 
 import copy
 
@@ -14,7 +15,9 @@ from quintnet_dt.utils import leaves
 
 def double(obj):
     """Floating tensors in a nested argument as float64."""
-    return pytree.tree_map(lambda x: x.double() if torch.is_tensor(x) and x.is_floating_point() else x, obj)
+    return pytree.tree_map(
+        lambda x: x.double() if torch.is_tensor(x) and x.is_floating_point() else x, obj
+    )
 
 
 def split_inputs(given):
@@ -42,7 +45,9 @@ def close(found, whole, what, tol=1e-9):
     if not torch.is_tensor(whole):
         assert found == whole, what
         return
-    assert found.shape == whole.shape, f"{what}: expected shape {tuple(whole.shape)}, found {tuple(found.shape)}"
+    assert (
+        found.shape == whole.shape
+    ), f"{what}: expected shape {tuple(whole.shape)}, found {tuple(found.shape)}"
     assert found.dtype == whole.dtype, f"{what}: expected {whole.dtype}, found {found.dtype}"
     if whole.numel():
         a, b = found.detach().double(), whole.detach().double()
@@ -59,10 +64,12 @@ def same_output(found, whole, tol=1e-9):
 
 
 def same_grads(sharded, whole, tol=1e-9, floor=1e-11):
-    """Every gradient equals the whole model's, and replicated ones are bit-identical on all ranks."""
+    """Every gradient equals the whole model's, and replicated ones are bit-identical on all
+    ranks."""
     there = dict(sharded.named_parameters())
     largest = max(
-        (p.grad.abs().max().item() for p in whole.parameters() if p.grad is not None and p.numel()), default=1
+        (p.grad.abs().max().item() for p in whole.parameters() if p.grad is not None and p.numel()),
+        default=1,
     )
     wrong, flat = [], []
     for name, p in whole.named_parameters():
@@ -71,7 +78,9 @@ def same_grads(sharded, whole, tol=1e-9, floor=1e-11):
         grad = there[name].grad
         if p.grad is None or grad is None:
             # A weight that a call did not reach may get zeros.
-            if (p.grad is None) != (grad is None) and (p.grad is not None or grad.full_tensor().any()):
+            if (p.grad is None) != (grad is None) and (
+                p.grad is not None or grad.full_tensor().any()
+            ):
                 wrong.append(f"{name}: expected {'no' if p.grad is None else 'a'} gradient")
             continue
         assert isinstance(grad, DTensor) and grad.placements == there[name].placements, name
@@ -86,7 +95,9 @@ def same_grads(sharded, whole, tol=1e-9, floor=1e-11):
         mine, group = torch.cat(flat), sharded.tensor_parallel_mesh.get_group()
         all_flat = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
         dist.all_gather(all_flat, mine, group=group)
-        assert all(torch.equal(x, mine) for x in all_flat), "gradients of replicated parameters differ between ranks"
+        assert all(
+            torch.equal(x, mine) for x in all_flat
+        ), "gradients of replicated parameters differ between ranks"
 
 
 def describe(model):
@@ -122,7 +133,10 @@ def make(build, train=True):
 def pair(build, mesh_or_n, train=True, **options):
     """(sharded, whole) from the same seed; checks that the sharded one is still itself."""
     whole, model = make(build, train), make(build, train)
-    options = {**({"tp_size": mesh_or_n} if isinstance(mesh_or_n, int) else {"mesh": mesh_or_n}), **options}
+    options = {
+        **({"tp_size": mesh_or_n} if isinstance(mesh_or_n, int) else {"mesh": mesh_or_n}),
+        **options,
+    }
     before = describe(model)
     sharded = apply_tensor_parallel(model, **options)
     assert sharded is model
@@ -154,12 +168,25 @@ def compare(sharded, whole, given, tol=1e-9, grad=True):
 
 
 def check(
-    build, given, n=2, *, train=True, calls=(), share=None, grad=True, tol=1e-9, then=None, example=True, **options
+    build,
+    given,
+    n=2,
+    *,
+    train=True,
+    calls=(),
+    share=None,
+    grad=True,
+    tol=1e-9,
+    then=None,
+    example=True,
+    **options,
 ):
-    """On n ranks, `build()` sharded equals `build()` whole, on the example inputs `given` and on each of `calls`.
+    """On n ranks, `build()` sharded equals `build()` whole, on the example inputs `given` and on
+    each of `calls`.
 
     Args:
-        given: a function that returns a tuple (positional) or dict (keyword) of inputs, and is called with a fixed
+        given: a function that returns a tuple (positional) or dict (keyword) of inputs, and is
+        called with a fixed
             seed.
         calls: functions like `given`.
         share: a bound on the share of the elements that any rank holds.
@@ -174,7 +201,9 @@ def check(
         extra = {"example_inputs": copy.deepcopy(inputs[0])} if example else {}
         sharded, whole = pair(build, n, train, **extra, **options)
         if share is not None:
-            assert share_of(sharded) <= share, f"holds {share_of(sharded):.1%}\n{sharded.tensor_parallel_plan}"
+            assert (
+                share_of(sharded) <= share
+            ), f"holds {share_of(sharded):.1%}\n{sharded.tensor_parallel_plan}"
         for i, x in enumerate(inputs):
             try:
                 compare(sharded, whole, x, tol, grad)

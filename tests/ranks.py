@@ -62,7 +62,8 @@ def run_ranks(fn, n, *args, timeout=60, init=True, expect_failure=False, fresh=F
     """
     if dist.is_initialized():
         raise RuntimeError(
-            "run_ranks forks, and this process has a default process group; call dist.destroy_process_group() first"
+            "run_ranks forks, and this process has a default process group; call"
+            " dist.destroy_process_group() first"
         )
     start = _start if fresh else _fork
     reports, pids = [None] * n, []
@@ -78,7 +79,9 @@ def run_ranks(fn, n, *args, timeout=60, init=True, expect_failure=False, fresh=F
             for rank in range(n):
                 r, w = os.pipe()
                 port = None if init else listener.getsockname()[1]
-                pids.append(start((fn, rank, n, args, timeout, folder, port, w, release_r), release_w))
+                pids.append(
+                    start((fn, rank, n, args, timeout, folder, port, w, release_r), release_w)
+                )
                 os.close(w)
                 pipes.append(r)
             if not init:  # the store's server, as torchrun's agent holds it
@@ -110,7 +113,14 @@ def alone(fn, timeout=60):
     """``fn()``, on a process of its own that no launcher started."""
 
     def ranks(rank):
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        for name in (
+            "RANK",
+            "LOCAL_RANK",
+            "WORLD_SIZE",
+            "LOCAL_WORLD_SIZE",
+            "MASTER_ADDR",
+            "MASTER_PORT",
+        ):
             del os.environ[name]
         return fn()
 
@@ -142,7 +152,11 @@ def _start(life, release_w):
     path = os.path.join(folder, f"life{rank}")
     with open(path, "wb") as file:
         pickle.dump(life, file)
-    env = {**os.environ, "PYTHONHASHSEED": str(rank + 1), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    env = {
+        **os.environ,
+        "PYTHONHASHSEED": str(rank + 1),
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
     code = f"import pickle, ranks; ranks._child(*pickle.load(open({path!r}, 'rb')))"
     for fd in out, release_r:
         os.set_inheritable(fd, True)

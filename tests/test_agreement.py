@@ -1,4 +1,5 @@
-"""What ranks must have in common: the batch, which is compared; the random state, which is shared."""
+"""What ranks must have in common: the batch, which is compared; the random state, which is
+shared."""
 
 import pytest
 import torch
@@ -10,7 +11,13 @@ from ranks import run_ranks
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from quintnet_dt import ProcessGroupManager, apply_tensor_parallel, check_batch, load_checkpoint, save_checkpoint
+from quintnet_dt import (
+    ProcessGroupManager,
+    apply_tensor_parallel,
+    check_batch,
+    load_checkpoint,
+    save_checkpoint,
+)
 
 
 class Dropping(nn.Module):
@@ -112,19 +119,36 @@ def test_batches_that_differ_are_refused_on_every_rank():
         torch.manual_seed(0)
         model = apply_tensor_parallel(Dropping().double(), 2, example_inputs=(given(),))
         with pytest.raises(
-            ValueError, match=r"\[0\]\[0\] is a tensor of shape \(2, 5, 16\), .* with other values on rank 1"
+            ValueError,
+            match=r"\[0\]\[0\] is a tensor of shape \(2, 5, 16\), .* with other values on rank 1",
         ):
             model(given(rank))
         with pytest.raises(
-            ValueError, match=r"\[0\]\[0\] is a tensor of shape \(2, 5, 16\), .* and a tensor of shape \(3"
+            ValueError,
+            match=r"\[0\]\[0\] is a tensor of shape \(2, 5, 16\), .* and a tensor of shape \(3",
         ):
             model(given() if rank == 0 else torch.cat([given()] * 2)[:3])
-        with pytest.raises(ValueError, match=r"\[1\]\['again'\] is False on rank 0 and True on rank 1"):
+        with pytest.raises(
+            ValueError, match=r"\[1\]\['again'\] is False on rank 0 and True on rank 1"
+        ):
             model(given(), again=bool(rank))
         model(given(3))
         mesh = model.tensor_parallel_mesh
-        check_batch({"x": given(), "n": [1, None, "a"], "b": torch.ones(2, dtype=torch.bool), "e": torch.ones(0)}, mesh)
-        for different in (given(rank)[::2, :, 1], torch.tensor(rank), torch.ones(3).bfloat16() + rank, f"{rank}"):
+        check_batch(
+            {
+                "x": given(),
+                "n": [1, None, "a"],
+                "b": torch.ones(2, dtype=torch.bool),
+                "e": torch.ones(0),
+            },
+            mesh,
+        )
+        for different in (
+            given(rank)[::2, :, 1],
+            torch.tensor(rank),
+            torch.ones(3).bfloat16() + rank,
+            f"{rank}",
+        ):
             with pytest.raises(ValueError, match="different batches"):
                 check_batch([different], ProcessGroupManager(mesh=mesh))
         with pytest.raises(ValueError, match=r"\[1\] is nothing on rank 0 and 2 on rank 1"):
@@ -153,7 +177,13 @@ def test_dp_groups_have_batches_and_random_states_of_their_own():
 def test_sampling_with_ranks_seeded_differently():
     def ranks(rank):
         torch.manual_seed(0)
-        config = dict(vocab_size=61, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
+        config = dict(
+            vocab_size=61,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+        )
         model = apply_tensor_parallel(hf.LlamaForCausalLM(hf.LlamaConfig(**config)), 2).eval()
         ids = torch.ones(1, 3, dtype=torch.long)
         for seed in range(3):

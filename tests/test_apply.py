@@ -1,4 +1,5 @@
-"""apply_tensor_parallel: every kind of model gives, sharded, the outputs and gradients of the whole one."""
+"""apply_tensor_parallel: every kind of model gives, sharded, the outputs and gradients of the whole
+one."""
 
 import copy
 from dataclasses import dataclass
@@ -30,7 +31,9 @@ def mlp(d=16, h=32, bias=True):
 class Attention(nn.Module):
     """Attention with separate q, k, v; `style` is how its sizes are written."""
 
-    def __init__(self, d=32, heads=4, kv_heads=None, style="infer", bias=True, norm=False, dropout=0.0):
+    def __init__(
+        self, d=32, heads=4, kv_heads=None, style="infer", bias=True, norm=False, dropout=0.0
+    ):
         super().__init__()
         self.num_heads, self.kv_heads, self.head_dim = heads, kv_heads or heads, d // heads
         self.hidden, self.style, self.dropout = d, style, nn.Dropout(dropout)
@@ -52,8 +55,16 @@ class Attention(nn.Module):
         v = self.heads(self.v(x), self.kv_heads).transpose(1, 2)
         groups = self.num_heads // self.kv_heads
         if groups > 1:  # as transformers' repeat_kv
-            k = k[:, :, None].expand(b, k.shape[1], groups, t, self.head_dim).reshape(b, -1, t, self.head_dim)
-            v = v[:, :, None].expand(b, v.shape[1], groups, t, self.head_dim).reshape(b, -1, t, self.head_dim)
+            k = (
+                k[:, :, None]
+                .expand(b, k.shape[1], groups, t, self.head_dim)
+                .reshape(b, -1, t, self.head_dim)
+            )
+            v = (
+                v[:, :, None]
+                .expand(b, v.shape[1], groups, t, self.head_dim)
+                .reshape(b, -1, t, self.head_dim)
+            )
         scores = q @ k.transpose(-1, -2) / self.head_dim**0.5
         causal = torch.ones(t, t, dtype=torch.bool, device=x.device).tril()
         scores = scores.masked_fill(~causal, float("-inf"))
@@ -102,7 +113,9 @@ class GPT(nn.Module):
 @pytest.mark.parametrize("bias", [True, False])
 def test_mlp(n, bias):
     def local(sharded, whole):
-        assert {e.how for e in sharded.tensor_parallel_plan.entries.values() if len(e.shape) == 2} == {"local"}
+        assert {
+            e.how for e in sharded.tensor_parallel_plan.entries.values() if len(e.shape) == 2
+        } == {"local"}
 
     check(lambda: mlp(bias=bias), features(3, 16), n, share=1 / n + 0.05, then=local)
 
@@ -159,13 +172,16 @@ class GatedMLP(nn.Module):
         return self.down(F.silu(gate) * up)
 
 
-@pytest.mark.parametrize("how, n", [("chunk", 2), ("chunk", 4), ("split", 2), ("slice", 2), ("interleaved", 2)])
+@pytest.mark.parametrize(
+    "how, n", [("chunk", 2), ("chunk", 4), ("split", 2), ("slice", 2), ("interleaved", 2)]
+)
 def test_fused_gate_up(how, n):
     check(lambda: GatedMLP(how=how), features(2, 3, 16), n, share=1 / n + 0.05)
 
 
 class FusedAttention(nn.Module):
-    """One projection for q, k and v. `kind`: equal pieces, grouped pieces of unequal size, or interleaved by head."""
+    """One projection for q, k and v. `kind`: equal pieces, grouped pieces of unequal size, or
+    interleaved by head."""
 
     def __init__(self, d=32, heads=4, kv_heads=4, kind="split"):
         super().__init__()
@@ -186,13 +202,22 @@ class FusedAttention(nn.Module):
         else:
             q, k, v = (y.flatten(2) for y in x.view(b, t, self.heads, 3, self.dim).unbind(3))
         q, k, v = (y.view(b, t, -1, self.dim).transpose(1, 2) for y in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
+        out = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads
+        )
         return self.proj(out.transpose(1, 2).reshape(b, t, d))
 
 
 @pytest.mark.parametrize(
     "kind, kv, n",
-    [("split", 4, 2), ("split", 4, 4), ("split", 2, 2), ("width", 4, 2), ("timm", 4, 4), ("interleaved", 4, 2)],
+    [
+        ("split", 4, 2),
+        ("split", 4, 4),
+        ("split", 2, 2),
+        ("width", 4, 2),
+        ("timm", 4, 4),
+        ("interleaved", 4, 2),
+    ],
 )
 def test_fused_qkv(kind, kv, n):
     check(lambda: FusedAttention(kind=kind, kv_heads=kv), features(2, 5, 32), n, share=1 / n + 0.05)
@@ -241,7 +266,8 @@ def test_multihead_attention():
 
 @pytest.mark.parametrize("train, grad", [(True, True), (False, True), (False, False)])
 def test_transformer_encoder_layer(train, grad):
-    """In eval mode without gradients torch takes a fused path that reads the weights of its children."""
+    """In eval mode without gradients torch takes a fused path that reads the weights of its
+    children."""
     build = lambda: nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)  # noqa: E731
     check(build, features(2, 5, 16), 2, train=train, grad=grad)
 
@@ -254,7 +280,11 @@ def test_vocabulary_loss_inside():
 
         def forward(self, ids, labels=None):
             logits = self.fc(self.emb(ids))
-            loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten()) if labels is not None else None
+            loss = (
+                F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+                if labels is not None
+                else None
+            )
             return {"loss": loss, "logits": logits}
 
     def both():
@@ -337,9 +367,18 @@ def test_dict_output_and_keyword_only_forward():
             self.net = mlp()
 
         def forward(self, *, x, scale=1.0):
-            return {"out": self.net(x) * scale, "scale": scale, "nested": [x, {"y": self.net[0](x)}]}
+            return {
+                "out": self.net(x) * scale,
+                "scale": scale,
+                "nested": [x, {"y": self.net[0](x)}],
+            }
 
-    check(Net, lambda: {"x": torch.randn(3, 16)}, 2, calls=[lambda: {"x": torch.randn(5, 16), "scale": 2.0}])
+    check(
+        Net,
+        lambda: {"x": torch.randn(3, 16)},
+        2,
+        calls=[lambda: {"x": torch.randn(5, 16), "scale": 2.0}],
+    )
 
 
 @dataclass
@@ -465,7 +504,16 @@ def relu_and_scale(h, x):
 
 
 @pytest.mark.parametrize(
-    "change", [set_first, set_slice, set_every_other, add_to_slice, zero_selected, zero_narrowed, relu_and_scale]
+    "change",
+    [
+        set_first,
+        set_slice,
+        set_every_other,
+        add_to_slice,
+        zero_selected,
+        zero_narrowed,
+        relu_and_scale,
+    ],
 )
 def test_in_place_operators(change):
     class Net(nn.Module):
@@ -482,7 +530,8 @@ def test_in_place_operators(change):
 
 
 def test_value_dependent_branch():
-    """The other branch, with the same kinds of inputs as the traced one, takes a mean over the sharded units."""
+    """The other branch, with the same kinds of inputs as the traced one, takes a mean over the
+    sharded units."""
 
     class Net(nn.Module):
         def __init__(self):
@@ -494,7 +543,12 @@ def test_value_dependent_branch():
             h = h.relu() if x.sum() > 0 else h * h.mean(-1, keepdim=True)
             return self.b(h)
 
-    check(Net, lambda: (torch.ones(3, 8),), 2, calls=[lambda: (-torch.ones(3, 8),), lambda: (torch.ones(3, 8),)])
+    check(
+        Net,
+        lambda: (torch.ones(3, 8),),
+        2,
+        calls=[lambda: (-torch.ones(3, 8),), lambda: (torch.ones(3, 8),)],
+    )
 
 
 def test_branch_on_what_the_weights_give():
@@ -565,7 +619,12 @@ def test_path_that_the_signature_may_miss(how):
         x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         sharded, whole = pair(Net, 2, example_inputs=(x, 0.1))
         compare(sharded, whole, (x, 0.1))
-        given = {"float": (x, 0.9), "attribute": (x, 0.1), "length": (x.repeat(3, 1), 0.1), "type": (x, 1)}[how]
+        given = {
+            "float": (x, 0.9),
+            "attribute": (x, 0.1),
+            "length": (x.repeat(3, 1), 0.1),
+            "type": (x, 1),
+        }[how]
         sharded.mean = whole.mean = how == "attribute"
         try:
             compare(sharded, whole, given)
@@ -578,7 +637,9 @@ def test_path_that_the_signature_may_miss(how):
 @pytest.mark.parametrize("n, style", [(2, "infer"), (2, "written"), (4, "written")])
 def test_other_sizes_and_arguments_than_traced(n, style):
     def mask():
-        return torch.randint(0, 64, (2, 6)), torch.zeros(2, 1, 6, 6).masked_fill(torch.rand(2, 1, 6, 6) < 0.2, -1e9)
+        return torch.randint(0, 64, (2, 6)), torch.zeros(2, 1, 6, 6).masked_fill(
+            torch.rand(2, 1, 6, 6) < 0.2, -1e9
+        )
 
     def per_head():
         return torch.randint(0, 64, (2, 5)), torch.randn(2, 4, 5, 5)
@@ -599,8 +660,8 @@ class Cache:
 
 
 def test_cache_that_the_forward_fills():
-    """Showing a new call right must not touch the caller's cache. Filled, it holds shards, which the next call goes on
-    with."""
+    """Showing a new call right must not touch the caller's cache. Filled, it holds shards, which
+    the next call goes on with."""
 
     class Net(nn.Module):
         def __init__(self):
@@ -618,7 +679,13 @@ def test_cache_that_the_forward_fills():
         assert caches[0].kept.shape == (2, 3, 16) and type(caches[0].kept) is torch.Tensor
         with torch.no_grad():
             for length in (3, 1, 2):
-                x = torch.randn(2, length, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(length))
+                x = torch.randn(
+                    2,
+                    length,
+                    8,
+                    dtype=torch.float64,
+                    generator=torch.Generator().manual_seed(length),
+                )
                 same_output(*(m(x, cache=c) for m, c in zip((sharded, whole), caches)))
             again, half = copy.deepcopy(caches[0]), copy.deepcopy(caches[0])
             same_output(sharded(x, cache=again), whole(x, cache=caches[1]))
@@ -660,14 +727,25 @@ def test_dropout_equals_the_whole_models(style):
         compare(sharded, whole, (torch.arange(10).view(2, 5),))
         compare(sharded, whole, (torch.arange(10).view(2, 5),), grad=False)
         with torch.inference_mode():
-            assert torch.allclose(sharded(torch.arange(8).view(1, 8)), whole(torch.arange(8).view(1, 8)))
+            assert torch.allclose(
+                sharded(torch.arange(8).view(1, 8)), whole(torch.arange(8).view(1, 8))
+            )
         sharded.train(), whole.train()
         compare(sharded, whole, (torch.arange(10).view(2, 5),))
 
-    check(lambda: GPT(dropout=0.3, style=style), ids(64, 2, 6), 2, calls=[ids(64, 3, 4)], share=0.55, then=then)
+    check(
+        lambda: GPT(dropout=0.3, style=style),
+        ids(64, 2, 6),
+        2,
+        calls=[ids(64, 3, 4)],
+        share=0.55,
+        then=then,
+    )
 
 
-@pytest.mark.parametrize("kind", [nn.Dropout2d, nn.AlphaDropout, nn.RReLU, "functional", "attention", "bernoulli"])
+@pytest.mark.parametrize(
+    "kind", [nn.Dropout2d, nn.AlphaDropout, nn.RReLU, "functional", "attention", "bernoulli"]
+)
 def test_other_random_operators(kind):
     class Net(nn.Module):
         def __init__(self):
@@ -680,13 +758,17 @@ def test_other_random_operators(kind):
             if kind == "functional":
                 h = torch.dropout(h, 0.4, self.training)
                 h = F.dropout(input=h, p=0.4, training=self.training)
-                h = torch.nn.functional.dropout(h.transpose(0, 1), 0.4, self.training).transpose(0, 1)
+                h = torch.nn.functional.dropout(h.transpose(0, 1), 0.4, self.training).transpose(
+                    0, 1
+                )
             elif kind == "attention":
                 h = h.view(h.shape[0], h.shape[1], 4, 8).transpose(1, 2)
                 h = F.scaled_dot_product_attention(h, h, h, dropout_p=0.4)
                 h = h.transpose(1, 2).flatten(2)
             elif kind == "bernoulli":
-                h = h * torch.bernoulli(torch.full_like(h, 0.5)) * (torch.rand_like(h) > 0.3) + torch.randn(h.shape)
+                h = h * torch.bernoulli(torch.full_like(h, 0.5)) * (
+                    torch.rand_like(h) > 0.3
+                ) + torch.randn(h.shape)
             else:
                 h = self.drop(h)
             return self.b(h)
@@ -736,7 +818,9 @@ def test_adapters_on_a_frozen_model():
         def __init__(self, base):
             super().__init__()
             self.base = base.requires_grad_(False)
-            self.a, self.b = nn.Linear(base.in_features, 4, bias=False), nn.Linear(4, base.out_features, bias=False)
+            self.a, self.b = nn.Linear(base.in_features, 4, bias=False), nn.Linear(
+                4, base.out_features, bias=False
+            )
 
         def forward(self, x):
             return self.base(x) + self.b(self.a(x))
@@ -758,7 +842,9 @@ def test_hooks_that_are_there_already():
         model = nn.Sequential(mlp(), nn.Linear(16, 8))
         model.register_forward_pre_hook(lambda m, args: (args[0].flatten(1),))
         model[0][0].register_forward_hook(lambda m, args, out: out * 2)
-        model[0].register_forward_pre_hook(lambda m, args, kwargs: ((args[0] + 1,), kwargs), with_kwargs=True)
+        model[0].register_forward_pre_hook(
+            lambda m, args, kwargs: ((args[0] + 1,), kwargs), with_kwargs=True
+        )
         model.count = []
         model.register_forward_hook(lambda m, args, out: m.count.append(1))
         return model
@@ -828,13 +914,18 @@ def test_after_an_exception_the_model_still_works():
 def test_submesh_and_process_group_manager():
     def ranks(rank):
         x = torch.randn(3, 16, generator=torch.Generator().manual_seed(rank // 2))
-        for tp in (init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))["tp"], ProcessGroupManager(tp_size=2)):
+        for tp in (
+            init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))["tp"],
+            ProcessGroupManager(tp_size=2),
+        ):
             sharded, whole = pair(mlp, tp, example_inputs=(x.double(),))
             assert sharded.tensor_parallel_mesh.size() == 2 and share_of(sharded) < 0.6
             compare(sharded, whole, (x,))
         sharded, whole = pair(mlp, 2)
         compare(sharded, whole, (x,))
-        dp = init_device_mesh("cpu", (2, 2), mesh_dim_names=("tp", "dp"))["tp"]  # ranks 0 and 2, 1 and 3
+        dp = init_device_mesh("cpu", (2, 2), mesh_dim_names=("tp", "dp"))[
+            "tp"
+        ]  # ranks 0 and 2, 1 and 3
         sharded, whole = pair(lambda: GPT(), dp)
         compare(sharded, whole, (torch.arange(6).view(2, 3),))
 
@@ -856,7 +947,9 @@ def test_weights_come_from_the_source_rank(source):
         whole = build()
         there = model.state_dict()
         for name, t in whole.state_dict().items():
-            found = there[name].full_tensor() if hasattr(there[name], "full_tensor") else there[name]
+            found = (
+                there[name].full_tensor() if hasattr(there[name], "full_tensor") else there[name]
+            )
             assert torch.equal(found, t), name
         compare(model, whole, (torch.ones(2, 6),))
 
@@ -868,10 +961,14 @@ def test_no_source_takes_local_slices():
         torch.manual_seed(rank)
         whole = mlp()
         state = {k: v.clone() for k, v in whole.state_dict().items()}
-        model = apply_tensor_parallel(whole, 2, src_data_rank=None, example_inputs=(torch.ones(2, 16),))
+        model = apply_tensor_parallel(
+            whole, 2, src_data_rank=None, example_inputs=(torch.ones(2, 16),)
+        )
         for name, p in model.named_parameters():
             placement = p.placements[0]
-            mine = state[name].chunk(2, placement.dim)[rank] if placement.is_shard() else state[name]
+            mine = (
+                state[name].chunk(2, placement.dim)[rank] if placement.is_shard() else state[name]
+            )
             assert torch.equal(p.to_local(), mine), name
 
     run_ranks(ranks, 2)

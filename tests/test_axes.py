@@ -18,7 +18,8 @@ def axes_of(model, *inputs, **kwargs):
 
 
 def shared(model, *inputs):
-    """The axes of a model as {frozenset of "parameter[dim] outer x units x inner"}, those of one parameter included."""
+    """The axes of a model as {frozenset of "parameter[dim] outer x units x inner"}, those of one
+    parameter included."""
     graph, axes = axes_of(model, *inputs)
     found = {}
     for name, v in graph.params.items():
@@ -62,7 +63,9 @@ def test_take_of_one_takes_nothing():
     assert take([], 1) == ([], [])
 
 
-@pytest.mark.parametrize("sizes, size", [((6,), 4), ((4, 6), 10), ((4, 6), 16), ((4,), 8), ((), 2), ((3, 4), 4)])
+@pytest.mark.parametrize(
+    "sizes, size", [((6,), 4), ((4, 6), 10), ((4, 6), 16), ((4,), 8), ((), 2), ((3, 4), 4)]
+)
 def test_take_knows_where_it_cannot_cut(sizes, size):
     assert take([Factor(s) for s in sizes], size) is None
 
@@ -119,8 +122,8 @@ def test_a_factor_that_meets_its_own_outer_part():
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions; `fused`: None, "blocks" ([q|k|v]), "heads" ([q k v] a head, as
-    GPT-NeoX)."""
+    """Grouped-query attention with rotary positions; `fused`: None, "blocks" ([q|k|v]), "heads" ([q
+    k v] a head, as GPT-NeoX)."""
 
     def __init__(self, d=16, heads=4, kv=2, d_head=4, fused=None):
         super().__init__()
@@ -136,13 +139,24 @@ class Attention(nn.Module):
     def forward(self, x):
         b, t, _ = x.shape
         if self.fused == "blocks":
-            q, k, v = (y.view(b, t, self.heads, self.d_head).transpose(1, 2) for y in self.m0(x).chunk(3, -1))
+            q, k, v = (
+                y.view(b, t, self.heads, self.d_head).transpose(1, 2)
+                for y in self.m0(x).chunk(3, -1)
+            )
         elif self.fused == "heads":
-            q, k, v = self.m0(x).view(b, t, self.heads, 3 * self.d_head).transpose(1, 2).chunk(3, -1)
+            q, k, v = (
+                self.m0(x).view(b, t, self.heads, 3 * self.d_head).transpose(1, 2).chunk(3, -1)
+            )
         else:
-            q, k, v = (m(x).view(b, t, -1, self.d_head).transpose(1, 2) for m in (self.m0, self.m1, self.m2))
+            q, k, v = (
+                m(x).view(b, t, -1, self.d_head).transpose(1, 2)
+                for m in (self.m0, self.m1, self.m2)
+            )
             n = self.heads // self.kv
-            k, v = (y[:, :, None].expand(b, self.kv, n, t, self.d_head).reshape(b, self.heads, t, -1) for y in (k, v))
+            k, v = (
+                y[:, :, None].expand(b, self.kv, n, t, self.d_head).reshape(b, self.heads, t, -1)
+                for y in (k, v)
+            )
         q, k = self.rotate(q), self.rotate(k)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.m3(y.transpose(1, 2).reshape(b, t, -1))
@@ -201,18 +215,27 @@ IDS = torch.arange(12).view(2, 6)
 def test_a_llama_like_model():
     found = shared(Decoder(Block(Attention(kv=4)), Block(Attention(kv=4))), IDS)
     for i in (0, 1):
-        heads = f"b.{i}.a.m0.weight[0] 1x4x4\nb.{i}.a.m1.weight[0] 1x4x4\nb.{i}.a.m2.weight[0] 1x4x4\nb.{i}.a.m3.weight[1] 1x4x4"
+        heads = (
+            f"b.{i}.a.m0.weight[0] 1x4x4\nb.{i}.a.m1.weight[0] 1x4x4\nb.{i}.a.m2.weight[0]"
+            f" 1x4x4\nb.{i}.a.m3.weight[1] 1x4x4"
+        )
         assert places(heads) in found
-        assert places(f"b.{i}.f0.weight[0] 1x24x1\nb.{i}.f1.weight[0] 1x24x1\nb.{i}.f2.weight[1] 1x24x1") in found
+        assert (
+            places(
+                f"b.{i}.f0.weight[0] 1x24x1\nb.{i}.f1.weight[0] 1x24x1\nb.{i}.f2.weight[1] 1x24x1"
+            )
+            in found
+        )
     assert places("e.weight[0] 1x40x1") in found and places("h.weight[0] 1x40x1") in found
     model_dim = [s for s in found if "n.weight[0] 1x16x1" in s]
     assert len(model_dim) == 1
     assert model_dim[0] == places(
         "n.weight[0] 1x16x1\ne.weight[1] 1x16x1\nh.weight[1] 1x16x1\n"
         + "\n".join(
-            f"b.{i}.n0.weight[0] 1x16x1\nb.{i}.n1.weight[0] 1x16x1\nb.{i}.a.m0.weight[1] 1x16x1\nb.{i}.a.m1.weight[1] 1x16x1\n"
-            f"b.{i}.a.m2.weight[1] 1x16x1\nb.{i}.a.m3.weight[0] 1x16x1\nb.{i}.f0.weight[1] 1x16x1\nb.{i}.f1.weight[1] 1x16x1\n"
-            f"b.{i}.f2.weight[0] 1x16x1"
+            f"b.{i}.n0.weight[0] 1x16x1\nb.{i}.n1.weight[0] 1x16x1\nb.{i}.a.m0.weight[1]"
+            f" 1x16x1\nb.{i}.a.m1.weight[1] 1x16x1\nb.{i}.a.m2.weight[1]"
+            f" 1x16x1\nb.{i}.a.m3.weight[0] 1x16x1\nb.{i}.f0.weight[1] 1x16x1\nb.{i}.f1.weight[1]"
+            f" 1x16x1\nb.{i}.f2.weight[0] 1x16x1"
             for i in (0, 1)
         )
     )
@@ -222,7 +245,10 @@ def test_queries_group_under_their_keys_and_values():
     found = shared(Decoder(Block(Attention(heads=4, kv=2))), IDS)
     # 2 groups; each of 2 queries of 4 features
     assert (
-        places("b.0.a.m0.weight[0] 1x2x8\nb.0.a.m1.weight[0] 1x2x4\nb.0.a.m2.weight[0] 1x2x4\nb.0.a.m3.weight[1] 1x2x8")
+        places(
+            "b.0.a.m0.weight[0] 1x2x8\nb.0.a.m1.weight[0] 1x2x4\nb.0.a.m2.weight[0]"
+            " 1x2x4\nb.0.a.m3.weight[1] 1x2x8"
+        )
         in found
     )
 
@@ -267,7 +293,9 @@ def test_dims_that_no_factors_describe_are_opaque():
 
 
 def test_the_sizes_of_factors_are_those_of_the_dims():
-    graph, axes = axes_of(Decoder(Block(Attention()), Block(Attention(fused="heads"), fused=True)), IDS)
+    graph, axes = axes_of(
+        Decoder(Block(Attention()), Block(Attention(fused="heads"), fused=True)), IDS
+    )
     for v in graph.values:
         sizes = [torch.Size([f.size for f in dim]).numel() if dim else 1 for dim in axes.final(v)]
         assert tuple(sizes) == v.shape
@@ -324,12 +352,16 @@ def test_rows_of_a_table_that_are_a_part_of_its_dim_are_not_looked_up_as_if_they
     axis = Axis((axes.final(v)[0][0],))
     assert axis.find(axes, v) == (0, 1, 4)
     layout = lay_out(graph, axes, Sharding({"e.weight": (0, axis)}, {axis}))
-    assert all(a.size == 16 for a in layout.instead.values())  # a program keeps the axis's size as the number of rows
+    assert all(
+        a.size == 16 for a in layout.instead.values()
+    )  # a program keeps the axis's size as the number of rows
 
 
 def test_a_parameter_that_lies_otherwise_than_its_axis_is_refused():
     """The bias of a convolution in groups has parts of each group, which no block of it is."""
-    graph, axes = axes_of(nn.Sequential(nn.ConvTranspose2d(12, 24, 2, groups=6)), torch.randn(1, 12, 3, 3))
+    graph, axes = axes_of(
+        nn.Sequential(nn.ConvTranspose2d(12, 24, 2, groups=6)), torch.randn(1, 12, 3, 3)
+    )
     weight = axes.final(graph.params["0.weight"])[1]
     axis = Axis(tuple(weight))
     placed = {"0.weight": (1, axis), "0.bias": (0, axis)}

@@ -1,5 +1,5 @@
-"""Checkpoints: from every layout into every other, bit for bit; and what must not load, with everything kept as it
-was."""
+"""Checkpoints: from every layout into every other, bit for bit; and what must not load, with
+everything kept as it was."""
 
 import json
 import os
@@ -36,14 +36,20 @@ class Fused(nn.Module):
         self.heads = heads
         self.tokens = nn.Embedding(vocab, hidden)
         self.qkv, self.out = nn.Linear(hidden, 3 * hidden), nn.Linear(hidden, hidden)
-        self.norm, self.up, self.down = nn.BatchNorm1d(hidden), nn.Linear(hidden, 48), nn.Linear(48, hidden)
+        self.norm, self.up, self.down = (
+            nn.BatchNorm1d(hidden),
+            nn.Linear(hidden, 48),
+            nn.Linear(48, hidden),
+        )
         self.drop, self.head = nn.Dropout(0.1), nn.Linear(hidden, vocab)
         self.head.weight = self.tokens.weight
 
     def forward(self, ids):
         x = self.tokens(ids)
         q, k, v = (t.unflatten(-1, (-1, 2)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        x = x + self.out(
+            F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        )
         x = self.drop(self.norm(x.transpose(1, 2)).transpose(1, 2))
         return self.head(x + self.down(F.gelu(self.up(x))))
 
@@ -59,12 +65,17 @@ def make(layout, seed=0, build=Fused):
     if layout.startswith("tp"):
         apply_tensor_parallel(model, LAYOUTS[layout], example_inputs=example)
     elif layout != "one":
-        shape, names = ((2, 2), ("dp", "tp")) if layout[0] == "d" else ((2, 1, 2), ("rep", "dp", "tp"))
+        shape, names = (
+            ((2, 2), ("dp", "tp")) if layout[0] == "d" else ((2, 1, 2), ("rep", "dp", "tp"))
+        )
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
         apply_tensor_parallel(model, mesh=mesh["tp"], example_inputs=example)
         fully_shard(model, mesh=mesh[names[:-1]] if len(names) > 2 else mesh["dp"])
     decay = [p for p in model.parameters() if p.dim() > 1]
-    groups = [{"params": decay}, {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
+    groups = [
+        {"params": decay},
+        {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
+    ]
     return model, torch.optim.AdamW(groups, 1e-2)
 
 
@@ -77,8 +88,13 @@ def whole(model, optimizer):
     """Everything of a run as whole tensors, by name."""
     state = {k: v for k, v in model.state_dict().items()}
     names = {id(p): n for n, p in model.named_parameters()}
-    state |= {f"{names[id(p)]}/{k}": v for p, values in optimizer.state.items() for k, v in values.items()}
-    return {k: (v.full_tensor() if isinstance(v, DTensor) else v).detach().clone() for k, v in state.items()}
+    state |= {
+        f"{names[id(p)]}/{k}": v for p, values in optimizer.state.items() for k, v in values.items()
+    }
+    return {
+        k: (v.full_tensor() if isinstance(v, DTensor) else v).detach().clone()
+        for k, v in state.items()
+    }
 
 
 def same(found, expected):
@@ -98,7 +114,9 @@ def test_every_layout_into_every_other(tmp_path):
         train(model, optimizer)
         optimizer.param_groups[1]["lr"] = 0.5
         expected = whole(model, optimizer)
-        done = save_checkpoint(tmp_path / layout, model, optimizer, extra={"step": 1, "from": layout}, async_=async_)
+        done = save_checkpoint(
+            tmp_path / layout, model, optimizer, extra={"step": 1, "from": layout}, async_=async_
+        )
         if async_:
             train(model, optimizer)  # what is written is of before
             done.result()
@@ -110,14 +128,25 @@ def test_every_layout_into_every_other(tmp_path):
                 model, optimizer = make(layout, seed=1)
                 if saved == "tp4":
                     train(model, optimizer)  # not a fresh one
-                assert load_checkpoint(tmp_path / saved, model, optimizer) == {"step": 1, "from": saved}
+                assert load_checkpoint(tmp_path / saved, model, optimizer) == {
+                    "step": 1,
+                    "from": saved,
+                }
                 same(whole(model, optimizer), values)
-                assert optimizer.param_groups[1]["lr"] == 0.5 and optimizer.param_groups[0]["lr"] == 1e-2
+                assert (
+                    optimizer.param_groups[1]["lr"] == 0.5
+                    and optimizer.param_groups[0]["lr"] == 1e-2
+                )
                 assert model.head.weight is model.tokens.weight
                 train(model, optimizer)
 
-    expected = {layout: on(layout, lambda: save(layout, async_=layout in ("tp2", "dp2 x tp2"))) for layout in LAYOUTS}
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(LAYOUTS)  # nothing half-written is left
+    expected = {
+        layout: on(layout, lambda: save(layout, async_=layout in ("tp2", "dp2 x tp2")))
+        for layout in LAYOUTS
+    }
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
+        LAYOUTS
+    )  # nothing half-written is left
     alone(lambda: load(["one"], expected))
     run_ranks(lambda rank: load(["tp2"], expected), 2)
     run_ranks(lambda rank: load(["tp3"], expected), 3)
@@ -129,7 +158,10 @@ def test_every_layout_into_every_other(tmp_path):
         found = torch.load(tmp_path / "whole.pt")
         for k, x in model["model"].items():
             assert torch.equal(x, expected[layout][k]) and torch.equal(found["model"][k], x)
-        assert torch.equal(found["optimizer"]["state"]["qkv.weight"]["exp_avg"], expected[layout]["qkv.weight/exp_avg"])
+        assert torch.equal(
+            found["optimizer"]["state"]["qkv.weight"]["exp_avg"],
+            expected[layout]["qkv.weight/exp_avg"],
+        )
 
 
 def test_resuming_is_going_on(tmp_path):
@@ -140,7 +172,9 @@ def test_resuming_is_going_on(tmp_path):
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2)
         for step in range(2):
             train(model, optimizer, step), scheduler.step()
-        save_checkpoint(tmp_path / "c", model, optimizer, extra={"scheduler": scheduler.state_dict()})
+        save_checkpoint(
+            tmp_path / "c", model, optimizer, extra={"scheduler": scheduler.state_dict()}
+        )
         for step in range(2, 5):
             train(model, optimizer, step), scheduler.step()
         return whole(model, optimizer)
@@ -171,7 +205,9 @@ def test_an_optimizer_that_has_not_stepped_and_one_model_alone(tmp_path):
         other, _ = make("tp2", 1)
         load_checkpoint(tmp_path / "c", other)
         save_checkpoint(tmp_path / "c", other)  # in its place
-        with pytest.raises((ValueError, RuntimeError), match="expected a checkpoint with an optimizer"):
+        with pytest.raises(
+            (ValueError, RuntimeError), match="expected a checkpoint with an optimizer"
+        ):
             load_checkpoint(tmp_path / "c", model, optimizer)
 
     run_ranks(ranks, 2)
@@ -217,7 +253,9 @@ DAMAGES = {
     "half-written": "found nothing; .*saving is a half-written one",
     "no manifest": "expected a checkpoint with a manifest.json, .* found none",
     "another manifest": "cannot be read",
-    "code in the index": "UnpicklingError: expected the index of a checkpoint, found posix.system|nt.system",
+    "code in the index": (
+        "UnpicklingError: expected the index of a checkpoint, found posix.system|nt.system"
+    ),
     "code in the state": "Weights only load failed",
 }
 
@@ -248,8 +286,13 @@ def test_damaged_checkpoints_are_refused_on_every_rank(tmp_path, monkeypatch):
                 damage(tmp_path / how, how)
             dist.barrier()
             everywhere(lambda: load_checkpoint(tmp_path / how, model, optimizer), match)
-        everywhere(lambda: load_checkpoint(tmp_path / "nowhere", model), "expected a checkpoint .* found nothing")
-        everywhere(lambda: load_checkpoint(tmp_path, model), "expected a checkpoint with a manifest")
+        everywhere(
+            lambda: load_checkpoint(tmp_path / "nowhere", model),
+            "expected a checkpoint .* found nothing",
+        )
+        everywhere(
+            lambda: load_checkpoint(tmp_path, model), "expected a checkpoint with a manifest"
+        )
         same(whole(model, optimizer), before)
         assert not (tmp_path / "RAN").exists()
 
@@ -264,11 +307,13 @@ def test_what_does_not_fit_is_refused(tmp_path):
         wide, wide_optimizer = make("tp2", build=lambda: Fused(hidden=48))
         before = whole(wide, wide_optimizer)
         everywhere(
-            lambda: load_checkpoint(tmp_path / "c", wide), r"qkv.weight: expected \(144, 48\) .* found \(72, 24\)"
+            lambda: load_checkpoint(tmp_path / "c", wide),
+            r"qkv.weight: expected \(144, 48\) .* found \(72, 24\)",
         )
         same(whole(wide, wide_optimizer), before)
         everywhere(
-            lambda: load_checkpoint(tmp_path / "c", model.float()), "tokens.weight: expected .*float32, found .*float64"
+            lambda: load_checkpoint(tmp_path / "c", model.float()),
+            "tokens.weight: expected .*float32, found .*float64",
         )
         model.double()
         extended, _ = make("tp2")
@@ -277,13 +322,23 @@ def test_what_does_not_fit_is_refused(tmp_path):
         save_checkpoint(tmp_path / "d", extended)
         everywhere(lambda: load_checkpoint(tmp_path / "d", model), "more: not in the model")
         some = torch.optim.AdamW(list(model.parameters())[:2])
-        everywhere(lambda: load_checkpoint(tmp_path / "c", model, some), "expected an optimizer of the same parameters")
+        everywhere(
+            lambda: load_checkpoint(tmp_path / "c", model, some),
+            "expected an optimizer of the same parameters",
+        )
         others = torch.optim.AdamW(make("tp2")[0].parameters())
         everywhere(
-            lambda: save_checkpoint(tmp_path / "c", model, others), "expected an optimizer of the model's parameters"
+            lambda: save_checkpoint(tmp_path / "c", model, others),
+            "expected an optimizer of the model's parameters",
         )
-        everywhere(lambda: save_checkpoint(tmp_path / "c", model, extra={"f": damage}), "extra, .* expected numbers")
-        everywhere(lambda: save_checkpoint(tmp_path / "c", model, extra=[model.qkv.weight]), "extra: .* DTensor")
+        everywhere(
+            lambda: save_checkpoint(tmp_path / "c", model, extra={"f": damage}),
+            "extra, .* expected numbers",
+        )
+        everywhere(
+            lambda: save_checkpoint(tmp_path / "c", model, extra=[model.qkv.weight]),
+            "extra: .* DTensor",
+        )
         load_checkpoint(tmp_path / "c", model, optimizer)  # is still there
 
     run_ranks(ranks, 2)
@@ -298,14 +353,24 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path):
         (tmp_path / "mine").mkdir(exist_ok=True)
         (tmp_path / "mine" / "thesis.txt").write_text("do not lose me")
         everywhere(
-            lambda: save_checkpoint(tmp_path / "mine", model), "expected a checkpoint or nothing, found something else"
+            lambda: save_checkpoint(tmp_path / "mine", model),
+            "expected a checkpoint or nothing, found something else",
         )
-        everywhere(lambda: save_checkpoint(tmp_path / "mine" / "thesis.txt", model), "expected a checkpoint or nothing")
+        everywhere(
+            lambda: save_checkpoint(tmp_path / "mine" / "thesis.txt", model),
+            "expected a checkpoint or nothing",
+        )
         assert (tmp_path / "mine" / "thesis.txt").read_text() == "do not lose me"
         if rank == 1:  # its disk is full
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-        everywhere(lambda: save_checkpoint(tmp_path / "c", model, optimizer), "rank 1: OSError|File too large")
-        everywhere(lambda: save_checkpoint(tmp_path / "c", model, optimizer, async_=True).result(), "rank 1: OSError")
+        everywhere(
+            lambda: save_checkpoint(tmp_path / "c", model, optimizer),
+            "rank 1: OSError|File too large",
+        )
+        everywhere(
+            lambda: save_checkpoint(tmp_path / "c", model, optimizer, async_=True).result(),
+            "rank 1: OSError",
+        )
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "mine"]
         load_checkpoint(tmp_path / "c", model, optimizer)
@@ -315,8 +380,8 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path):
 
 
 def test_killed_at_any_moment(tmp_path):
-    """Ten times a rank is killed after so many Python calls, within saves too; the run that resumes ends as one that
-    was left alone."""
+    """Ten times a rank is killed after so many Python calls, within saves too; the run that resumes
+    ends as one that was left alone."""
     steps, rng = 6, random.Random(0)
 
     def run(rank, folder, kill=None, async_=False):
@@ -338,7 +403,9 @@ def test_killed_at_any_moment(tmp_path):
         for step in range(start, steps):
             train(model, optimizer, step)
             (folder / f"saves {rank}").touch()
-            done = save_checkpoint(folder / "c", model, optimizer, extra={"step": step + 1}, async_=async_)
+            done = save_checkpoint(
+                folder / "c", model, optimizer, extra={"step": step + 1}, async_=async_
+            )
             if async_:
                 done.result()
             (folder / f"saves {rank}").unlink()

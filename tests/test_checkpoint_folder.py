@@ -1,5 +1,5 @@
-"""Folders of checkpoints: what is not this library's is neither read nor touched, a reader sees one checkpoint or
-raises, and an index leads to every element."""
+"""Folders of checkpoints: what is not this library's is neither read nor touched, a reader sees one
+checkpoint or raises, and an index leads to every element."""
 
 import json
 import pickle
@@ -57,7 +57,10 @@ def test_what_is_the_users_stays(tmp_path):
         one, two = run_of(1.0), run_of(2.0)
         save_checkpoint(c, one)
         on_rank_0(rank, lambda: c.rename(tmp_path / "c.old"))
-        everywhere(lambda: load_checkpoint(c, two), "FileNotFoundError: .* found nothing; c.old is there, load it")
+        everywhere(
+            lambda: load_checkpoint(c, two),
+            "FileNotFoundError: .* found nothing; c.old is there, load it",
+        )
         if rank == 0:
             for name in USERS:
                 (tmp_path / name).mkdir()
@@ -69,7 +72,9 @@ def test_what_is_the_users_stays(tmp_path):
             save_checkpoint(c, two)
             on_rank_0(rank, lambda: (c / "notes.txt").write_text("mine"))
             save_checkpoint(tmp_path / "link", two)
-        everywhere(lambda: save_checkpoint(tmp_path / "web", two), "expected a checkpoint or nothing")
+        everywhere(
+            lambda: save_checkpoint(tmp_path / "web", two), "expected a checkpoint or nothing"
+        )
         assert names(tmp_path) == sorted([*USERS, "c", "c.old", "link", "linked", "web"])
         assert all((tmp_path / name / "state.pt").read_text() == "mine" for name in USERS)
         assert (tmp_path / "link").is_symlink() and (c / "notes.txt").read_text() == "mine"
@@ -136,7 +141,9 @@ def test_a_reader_beside_a_save(tmp_path, monkeypatch):
                 return load_checkpoint(c, model), values(model)
 
         assert saved_within(Reader, "read_data") == (1, {1.0})
-        everywhere(lambda: saved_within(opened.Opened, "verify"), "replaced by a save while it was read")
+        everywhere(
+            lambda: saved_within(opened.Opened, "verify"), "replaced by a save while it was read"
+        )
         # rank 1 opens what was put there after rank 0 had opened another
         save_checkpoint(c, one, extra=1), save_checkpoint(tmp_path / "d", two, extra=2)
         open_it, tries = opened._open, []
@@ -218,7 +225,10 @@ def no_tensor(index):
 
 
 INDICES = {
-    lost_chunk: r"model.qkv.weight: expected blocks that are \(72, 24\) together, found 1440 elements of 1728",
+    lost_chunk: (
+        r"model.qkv.weight: expected blocks that are \(72, 24\) together, found 1440 elements of"
+        r" 1728"
+    ),
     chunk_twice: r"model.up.weight: expected blocks .* overlapping ones at \(0, 0\) and \(12, 0\)",
     lost_place: r"model.norm.bias: expected its block at \(0,\) in a file of the checkpoint",
     outside: r"model.norm.bias: expected its block at \(0,\) in a file of the checkpoint",
@@ -244,10 +254,14 @@ def test_what_does_not_lead_to_every_element_is_refused(tmp_path):
         on_rank_0(rank, lambda: change(c, ".metadata", index))
         for data in b"", state[:10], state[:-30], pickle.dumps([1]):
             on_rank_0(rank, lambda: (c / "state.pt").write_bytes(data))
-            everywhere(lambda: load_checkpoint(c, model), "state.pt: expected .* bytes .* the file is damaged")
+            everywhere(
+                lambda: load_checkpoint(c, model),
+                "state.pt: expected .* bytes .* the file is damaged",
+            )
             on_rank_0(rank, lambda: change(c, "state.pt", data))
             everywhere(
-                lambda: load_checkpoint(c, model), "ValueError: .*state.pt: expected|rank .: ValueError: .*state.pt"
+                lambda: load_checkpoint(c, model),
+                "ValueError: .*state.pt: expected|rank .: ValueError: .*state.pt",
             )
         same(whole(model, optimizer), before)
 
@@ -268,7 +282,11 @@ def test_exact_covers():
             offsets, sizes = blocks[i]
             moved = tuple(o + rng.choice((0, 0, 1, -1)) for o in offsets), sizes
             blocks = rng.choice(
-                (blocks[:i] + blocks[i + 1 :] or blocks, blocks + [blocks[i]], [*blocks[:i], moved, *blocks[i + 1 :]])
+                (
+                    blocks[:i] + blocks[i + 1 :] or blocks,
+                    blocks + [blocks[i]],
+                    [*blocks[:i], moved, *blocks[i + 1 :]],
+                )
             )
         inside = all(o >= 0 and o + s <= n for os, ss in blocks for o, s, n in zip(os, ss, shape))
         count = torch.zeros(shape)
@@ -278,4 +296,8 @@ def test_exact_covers():
         assert (not_exact(shape, blocks) is None) == exact, (shape, blocks)
         found.add(exact)
     assert found == {True, False}
-    assert not_exact((0, 3), []) is None and not_exact((3,), [((0, 0), (3, 1))]) and not_exact((2,), [])
+    assert (
+        not_exact((0, 3), []) is None
+        and not_exact((3,), [((0, 0), (3, 1))])
+        and not_exact((2,), [])
+    )

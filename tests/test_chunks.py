@@ -36,7 +36,10 @@ def test_one_mesh_dim(n):
         for shape in (12, 5), (13, 7), (2, 3), (0, 4):
             whole = torch.arange(shape[0] * shape[1]).double().view(shape)
             for placement in Shard(0), Shard(1), Replicate():
-                assert torch.equal(assembled(distribute_tensor(whole, mesh, [placement])), whole), (shape, placement)
+                assert torch.equal(assembled(distribute_tensor(whole, mesh, [placement])), whole), (
+                    shape,
+                    placement,
+                )
         for k, dim in (2, 0), (3, 0), (2, 1):
             whole = torch.arange(36 * 12).double().view(36, 12)
             fused = distribute_tensor(whole, mesh, [_StridedShard(dim, split_factor=k)])
@@ -68,7 +71,9 @@ def test_fsdp_over_tensor_parallel():
         fully_shard(model, mesh=mesh["replicate", "shard"])
         assert torch.equal(assembled(model.p), whole)
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-        model = holder(distribute_tensor(torch.ones(12, 4), mesh["tp"], [_StridedShard(0, split_factor=3)]))
+        model = holder(
+            distribute_tensor(torch.ones(12, 4), mesh["tp"], [_StridedShard(0, split_factor=3)])
+        )
         fully_shard(model, mesh=mesh["dp"])
         with pytest.raises(ValueError, match="contiguous=True"):
             chunks(model.p)

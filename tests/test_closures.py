@@ -1,4 +1,5 @@
-"""Models that keep functions which reach their modules by a closure, a default, a global or a partial."""
+"""Models that keep functions which reach their modules by a closure, a default, a global or a
+partial."""
 
 import functools
 import types

@@ -207,7 +207,9 @@ def test_all_reduce_gives_every_rank_the_same_bits():
         assert torch.equal(first.view(torch.int32), other.view(torch.int32))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.int32, torch.int64])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float32, torch.int32, torch.int64]
+)
 def test_dtypes(dtype):
     """Values are small integers, exact in every dtype; the sum too."""
     n = 2
@@ -469,7 +471,10 @@ def test_chunk_sizes_are_those_of_dtensor(n):
 
     def ranks(rank):
         mesh = init_device_mesh("cpu", (n,))
-        return [len(distribute_tensor(torch.zeros(length), mesh, [Shard(0)]).to_local()) for length in lengths]
+        return [
+            len(distribute_tensor(torch.zeros(length), mesh, [Shard(0)]).to_local())
+            for length in lengths
+        ]
 
     assert list(zip(*run_ranks(ranks, n))) == [tuple(chunk_sizes(k, n)) for k in lengths]
 

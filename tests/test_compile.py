@@ -1,5 +1,5 @@
-"""torch.compile of a sharded model: block by block and whole, with no graph break, shared by blocks that are alike;
-right at any length."""
+"""torch.compile of a sharded model: block by block and whole, with no graph break, shared by blocks
+that are alike; right at any length."""
 
 import pytest
 import torch
@@ -82,8 +82,8 @@ def compare(compiled, sharded, whole, inputs, tol=1e-9):
 
 @pytest.mark.parametrize("build, labels", [(llama, True), (gpt2, False)])
 def test_blocks_share_one_graph_each(build, labels):
-    """Compiled one by one, as torchtitan does: the number of graphs does not grow with the layers nor with the
-    lengths."""
+    """Compiled one by one, as torchtitan does: the number of graphs does not grow with the layers
+    nor with the lengths."""
 
     def ranks(rank):
         torch._dynamo.config.recompile_limit = VARIANTS
@@ -93,7 +93,9 @@ def test_blocks_share_one_graph_each(build, labels):
             block.compile(fullgraph=True, backend=backend)
         for length in (8, 12, 15, 8):
             compare(sharded, sharded, whole, given(length, labels))
-        assert backend.graphs <= 4, backend.graphs  # two lengths (then any), and perhaps a first layer that differs
+        assert (
+            backend.graphs <= 4
+        ), backend.graphs  # two lengths (then any), and perhaps a first layer that differs
         sharded.eval(), whole.eval()
         with torch.no_grad():
             assert torch.allclose(sharded(**given(9)).logits, whole(**given(9)).logits)
@@ -115,7 +117,8 @@ def test_a_whole_model():
 
 @pytest.mark.parametrize("build", [llama, gpt2])
 def test_attention_dropout(build):
-    """In the attention kernel and, of GPT-2, elsewhere: this rank's part of the mask of the whole model."""
+    """In the attention kernel and, of GPT-2, elsewhere: this rank's part of the mask of the whole
+    model."""
 
     def ranks(rank):
         sharded, whole = pair(build, layers=1, dropout=0.1)
@@ -126,7 +129,9 @@ def test_attention_dropout(build):
     run_ranks(ranks, 2, timeout=200)
 
 
-@pytest.mark.parametrize("build, how", [(llama, "eager"), (gpt2, "eager"), (llama, "blocks"), (gpt2, "whole")])
+@pytest.mark.parametrize(
+    "build, how", [(llama, "eager"), (gpt2, "eager"), (llama, "blocks"), (gpt2, "whole")]
+)
 def test_checkpoints(build, how):
     def ranks(rank):
         for reentrant in (False, True) if how == "eager" else (False,):
@@ -154,7 +159,8 @@ def test_inductor(tmp_path, monkeypatch):
 
 
 def test_a_path_that_only_compiled_code_takes():
-    """A block that asks whether it is compiled, while the model around it is not: it is not silently another."""
+    """A block that asks whether it is compiled, while the model around it is not: it is not
+    silently another."""
 
     class Block(torch.nn.Module):
         def __init__(self):

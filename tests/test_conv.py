@@ -1,5 +1,5 @@
-"""Convolutional networks: what is built of them in image and audio models gives, sharded, the whole model's numbers,
-and its channels stay sharded."""
+"""Convolutional networks: what is built of them in image and audio models gives, sharded, the whole
+model's numbers, and its channels stay sharded."""
 
 import contextlib
 import copy
@@ -24,10 +24,16 @@ IMAGE = (2, 3, 8, 8)
 
 def conv(i, o, k=1, norm=True, act=nn.ReLU, dim=2, **kw):
     """Convolution, norm, activation."""
-    layer, batch_norm = [(nn.Conv1d, nn.BatchNorm1d), (nn.Conv2d, nn.BatchNorm2d), (nn.Conv3d, nn.BatchNorm3d)][dim - 1]
+    layer, batch_norm = [
+        (nn.Conv1d, nn.BatchNorm1d),
+        (nn.Conv2d, nn.BatchNorm2d),
+        (nn.Conv3d, nn.BatchNorm3d),
+    ][dim - 1]
     kw.setdefault("padding", k // 2)
     norm = batch_norm(o) if norm is True else norm
-    return nn.Sequential(layer(i, o, k, bias=not norm, **kw), norm or nn.Identity(), act() if act else nn.Identity())
+    return nn.Sequential(
+        layer(i, o, k, bias=not norm, **kw), norm or nn.Identity(), act() if act else nn.Identity()
+    )
 
 
 class Residual(nn.Sequential):
@@ -39,7 +45,9 @@ class Net(nn.Sequential):
     """A stem, blocks of `c` channels, pooling, a head."""
 
     def __init__(self, *blocks, c=12, classes=5):
-        super().__init__(conv(3, c, 3), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, classes))
+        super().__init__(
+            conv(3, c, 3), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, classes)
+        )
 
 
 def basic(c=12, h=24):
@@ -65,31 +73,42 @@ class SqueezeExcite(nn.Module):
 
 def inverted(c=12, h=48, linear=False, act=nn.Hardswish):
     return Residual(
-        conv(c, h, act=act), conv(h, h, 3, groups=h, act=act), SqueezeExcite(h, 6, linear), conv(h, c, act=None)
+        conv(c, h, act=act),
+        conv(h, h, 3, groups=h, act=act),
+        SqueezeExcite(h, 6, linear),
+        conv(h, c, act=None),
     )
 
 
 class Channels(nn.Module):
-    """ECA: a convolution over the channels of the pooled image; LocalResponseNorm; a blur of each channel; max
-    pooling."""
+    """ECA: a convolution over the channels of the pooled image; LocalResponseNorm; a blur of each
+    channel; max pooling."""
 
     def __init__(self):
         super().__init__()
         self.eca, self.norm = nn.Conv1d(1, 1, 3, padding=1, bias=False), nn.LocalResponseNorm(3)
-        self.register_buffer("blur", torch.tensor([1.0, 2.0, 1.0]).outer(torch.tensor([1.0, 2.0, 1.0])) / 16)
+        self.register_buffer(
+            "blur", torch.tensor([1.0, 2.0, 1.0]).outer(torch.tensor([1.0, 2.0, 1.0])) / 16
+        )
 
     def forward(self, x):
         y = self.eca(x.mean((2, 3)).unsqueeze(1)).transpose(1, 2).unsqueeze(-1)
         x = self.norm(x * y.sigmoid().expand_as(x))
         blur = self.blur[None, None].expand(x.shape[1], 1, 3, 3)
-        return F.conv2d(F.pad(F.max_pool2d(x, 2, 1), (1, 1, 1, 1), "reflect"), blur, stride=2, groups=x.shape[1])
+        return F.conv2d(
+            F.pad(F.max_pool2d(x, 2, 1), (1, 1, 1, 1), "reflect"), blur, stride=2, groups=x.shape[1]
+        )
 
 
 class ConvNeXt(nn.Module):
     def __init__(self, c=192):
         super().__init__()
         self.depthwise, self.norm = nn.Conv2d(c, c, 3, padding=1, groups=c), nn.LayerNorm(c)
-        self.up, self.down, self.gamma = nn.Linear(c, 4 * c), nn.Linear(4 * c, c), nn.Parameter(torch.full((c,), 0.1))
+        self.up, self.down, self.gamma = (
+            nn.Linear(c, 4 * c),
+            nn.Linear(4 * c, c),
+            nn.Parameter(torch.full((c,), 0.1)),
+        )
 
     def forward(self, x):
         y = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
@@ -114,7 +133,8 @@ class UNet(nn.Module):
 
 
 class Transposed(nn.Sequential):
-    """A decoder: transposed convolutions by channels, by groups, and of each channel; pixels from channels."""
+    """A decoder: transposed convolutions by channels, by groups, and of each channel; pixels from
+    channels."""
 
     def __init__(self, groups=6):
         super().__init__(
@@ -138,21 +158,31 @@ class GroupNorms(nn.Module):
         self.norm_a, self.norm_b = nn.GroupNorm(groups, 24), nn.GroupNorm(36, 36)
 
     def forward(self, x):
-        x = F.group_norm(self.a(x), weight=self.norm_a.weight, bias=self.norm_a.bias, num_groups=self.norm_a.num_groups)
+        x = F.group_norm(
+            self.a(x),
+            weight=self.norm_a.weight,
+            bias=self.norm_a.bias,
+            num_groups=self.norm_a.num_groups,
+        )
         return self.c(F.silu(self.norm_b(self.b(F.silu(x)))))
 
 
 class Instances(nn.Module):
-    """InstanceNorm, with statistics of its own or running ones; BatchNorm without running statistics, or without
-    weights."""
+    """InstanceNorm, with statistics of its own or running ones; BatchNorm without running
+    statistics, or without weights."""
 
     def __init__(self):
         super().__init__()
-        norms = nn.InstanceNorm2d(24, affine=True), nn.InstanceNorm2d(24, affine=True, track_running_stats=True)
+        norms = nn.InstanceNorm2d(24, affine=True), nn.InstanceNorm2d(
+            24, affine=True, track_running_stats=True
+        )
         norms += nn.BatchNorm2d(24, track_running_stats=False), nn.BatchNorm2d(24, affine=False)
         norms += nn.BatchNorm2d(24, momentum=None), nn.BatchNorm2d(24, momentum=0.5)
         self.layers = nn.Sequential(
-            *(Residual(nn.Conv2d(12, 24, 1), norm, nn.ReLU(), nn.Conv2d(24, 12, 3, padding=1)) for norm in norms)
+            *(
+                Residual(nn.Conv2d(12, 24, 1), norm, nn.ReLU(), nn.Conv2d(24, 12, 3, padding=1))
+                for norm in norms
+            )
         )
         self.stem = nn.Conv2d(3, 12, 1)
 
@@ -161,7 +191,8 @@ class Instances(nn.Module):
 
 
 class Wave(nn.Module):
-    """A codec's 1-D convolutions: weights with norms, a gate by halves, groups of positions; then 3-D."""
+    """A codec's 1-D convolutions: weights with norms, a gate by halves, groups of positions; then
+    3-D."""
 
     def __init__(self, c=12, normed=True):
         super().__init__()
@@ -169,9 +200,13 @@ class Wave(nn.Module):
         self.inp, self.position = norm(nn.Conv1d(3, c, 3, padding="same")), norm(
             nn.Conv1d(c, c, 4, padding=2, groups=6)
         )
-        self.gate, self.depth = norm(nn.Conv1d(c, 8 * c, 1)), nn.Conv1d(4 * c, 4 * c, 5, padding=2, groups=4 * c)
+        self.gate, self.depth = norm(nn.Conv1d(c, 8 * c, 1)), nn.Conv1d(
+            4 * c, 4 * c, 5, padding=2, groups=4 * c
+        )
         self.bn, self.out = nn.BatchNorm1d(4 * c), nn.Conv1d(4 * c, c, 1)
-        self.wide = nn.Sequential(conv(1, 12, 3, dim=3), conv(12, 12, 3, dim=3, groups=6), nn.Conv3d(12, 2, 1))
+        self.wide = nn.Sequential(
+            conv(1, 12, 3, dim=3), conv(12, 12, 3, dim=3, groups=6), nn.Conv3d(12, 2, 1)
+        )
 
     def forward(self, x):
         x = self.inp(x)
@@ -181,20 +216,28 @@ class Wave(nn.Module):
 
 
 class Shuffled(nn.Module):
-    """ShuffleNet: grouped convolutions whose groups' channels are mixed in between, and halves of channels that
-    rest."""
+    """ShuffleNet: grouped convolutions whose groups' channels are mixed in between, and halves of
+    channels that rest."""
 
     def __init__(self, groups=6):
         super().__init__()
         self.groups, self.a = groups, conv(3, 24)
-        self.b, self.c, self.d = conv(24, 48, groups=groups), conv(48, 48, 3, groups=48), conv(48, 24, groups=groups)
+        self.b, self.c, self.d = (
+            conv(24, 48, groups=groups),
+            conv(48, 48, 3, groups=48),
+            conv(48, 24, groups=groups),
+        )
         self.last = conv(12, 12, 3)
 
     def forward(self, x):
         x = self.a(x)
         y = self.b(x)
         b, c, h, w = y.shape
-        x = x + self.d(self.c(y.view(b, self.groups, c // self.groups, h, w).transpose(1, 2).reshape(b, -1, h, w)))
+        x = x + self.d(
+            self.c(
+                y.view(b, self.groups, c // self.groups, h, w).transpose(1, 2).reshape(b, -1, h, w)
+            )
+        )
         rest, x = x.chunk(2, 1)
         return torch.cat([rest, self.last(x)], 1)
 
@@ -208,7 +251,9 @@ class Windows(nn.Module):
         self.patch, self.norm = nn.Conv2d(3, d, 1), nn.LayerNorm(d)
         self.qkv, self.proj = nn.Linear(d, 3 * d), nn.Linear(d, d)
         self.table = nn.Parameter(torch.randn((2 * window - 1) ** 2, heads) * 0.1)
-        at = torch.stack(torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")).flatten(1)
+        at = torch.stack(
+            torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")
+        ).flatten(1)
         at = at[:, :, None] - at[:, None] + window - 1
         self.register_buffer("index", at[0] * (2 * window - 1) + at[1])
         self.merge = nn.Linear(4 * d, 2 * d, bias=False)
@@ -232,9 +277,17 @@ class Standardized(nn.Conv2d):
     """A convolution whose weight is standardised before each use."""
 
     def forward(self, x):
-        weight = F.batch_norm(self.weight.reshape(1, self.out_channels, -1), None, None, training=True, momentum=0.0)
+        weight = F.batch_norm(
+            self.weight.reshape(1, self.out_channels, -1), None, None, training=True, momentum=0.0
+        )
         return F.conv2d(
-            x, weight.reshape_as(self.weight), self.bias, self.stride, self.padding, self.dilation, self.groups
+            x,
+            weight.reshape_as(self.weight),
+            self.bias,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
         )
 
 
@@ -247,7 +300,11 @@ def standardized(c=12):
 class Bags(nn.Module):
     def __init__(self, mode):
         super().__init__()
-        self.bag, self.out, self.mode = nn.EmbeddingBag(40, 12, mode=mode, padding_idx=3), nn.Linear(12, 24), mode
+        self.bag, self.out, self.mode = (
+            nn.EmbeddingBag(40, 12, mode=mode, padding_idx=3),
+            nn.Linear(12, 24),
+            mode,
+        )
 
     def forward(self, ids, offsets, weights):
         return self.out(self.bag(ids, offsets, weights if self.mode == "sum" else None))
@@ -257,9 +314,9 @@ class Pairs(nn.Module):
     def __init__(self):
         super().__init__()
         self.a, self.b, self.both = nn.Linear(8, 24), nn.Linear(8, 24), nn.Bilinear(24, 24, 12)
-        self.gate, self.out = nn.Sequential(nn.Linear(12, 48), nn.GLU(), nn.PReLU(24), nn.LogSigmoid()), nn.Linear(
-            24, 12
-        )
+        self.gate, self.out = nn.Sequential(
+            nn.Linear(12, 48), nn.GLU(), nn.PReLU(24), nn.LogSigmoid()
+        ), nn.Linear(24, 12)
 
     def forward(self, x, y):
         x, y = self.a(x), self.b(y)
@@ -275,18 +332,31 @@ def bags():
     return torch.randint(40, (9,)), torch.tensor([0, 4, 4]), torch.randn(9)
 
 
-# name -> (how it is built, its inputs, modules whose weights compute on shards of an axis that runs through).
+# name -> (how it is built, its inputs, modules whose weights compute on shards of an axis that runs
+# through).
 MODELS = {
     "ResNet": (lambda: Net(basic(), bottleneck()), image(), ["1.0.0", "1.1.0"]),
     "ResNeXt": (lambda: Net(bottleneck(groups=6)), image(), ["1.0.0", "1.1.0", "1.2.0"]),
-    "MobileNet": (lambda: Net(inverted()), image(), ["1.0.0", "1.1.0", "1.2.reduce", "1.2.expand", "1.3.0"]),
+    "MobileNet": (
+        lambda: Net(inverted()),
+        image(),
+        ["1.0.0", "1.1.0", "1.2.reduce", "1.2.expand", "1.3.0"],
+    ),
     "squeeze-excite of Linears": (
         lambda: Net(inverted(linear=True, act=nn.SiLU)),
         image(),
         ["1.0.0", "1.2.reduce", "1.2.expand", "1.3.0"],
     ),
-    "channels": (lambda: Net(Residual(conv(12, 24), Channels(), nn.Upsample(8), conv(24, 12))), image(), []),
-    "ConvNeXt": (lambda: Net(ConvNeXt(), ConvNeXt(), c=192), image(), ["1.up", "1.down", "2.up", "2.down"]),
+    "channels": (
+        lambda: Net(Residual(conv(12, 24), Channels(), nn.Upsample(8), conv(24, 12))),
+        image(),
+        [],
+    ),
+    "ConvNeXt": (
+        lambda: Net(ConvNeXt(), ConvNeXt(), c=192),
+        image(),
+        ["1.up", "1.down", "2.up", "2.down"],
+    ),
     "U-Net": (UNet, image(), []),
     "U-Net with groups": (lambda: UNet(6), image(), []),
     "transposed": (Transposed, image(), ["0", "3"]),
@@ -306,8 +376,8 @@ MODELS = {
 
 @pytest.mark.parametrize("n, part", [(2, 0), (2, 1), (2, 2), (2, 3), (3, 0), (4, 1)])
 def test_outputs_gradients_and_running_statistics(n, part):
-    """On two ranks also a second call, which sees the statistics of the first, and then evaluation; half of them on
-    three ranks, the others on four."""
+    """On two ranks also a second call, which sees the statistics of the first, and then evaluation;
+    half of them on three ranks, the others on four."""
 
     def ranks(rank):
         for name in list(MODELS)[part :: 4 if n == 2 else 2]:
@@ -329,12 +399,20 @@ def test_outputs_gradients_and_running_statistics(n, part):
     run_ranks(ranks, n)
 
 
-IN_GROUPS = ["ResNeXt", "U-Net with groups", "transposed", "1-D and 3-D", "shuffled", "Swin", "pairs"]
+IN_GROUPS = [
+    "ResNeXt",
+    "U-Net with groups",
+    "transposed",
+    "1-D and 3-D",
+    "shuffled",
+    "Swin",
+    "pairs",
+]
 
 
 def test_weights_in_one_block():
-    """Each rank holds one block of a weight, also where parts of groups or of pieces are its own; then by a plan that
-    says otherwise of a bias than the weight's use would."""
+    """Each rank holds one block of a weight, also where parts of groups or of pieces are its own;
+    then by a plan that says otherwise of a bias than the weight's use would."""
 
     def ranks(rank):
         for name in IN_GROUPS:
@@ -346,7 +424,9 @@ def test_weights_in_one_block():
             assert all(type(p) in (Shard, Replicate) for p in plan.placements.values())
             compare(*models, inputs)
             if name == "U-Net with groups":
-                plan["up1.weight"], plan["up1.bias"] = Shard(1), Shard(0)  # together: parts of groups, and a block
+                plan["up1.weight"], plan["up1.bias"] = Shard(1), Shard(
+                    0
+                )  # together: parts of groups, and a block
                 compare(*pair(build, 2, example_inputs=copy.deepcopy(inputs), plan=plan), inputs)
 
     run_ranks(ranks, 2)
@@ -357,7 +437,12 @@ def test_axes_run_through(name):
     build, given, local = MODELS[name]
     for n in (2, 3):
         plan = plan_tensor_parallel(build(), n, example_inputs=given())
-        how = {m: {e.how for p, e in plan.entries.items() if p.startswith(f"{m}.") and len(e.shape) > 1} for m in local}
+        how = {
+            m: {
+                e.how for p, e in plan.entries.items() if p.startswith(f"{m}.") and len(e.shape) > 1
+            }
+            for m in local
+        }
         assert how == dict.fromkeys(local, {"local"}), plan
 
 
@@ -372,7 +457,11 @@ def counted():
             owner, name, lambda *a, **kw: (counts.update([name.strip("_")]), real(*a, **kw))[1]
         )
 
-    with count(dist, "all_reduce"), count(comm_ops, "_gather_flat"), count(comm_ops, "_scatter_flat"):
+    with (
+        count(dist, "all_reduce"),
+        count(comm_ops, "_gather_flat"),
+        count(comm_ops, "_scatter_flat"),
+    ):
         yield counts
 
 
@@ -399,8 +488,9 @@ class Scaled(nn.Sequential):
     ids=["basic", "grouped", "inverted with squeeze-excite", "ConvNeXt", "two"],
 )
 def test_collectives(block, forward, backward):
-    """A column and row pair sums once forward, its input's gradient once backward; squeeze-excite sums its few channels
-    once each way; a layer's scale, applied before the sum, has its gradient summed."""
+    """A column and row pair sums once forward, its input's gradient once backward; squeeze-excite
+    sums its few channels once each way; a layer's scale, applied before the sum, has its gradient
+    summed."""
 
     def ranks(rank):
         torch.manual_seed(0)
@@ -414,7 +504,9 @@ def test_collectives(block, forward, backward):
             assert counts == {"all_reduce": forward}, (counts, model.tensor_parallel_plan)
             y.sum().backward()
         assert counts == {"all_reduce": forward + backward}, (counts, model.tensor_parallel_plan)
-        with counted() as counts:  # the running statistics of a norm on shards are whole again: both in one collective
+        with (
+            counted() as counts
+        ):  # the running statistics of a norm on shards are whole again: both in one collective
             model.train()(x)
         norms = [
             p
@@ -452,8 +544,8 @@ def test_no_channels_for_the_last_rank(n):
 
 
 def test_statistics_in_a_checkpoint_that_ends_within_the_norm():
-    """A forward that is recomputed ends as soon as its backward has what it needs: in the call that updates the running
-    statistics, which have been by then."""
+    """A forward that is recomputed ends as soon as its backward has what it needs: in the call that
+    updates the running statistics, which have been by then."""
 
     def ranks(rank):
         build = lambda: nn.Sequential(nn.Conv1d(8, 12, 3, padding=1), nn.BatchNorm1d(12))

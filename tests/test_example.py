@@ -1,5 +1,5 @@
-"""The examples, short: the losses of the split model and of the whole one agree, and a run that goes on in another
-layout ends where it would have."""
+"""The examples, short: the losses of the split model and of the whole one agree, and a run that
+goes on in another layout ends where it would have."""
 
 import runpy
 import subprocess
@@ -16,9 +16,19 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def test_the_example_trains_and_agrees_with_the_whole_model():
     small = "--layers 1 --hidden 32 --heads 2 --context 32 --batch 2 --steps 3 --check".split()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     done = subprocess.run(
-        [*command, str(ROOT / "examples" / "train_lm.py"), *small], capture_output=True, text=True, cwd=ROOT
+        [*command, str(ROOT / "examples" / "train_lm.py"), *small],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "Shard(0)" in done.stdout and "difference" in done.stdout
@@ -46,9 +56,25 @@ def test_2d_goes_on_in_another_layout_as_if_nothing_had_been(tmp_path, capfd):
     found, expected = (load_file(folder / "model.safetensors") for folder in (moved, straight))
     assert found.keys() == expected.keys()
     for name, t in expected.items():
-        torch.testing.assert_close(found[name], t, rtol=0, atol=1e-7, msg=name)  # the loss is computed in float32
+        torch.testing.assert_close(
+            found[name], t, rtol=0, atol=1e-7, msg=name
+        )  # the loss is computed in float32
 
     model = transformers.AutoModelForCausalLM.from_pretrained(moved)
     assert all(torch.equal(t, found[name]) for name, t in model.state_dict().items())
-    train_2d(4, "--model", moved, "--checkpoint", tmp_path / "c", "--stop", 1, "--lr", 0, "--export", more)
-    assert all(torch.equal(t, found[name]) for name, t in load_file(more / "model.safetensors").items())
+    train_2d(
+        4,
+        "--model",
+        moved,
+        "--checkpoint",
+        tmp_path / "c",
+        "--stop",
+        1,
+        "--lr",
+        0,
+        "--export",
+        more,
+    )
+    assert all(
+        torch.equal(t, found[name]) for name, t in load_file(more / "model.safetensors").items()
+    )

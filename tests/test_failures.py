@@ -1,4 +1,5 @@
-"""What cannot be done is refused on every rank, with a message that says what to do; planning leaves no trace."""
+"""What cannot be done is refused on every rank, with a message that says what to do; planning
+leaves no trace."""
 
 import copy
 import warnings
@@ -11,7 +12,12 @@ from ranks import own_process, run_ranks
 from torch import nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from quintnet_dt import ProcessGroupManager, TensorParallelPlan, apply_tensor_parallel, plan_tensor_parallel
+from quintnet_dt import (
+    ProcessGroupManager,
+    TensorParallelPlan,
+    apply_tensor_parallel,
+    plan_tensor_parallel,
+)
 
 
 def mlp(h=32):
@@ -50,7 +56,12 @@ def test_models_that_differ_in_a_shape():
             assert untouched(model)
 
     for message in run_ranks(ranks, 2, expect_failure=True):
-        assert "0.weight" in message and "(32, 16)" in message and "(48, 16)" in message and "rank 1" in message
+        assert (
+            "0.weight" in message
+            and "(32, 16)" in message
+            and "(48, 16)" in message
+            and "rank 1" in message
+        )
         assert "same model on every rank" in message
 
 
@@ -70,7 +81,9 @@ def test_models_that_differ_otherwise(how):
         apply_tensor_parallel(model, 2, example_inputs=(torch.randn(2, 16),))
 
     for message in run_ranks(ranks, 2, expect_failure=True):
-        assert {"dtype": "2.weight", "frozen": "2.weight", "name": "2.weight", "more": "2.extra"}[how] in message or (
+        assert {"dtype": "2.weight", "frozen": "2.weight", "name": "2.weight", "more": "2.extra"}[
+            how
+        ] in message or (
             how == "dtype" and "rank 1" in message  # its forward fails with mixed dtypes
         )
 
@@ -86,7 +99,8 @@ def test_plans_that_differ_between_ranks():
 
 @pytest.mark.parametrize("where", [(0,), (1,), (0, 1)])
 def test_forward_that_raises_in_planning(where):
-    """On the ranks that fail, the error itself; on the others one that tells of it; nobody waits."""
+    """On the ranks that fail, the error itself; on the others one that tells of it; nobody
+    waits."""
 
     def ranks(rank):
         model = Raises(where)
@@ -112,7 +126,9 @@ def test_wrong_entries_of_a_plan_on_one_rank():
 
 def test_inputs_of_the_wrong_type_on_one_rank():
     def ranks(rank):
-        apply_tensor_parallel(mlp(), 2, example_inputs=(torch.ones(2, 16),) if rank else torch.ones(2, 16))
+        apply_tensor_parallel(
+            mlp(), 2, example_inputs=(torch.ones(2, 16),) if rank else torch.ones(2, 16)
+        )
 
     for message in run_ranks(ranks, 2, expect_failure=True, timeout=30):
         assert "example_inputs" in message
@@ -251,9 +267,16 @@ def test_planning_leaves_no_trace(reads, given):
     assert not dist.is_initialized()
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
-    assert model.norm.num_batches_tracked == 0 and not model.plain.any() and model.count == 0 and model.log == []
     assert (
-        {n: id(p) for n, p in model.named_parameters()} == ids and model.training and torch.equal(x, torch.ones(4, 8))
+        model.norm.num_batches_tracked == 0
+        and not model.plain.any()
+        and model.count == 0
+        and model.log == []
+    )
+    assert (
+        {n: id(p) for n, p in model.named_parameters()} == ids
+        and model.training
+        and torch.equal(x, torch.ones(4, 8))
     )
     assert torch.equal(model.out.weight.grad, torch.ones(8, 16)) and model.fc.weight.grad is None
     assert untouched(model) and not hasattr(model, "tensor_parallel_plan")
@@ -275,7 +298,9 @@ def test_a_new_path_leaves_no_trace_either():
 
 def test_planning_takes_no_memory_for_a_meta_model():
     with torch.device("meta"):
-        model = nn.Sequential(nn.Linear(16, 1 << 20), nn.GELU(), nn.Linear(1 << 20, 1 << 20), nn.Linear(1 << 20, 16))
+        model = nn.Sequential(
+            nn.Linear(16, 1 << 20), nn.GELU(), nn.Linear(1 << 20, 1 << 20), nn.Linear(1 << 20, 16)
+        )
     plan = plan_tensor_parallel(model, 8)
     assert plan.share < 0.13
 
@@ -299,7 +324,9 @@ def test_plan_edited_then_applied():
         plan["0.weight"] = Replicate()
         plan["2.weight"] = Shard(0)
         sharded, whole = pair(mlp, 2, plan=TensorParallelPlan.from_json(plan.to_json()))
-        assert sharded[0].weight.placements[0].is_replicate() and sharded[2].weight.placements[0] == Shard(0)
+        assert sharded[0].weight.placements[0].is_replicate() and sharded[2].weight.placements[
+            0
+        ] == Shard(0)
         compare(sharded, whole, (torch.ones(3, 16),))
         compare(sharded, whole, (torch.ones(2, 3, 16),))
 

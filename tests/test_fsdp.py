@@ -1,5 +1,5 @@
-"""Training as it is done, on tp and on dp x tp meshes (FSDP2): twenty steps of AdamW with clipping end where the whole
-model does."""
+"""Training as it is done, on tp and on dp x tp meshes (FSDP2): twenty steps of AdamW with clipping
+end where the whole model does."""
 
 import copy
 from math import prod
@@ -9,7 +9,11 @@ import torch
 import torch.nn.functional as F
 import transformers as hf
 from ranks import run_ranks
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -45,7 +49,9 @@ def llama():
 
 def gpt2():
     drop = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-    return hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=67, n_embd=32, n_layer=2, n_head=8, n_positions=16, **drop))
+    return hf.GPT2LMHeadModel(
+        hf.GPT2Config(vocab_size=67, n_embd=32, n_layer=2, n_head=8, n_positions=16, **drop)
+    )
 
 
 def t5():
@@ -63,13 +69,17 @@ def t5():
 
 
 def resnet():
-    config = hf.ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[1, 2], layer_type="basic", num_labels=10)
+    config = hf.ResNetConfig(
+        embedding_size=16, hidden_sizes=[16, 32], depths=[1, 2], layer_type="basic", num_labels=10
+    )
     return hf.ResNetForImageClassification(config)
 
 
 def text(name, gen):
     ids = torch.randint(0, 67, (4, 10), generator=gen)
-    inputs = {"input_ids": ids, "decoder_input_ids": ids.flip(1)} if name == "t5" else {"input_ids": ids}
+    inputs = (
+        {"input_ids": ids, "decoder_input_ids": ids.flip(1)} if name == "t5" else {"input_ids": ids}
+    )
     return {**inputs, "use_cache": False}, torch.randint(0, 67, (4, 10), generator=gen)
 
 
@@ -124,7 +134,9 @@ def test_twenty_steps_end_where_the_whole_model_does(name):
         mine = rank // shape[-1]
         torch.manual_seed(0)
         whole = build().double()
-        optimizer, reference = (torch.optim.AdamW(m.parameters(), 1e-3, eps=1e-6) for m in (model, whole))
+        optimizer, reference = (
+            torch.optim.AdamW(m.parameters(), 1e-3, eps=1e-6) for m in (model, whole)
+        )
         for step in range(20):
             inputs, labels = data(name, torch.Generator().manual_seed(step))
             backward(model, part(inputs, mine, dp), part(labels, mine, dp))
@@ -148,8 +160,8 @@ def full(model):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_what_a_training_loop_does(name):
-    """Accumulation without reductions, activation checkpointing, paths that were not traced, torch's own state dicts;
-    fused weights among them."""
+    """Accumulation without reductions, activation checkpointing, paths that were not traced,
+    torch's own state dicts; fused weights among them."""
 
     def ranks(rank):
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
@@ -157,7 +169,9 @@ def test_what_a_training_loop_does(name):
         torch.manual_seed(0)
         whole = MODELS[name][0]().double()
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        optimizer, reference = (torch.optim.SGD(m.parameters(), 0.1, momentum=0.9) for m in (model, whole))
+        optimizer, reference = (
+            torch.optim.SGD(m.parameters(), 0.1, momentum=0.9) for m in (model, whole)
+        )
         for step in range(2):
             batches = [text(name, torch.Generator().manual_seed(10 * step + i)) for i in range(2)]
             for i, (inputs, labels) in enumerate(batches):
@@ -186,7 +200,9 @@ def test_what_a_training_loop_does(name):
         optimizer.zero_grad()
 
         state = {k: v + 1 for k, v in found.items()} if rank == 0 else {}
-        set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+        set_model_state_dict(
+            model, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        )
         after = full(model)
         assert all(torch.equal(after[k], v + 1) for k, v in found.items())
 
@@ -206,7 +222,11 @@ def test_mixed_precision():
         policy = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         for block in model.model.layers:
             fully_shard(block, mesh=mesh["dp"], mp_policy=MixedPrecisionPolicy(**policy))
-        fully_shard(model, mesh=mesh["dp"], mp_policy=MixedPrecisionPolicy(**policy, output_dtype=torch.float32))
+        fully_shard(
+            model,
+            mesh=mesh["dp"],
+            mp_policy=MixedPrecisionPolicy(**policy, output_dtype=torch.float32),
+        )
         for with_labels in {}, {"labels": labels}:  # the second path is traced under FSDP
             out, expected = model(**inputs, **with_labels), whole(**inputs, **with_labels)
             assert out.logits.dtype == torch.float32

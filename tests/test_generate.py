@@ -1,4 +1,5 @@
-"""Key-value caches: they hold this rank's shards, and generation is the whole model's, token for token."""
+"""Key-value caches: they hold this rank's shards, and generation is the whole model's, token for
+token."""
 
 import copy
 
@@ -11,7 +12,13 @@ from quintnet_dt import apply_tensor_parallel
 
 transformers = pytest.importorskip("transformers")
 
-SIZES = dict(vocab_size=100, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=8)
+SIZES = dict(
+    vocab_size=100,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+)
 
 
 def llama(kv=4):
@@ -24,13 +31,21 @@ def mistral():
 
 
 def gpt2():
-    config = transformers.GPT2Config(vocab_size=100, n_embd=64, n_layer=2, n_head=4, n_positions=64, eos_token_id=1)
+    config = transformers.GPT2Config(
+        vocab_size=100, n_embd=64, n_layer=2, n_head=4, n_positions=64, eos_token_id=1
+    )
     return transformers.GPT2LMHeadModel(config)
 
 
 def t5():
     config = transformers.T5Config(
-        vocab_size=100, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, decoder_start_token_id=0
+        vocab_size=100,
+        d_model=64,
+        d_kv=16,
+        d_ff=128,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
     )
     return transformers.T5ForConditionalGeneration(config)
 
@@ -59,7 +74,13 @@ def test_generation(build, n):
             for model in (sharded, whole):
                 torch.manual_seed(5)
                 found.append(
-                    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, pad_token_id=0, **way)
+                    model.generate(
+                        ids,
+                        attention_mask=torch.ones_like(ids),
+                        max_new_tokens=6,
+                        pad_token_id=0,
+                        **way,
+                    )
                 )
             assert torch.equal(*found), (way, found)
 
@@ -82,7 +103,9 @@ def test_a_cache_holds_the_heads_of_this_rank(n, kv, held):
             branch = [copy.deepcopy(c) for c in caches]
             for c in branch:
                 c.reorder_cache(torch.tensor([1, 0]))
-            same_output(*(m(step, past_key_values=c).logits for m, c in zip((sharded, whole), branch)))
+            same_output(
+                *(m(step, past_key_values=c).logits for m, c in zip((sharded, whole), branch))
+            )
         assert [layer.keys.shape[1] for layer in caches[0].layers] == [held] * 2
 
     run_ranks(ranks, n)

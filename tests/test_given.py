@@ -1,5 +1,5 @@
-"""What functions of state are given that they cannot take: an error that says what was expected, on every rank, also
-where one rank alone is wrong; and parameters of every dtype."""
+"""What functions of state are given that they cannot take: an error that says what was expected, on
+every rank, also where one rank alone is wrong; and parameters of every dtype."""
 
 import torch
 from ranks import run_ranks
@@ -19,7 +19,13 @@ from quintnet_dt import (
 from quintnet_dt.state.files import DTYPES
 
 MODEL = nn.Linear(2, 2)
-MODELS = {None: "None", "gpt2": "a str, 'gpt2'", nn.Linear: "the class Linear", (MODEL,): "a tuple", 3: "a int, 3"}
+MODELS = {
+    None: "None",
+    "gpt2": "a str, 'gpt2'",
+    nn.Linear: "the class Linear",
+    (MODEL,): "a tuple",
+    3: "a int, 3",
+}
 
 
 def shown(x):
@@ -50,15 +56,26 @@ def calls(folder):
         (export_safetensors, "folder"),
         (load_safetensors, "source"),
     ):
-        yield lambda p, fn=fn: fn(p, MODEL), paths, f"TypeError: {name}: expected a path, found {{}}"
-        yield lambda p, fn=fn: fn(p, MODEL), {"": "an empty text"}, f"ValueError: {name}: expected a path, found {{}}"
+        yield lambda p, fn=fn: fn(
+            p, MODEL
+        ), paths, f"TypeError: {name}: expected a path, found {{}}"
+        yield lambda p, fn=fn: fn(p, MODEL), {
+            "": "an empty text"
+        }, f"ValueError: {name}: expected a path, found {{}}"
     inits = {"normal": "a str, 'normal'", 3: "a int, 3"}
-    yield lambda i: materialize(MODEL, i), inits, "TypeError: init: expected a function or None, found {}"
+    yield lambda i: materialize(
+        MODEL, i
+    ), inits, "TypeError: init: expected a function or None, found {}"
     yield lambda i: load_safetensors(
         folder, MODEL, init=i
     ), inits, "TypeError: init: expected a function or None, found {}"
-    for fn in lambda d: materialize(MODEL, device=d), lambda d: load_safetensors(folder, MODEL, device=d):
-        yield fn, {"gpu": "'gpu'", MODEL: "Linear"}, "ValueError: device: expected a torch.device or its name, found {}"
+    for fn in lambda d: materialize(MODEL, device=d), lambda d: load_safetensors(
+        folder, MODEL, device=d
+    ):
+        yield fn, {
+            "gpu": "'gpu'",
+            MODEL: "Linear",
+        }, "ValueError: device: expected a torch.device or its name, found {}"
 
 
 def test_strange_arguments(tmp_path):
@@ -78,11 +95,13 @@ def test_strange_arguments(tmp_path):
         ):
             everywhere(fn, "model: expected an nn.Module, found None")
         everywhere(
-            lambda: save_checkpoint(None if rank else tmp_path / "c", MODEL), "path: expected a path, found None"
+            lambda: save_checkpoint(None if rank else tmp_path / "c", MODEL),
+            "path: expected a path, found None",
         )
         model = MODEL if rank else nn.Linear(2, 2, device="meta")
         everywhere(
-            lambda: materialize(model), r"expected one on the meta device on every rank, found none on ranks \[1\]"
+            lambda: materialize(model),
+            r"expected one on the meta device on every rank, found none on ranks \[1\]",
         )
 
     run_ranks(ranks, 2)
@@ -95,8 +114,12 @@ class Typed(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         for name, dtype in DTYPES.items():
-            values = torch.randint(0, 2 if dtype == torch.bool else 120, (4, 3 * dtype.itemsize), dtype=torch.uint8)
-            self.register_parameter(f"codes_{name}", nn.Parameter(values.view(dtype), requires_grad=False))
+            values = torch.randint(
+                0, 2 if dtype == torch.bool else 120, (4, 3 * dtype.itemsize), dtype=torch.uint8
+            )
+            self.register_parameter(
+                f"codes_{name}", nn.Parameter(values.view(dtype), requires_grad=False)
+            )
             self.register_buffer(f"scales_{name}", values.flip(0).view(dtype))
         self.f = nn.Linear(4, 4)
 
@@ -105,7 +128,8 @@ class Typed(nn.Module):
 
 
 def bits(model, rank=None):
-    """The bytes of every tensor; of a split model those of this rank's rows, of a whole one those of a rank's."""
+    """The bytes of every tensor; of a split model those of this rank's rows, of a whole one those
+    of a rank's."""
     found = {}
     for name, t in model.state_dict().items():
         part = t.to_local() if isinstance(t, DTensor) else t

@@ -1,5 +1,5 @@
-"""Training a sharded model: checkpointing, accumulation, clipping and optimizers give what they give for the whole
-one."""
+"""Training a sharded model: checkpointing, accumulation, clipping and optimizers give what they
+give for the whole one."""
 
 import pytest
 import torch
@@ -11,15 +11,20 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
-@pytest.mark.parametrize("n, options", [(2, dict(norm=True)), (4, dict(style="written", norm=True, tied=True))])
+@pytest.mark.parametrize(
+    "n, options", [(2, dict(norm=True)), (4, dict(style="written", norm=True, tied=True))]
+)
 def test_adamw_and_clipping(n, options):
     def ranks(rank):
         torch.manual_seed(4)
         x = torch.randint(0, 64, (4, 2, 6))
         sharded, whole = pair(lambda: GPT(**options), n, example_inputs=(x[0],))
-        # Parameters whose gradient is noise around zero (a key's bias) would move by the learning rate in any
-        # direction.
-        optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2, weight_decay=0.1, eps=1e-4) for m in (sharded, whole)]
+        # Parameters whose gradient is noise around zero (a key's bias) would move by the learning
+        # rate in any direction.
+        optimizers = [
+            torch.optim.AdamW(m.parameters(), lr=1e-2, weight_decay=0.1, eps=1e-4)
+            for m in (sharded, whole)
+        ]
         for ids in x:
             norms = []
             for model, opt in zip((sharded, whole), optimizers):
@@ -50,7 +55,12 @@ class Checkpointed(nn.Module):
 @pytest.mark.parametrize("style", ["infer", "written"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing(reentrant, style):
-    check(lambda: Checkpointed(reentrant, style=style, dropout=0.2), ids(64, 2, 6), 2, calls=[ids(64, 1, 4)])
+    check(
+        lambda: Checkpointed(reentrant, style=style, dropout=0.2),
+        ids(64, 2, 6),
+        2,
+        calls=[ids(64, 1, 4)],
+    )
 
 
 def test_checkpointing_of_the_whole_model():
@@ -94,7 +104,8 @@ def test_accumulation_and_one_loss_of_two_calls():
 
 
 def test_same_tensor_into_several_regions_and_out():
-    """x feeds two sharded regions, a replicated one and the output: its gradient is one sum of all."""
+    """x feeds two sharded regions, a replicated one and the output: its gradient is one sum of
+    all."""
 
     class Net(nn.Module):
         def __init__(self):
@@ -180,7 +191,11 @@ def test_replicated_weights_stay_equal_over_steps():
             opt.zero_grad()
             loss_of(sharded(torch.randint(0, 64, (2, 5)))).backward()
             opt.step()
-        return {n: p.to_local().detach() for n, p in sharded.named_parameters() if p.placements[0].is_replicate()}
+        return {
+            n: p.to_local().detach()
+            for n, p in sharded.named_parameters()
+            if p.placements[0].is_replicate()
+        }
 
     first, second = run_ranks(ranks, 2)
     assert first and all(torch.equal(p, second[n]) for n, p in first.items())

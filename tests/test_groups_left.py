@@ -1,4 +1,5 @@
-"""What is left of process groups: none where none is needed; and how long those that are made wait."""
+"""What is left of process groups: none where none is needed; and how long those that are made
+wait."""
 
 from datetime import timedelta
 
@@ -24,7 +25,9 @@ from quintnet_dt.processgroup import timeout_of
 
 def build():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.2), nn.Linear(8, 4)).double()
+    return nn.Sequential(
+        nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.2), nn.Linear(8, 4)
+    ).double()
 
 
 def step(model, optimizer, seed):
@@ -56,7 +59,9 @@ def test_one_rank_leaves_no_process_group_open(tmp_path):
         with pytest.raises(TypeError):
             apply_tensor_parallel(None, 1)
         assert not dist.is_initialized()
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # the user's own
+        dist.init_process_group(
+            "gloo", store=dist.HashStore(), rank=0, world_size=1
+        )  # the user's own
         assert torch.equal(model[:4](x), whole(x))
         apply_tensor_parallel(build(), 1, example_inputs=(x,))
         assert dist.is_initialized()
@@ -66,7 +71,8 @@ def test_one_rank_leaves_no_process_group_open(tmp_path):
 
 
 def test_timeouts():
-    """Of the world that is opened, and of groups of it; a collective that waits longer fails the test's own limit."""
+    """Of the world that is opened, and of groups of it; a collective that waits longer fails the
+    test's own limit."""
 
     def ranks(rank):
         with ProcessGroupManager(timeout=50):
@@ -88,7 +94,9 @@ def test_default_timeout():
     assert run_ranks(ranks, 2, init=False) == [timedelta(seconds=600)] * 2
 
 
-@pytest.mark.parametrize("timeout", [0, -1, True, "10", float("nan"), float("inf"), timedelta(seconds=1)])
+@pytest.mark.parametrize(
+    "timeout", [0, -1, True, "10", float("nan"), float("inf"), timedelta(seconds=1)]
+)
 def test_timeouts_that_are_none(timeout):
     with pytest.raises(ValueError, match="timeout: expected a number of seconds above 0"):
         ProcessGroupManager(1, timeout=timeout)

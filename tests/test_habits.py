@@ -39,7 +39,9 @@ def test_optimizers_of_before(kind):
     def ranks(rank):
         x, models = inputs(4, 16), [make(MLP), make(MLP)]
         options = {"momentum": 0.9} if kind == "SGD" else {}
-        optimizers = [getattr(torch.optim, kind)(m.parameters(), lr=0.05, **options) for m in models]
+        optimizers = [
+            getattr(torch.optim, kind)(m.parameters(), lr=0.05, **options) for m in models
+        ]
         held = list(models[0].parameters())
         for step in range(4):
             if step == 2:
@@ -154,8 +156,8 @@ class Dropping(nn.Module):
 
 
 def test_dropout_turned_on_later():
-    """By its p, within a region and outside of it, and by the mode of the Dropout modules alone; ranks that are seeded
-    otherwise draw the same."""
+    """By its p, within a region and outside of it, and by the mode of the Dropout modules alone;
+    ranks that are seeded otherwise draw the same."""
 
     def alike(sharded, whole, x, rank):
         torch.manual_seed(7)
@@ -174,7 +176,11 @@ def test_dropout_turned_on_later():
             sharded, whole = pair(lambda: Dropping(by_function), 2, example_inputs=(x,))
             for _ in range(3):
                 sharded(x)
-            for settings in {"inner": 0.5}, {"inner": 0.0, "outer": 0.3, "p": 0.3}, {"outer": 0.0, "p": 0.0}:
+            for settings in (
+                {"inner": 0.5},
+                {"inner": 0.0, "outer": 0.3, "p": 0.3},
+                {"outer": 0.0, "p": 0.0},
+            ):
                 for model in sharded, whole:
                     for name, p in settings.items():
                         setattr(*((model, "p") if name == "p" else (getattr(model, name), "p")), p)
@@ -205,7 +211,9 @@ def test_masks_are_drawn_in_the_whole_models_order(n):
             y = self.down(self.up(x).relu().transpose(0, 1)).transpose(0, 1)
             y = F.dropout(y, 0.3, self.training)
             z = self.first(y.transpose(1, 2)).transpose(1, 2)
-            return self.last(F.dropout(z, 0.3, self.training)) * torch.rand_like(y.transpose(0, 1)).transpose(0, 1)
+            return self.last(F.dropout(z, 0.3, self.training)) * torch.rand_like(
+                y.transpose(0, 1)
+            ).transpose(0, 1)
 
     def ranks(rank):
         sharded, whole = pair(Transposed, n, example_inputs=(inputs(2, 6, 16),))
@@ -221,16 +229,30 @@ def test_attributes_set_later():
     class Classes(nn.Module):
         def __init__(self):
             super().__init__()
-            self.e, self.h, self.weights, self.dim = nn.Embedding(64, 32), nn.Linear(32, 64, bias=False), None, 1
+            self.e, self.h, self.weights, self.dim = (
+                nn.Embedding(64, 32),
+                nn.Linear(32, 64, bias=False),
+                None,
+                1,
+            )
 
         def forward(self, i, t):
             logits = self.h(self.e(i)).softmax(self.dim) * 9
             return F.cross_entropy(logits.flatten(0, 1), t.flatten(), weight=self.weights)
 
     def ranks(rank):
-        i, t = (torch.randint(0, 64, (3, 6), generator=torch.Generator().manual_seed(k)) for k in range(2))
+        i, t = (
+            torch.randint(0, 64, (3, 6), generator=torch.Generator().manual_seed(k))
+            for k in range(2)
+        )
         sharded, whole = pair(Classes, 2, example_inputs=(i, t), plan={"h.weight": Shard(0)})
-        for weights, dim in (None, 1), (torch.linspace(0, 5, 64).double(), 1), (None, 1), (None, 2), (None, 0):
+        for weights, dim in (
+            (None, 1),
+            (torch.linspace(0, 5, 64).double(), 1),
+            (None, 1),
+            (None, 2),
+            (None, 0),
+        ):
             for model in sharded, whole:
                 model.weights, model.dim = weights, dim
             compare(sharded, whole, (i, t))
@@ -312,7 +334,9 @@ def test_hooks_on_all_modules():
         handle.remove()
         model = apply_tensor_parallel(make(MLP), 2, example_inputs=(x,))
         handle = register(lambda m, args, out: None)
-        with pytest.raises(RuntimeError, match="registered for all modules since the model was split"):
+        with pytest.raises(
+            RuntimeError, match="registered for all modules since the model was split"
+        ):
             model(x)
         handle.remove()
         model(x)
@@ -335,7 +359,9 @@ def test_data_assigned():
             compare(sharded, whole, (x,))
         for p in sharded.parameters():
             p.data = p.data * 2
-        with pytest.raises(RuntimeError, match="a.weight.*found `.data` assigned, which changes nothing"):
+        with pytest.raises(
+            RuntimeError, match="a.weight.*found `.data` assigned, which changes nothing"
+        ):
             sharded.eval()(x)
         with torch.no_grad():
             for p, q in zip(sharded.parameters(), whole.parameters()):
@@ -350,7 +376,9 @@ def test_data_assigned():
 def test_initialised_after_the_split():
     def ranks(rank):
         x = inputs(4, 16)
-        model = apply_tensor_parallel(make(lambda: nn.Sequential(MLP(), nn.LayerNorm(8))), 2, example_inputs=(x,))
+        model = apply_tensor_parallel(
+            make(lambda: nn.Sequential(MLP(), nn.LayerNorm(8))), 2, example_inputs=(x,)
+        )
         torch.manual_seed(rank)
         nn.init.normal_(model[1].weight)
         with pytest.raises(RuntimeError, match="1.weight: expected the same values on every rank"):
@@ -358,7 +386,9 @@ def test_initialised_after_the_split():
         nn.init.ones_(model[1].weight)
         torch.manual_seed(0)
         nn.init.normal_(model[0].a.weight)
-        with pytest.warns(UserWarning, match="0.a.weight: every rank's shard begins with the same numbers"):
+        with pytest.warns(
+            UserWarning, match="0.a.weight: every rank's shard begins with the same numbers"
+        ):
             model.eval()(x)
 
     run_ranks(ranks, 2)
@@ -372,7 +402,9 @@ class TakesItsOwnGradients(nn.Module):
     def forward(self, x):
         z = x.detach().requires_grad_()
         y = self.down(self.up(z).tanh())
-        (g,) = torch.autograd.grad(y.sum(), self.up.weight if self.of_a_parameter else z, create_graph=True)
+        (g,) = torch.autograd.grad(
+            y.sum(), self.up.weight if self.of_a_parameter else z, create_graph=True
+        )
         return y, g.sum()
 
 
@@ -393,7 +425,9 @@ def test_hooks_on_parameters_in_a_forward_that_takes_gradients():
             torch.testing.assert_close(p.grad.full_tensor(), q.grad)
         model = TakesItsOwnGradients(True).double()
         model.up.weight.register_hook(lambda grad: 2 * grad)
-        with pytest.raises(RuntimeError, match="up.weight: expected no hook .* a forward takes itself, found one"):
+        with pytest.raises(
+            RuntimeError, match="up.weight: expected no hook .* a forward takes itself, found one"
+        ):
             apply_tensor_parallel(model, 2, example_inputs=(x,))
 
     run_ranks(ranks, 2)

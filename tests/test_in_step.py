@@ -1,4 +1,5 @@
-"""All ranks of a tp group make the same calls in the same order, or are told; while they do, nothing is exchanged."""
+"""All ranks of a tp group make the same calls in the same order, or are told; while they do,
+nothing is exchanged."""
 
 import copy
 
@@ -36,7 +37,11 @@ def in_step_of(model):
 def count_told(model, monkeypatch):
     """A list that grows by one with each call that this rank tells of."""
     told, tell = [], InStep.tell
-    monkeypatch.setattr(InStep, "tell", lambda self, mine, usual: (told.append(mine.text), tell(self, mine, usual))[1])
+    monkeypatch.setattr(
+        InStep,
+        "tell",
+        lambda self, mine, usual: (told.append(mine.text), tell(self, mine, usual))[1],
+    )
     return told
 
 
@@ -120,12 +125,15 @@ def test_calls_that_differ_are_told_on_every_rank():
 
 
 def test_a_call_that_another_rank_does_not_expect():
-    """Rank 1 goes on as before, into a collective, where it cannot be reached; it is told why that failed."""
+    """Rank 1 goes on as before, into a collective, where it cannot be reached; it is told why that
+    failed."""
 
     def ranks(rank):
         ranks = ProcessGroupManager(tp_size=2, timeout=3)
         torch.manual_seed(0)
-        model, x = apply_tensor_parallel(Net(), mesh=ranks, example_inputs=(torch.ones(3, 8),)), torch.ones(3, 8)
+        model, x = apply_tensor_parallel(
+            Net(), mesh=ranks, example_inputs=(torch.ones(3, 8),)
+        ), torch.ones(3, 8)
         for _ in range(4):
             model(x)
         if rank == 0:
@@ -134,7 +142,10 @@ def test_a_call_that_another_rank_does_not_expect():
 
     first, second = run_ranks(ranks, 2, expect_failure=True, init=False)
     assert "rank 0 called the model in eval mode with argument 0 of shape (3, 8)" in first
-    assert "rank 1 told of none within 3 s" in first and "the model in train mode with argument 0" in first
+    assert (
+        "rank 1 told of none within 3 s" in first
+        and "the model in train mode with argument 0" in first
+    )
     assert "rank 0 called the model in eval mode" in second and "in its place" in second
 
 
@@ -143,7 +154,9 @@ def test_another_length_after_many_calls():
         model = split()
         for length in 3, 3, 3, 4, 6, 5, 5, 2:
             model(torch.ones(length, 8))
-        with pytest.raises(ValueError, match=r"\(3, 8\).* on rank 0 and a tensor of shape \(4, 8\)"):
+        with pytest.raises(
+            ValueError, match=r"\(3, 8\).* on rank 0 and a tensor of shape \(4, 8\)"
+        ):
             model(torch.ones(3 + rank, 8))
 
     run_ranks(ranks, 2)
@@ -171,7 +184,9 @@ def learns_apart(rank):
     sharded, whole = pair(Net, 2, example_inputs=double((torch.ones(3, 8),)))
     given = {"x": torch.rand(3, 8), "mask": torch.rand(3, 8), "extra": torch.zeros(1)}
     for _ in range(3):
-        compare(sharded, whole, double({k: given[k] for k in (sorted(given) if rank else [*given])}))
+        compare(
+            sharded, whole, double({k: given[k] for k in (sorted(given) if rank else [*given])})
+        )
 
 
 def test_keyword_arguments_in_another_order():

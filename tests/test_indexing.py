@@ -1,4 +1,5 @@
-"""Numbers in a model's code that index a sharded dim: they are translated from the layout, or the call gets the whole."""
+"""Numbers in a model's code that index a sharded dim: they are translated from the layout, or the
+call gets the whole."""
 
 import pytest
 import torch
@@ -73,11 +74,15 @@ def in_place(change):
 
 def weight_slices(x, w, b):
     d = w.shape[0] // 3
-    return attention(*(F.linear(x, w[i * d : (i + 1) * d], b[i * d : (i + 1) * d]) for i in range(3)))
+    return attention(
+        *(F.linear(x, w[i * d : (i + 1) * d], b[i * d : (i + 1) * d]) for i in range(3))
+    )
 
 
 def weight_constants(x, w, b):
-    return attention(F.linear(x, w[:12], b[:12]), F.linear(x, w[12:24], b[12:24]), F.linear(x, w[24:], b[24:]))
+    return attention(
+        F.linear(x, w[:12], b[:12]), F.linear(x, w[12:24], b[12:24]), F.linear(x, w[24:], b[24:])
+    )
 
 
 AFTER = {
@@ -89,7 +94,10 @@ AFTER = {
     "qkv, from the end": (lambda y: attention(y[..., :12], y[..., 12:-12], y[..., -12:]), 36),
     "qkv, beyond the end": (lambda y: attention(y[..., :12], y[..., 12:24], y[..., 24:999]), 36),
     "qkv, narrow": (lambda y: attention(*(y.narrow(-1, i * 12, 12) for i in range(3))), 36),
-    "qkv, narrow by keyword": (lambda y: attention(*(y.narrow(dim=2, start=i * 12, length=12) for i in range(3))), 36),
+    "qkv, narrow by keyword": (
+        lambda y: attention(*(y.narrow(dim=2, start=i * 12, length=12) for i in range(3))),
+        36,
+    ),
     "qkv, by its own size": (
         lambda y: attention(*(y[..., i * (s := y.shape[-1] // 3) : (i + 1) * s] for i in range(3))),
         36,
@@ -102,7 +110,10 @@ AFTER = {
     "a part": (lambda y: y[..., :6].softmax(-1), 12),
     "a middle": (lambda y: y[..., 3:9].tanh(), 12),
     "a place": (lambda y: y[..., 7] * y[..., -1], 12),
-    "an unequal split": (lambda y: torch.cat([p.softmax(-1) for p in y.split([4, 2, 6], -1)], -1), 12),
+    "an unequal split": (
+        lambda y: torch.cat([p.softmax(-1) for p in y.split([4, 2, 6], -1)], -1),
+        12,
+    ),
     "diff": (lambda y: y.diff(dim=-1), 12),
     "roll": (lambda y: y.roll(3, -1), 12),
     "pad": (lambda y: F.pad(y, (2, 0)), 12),
@@ -126,9 +137,19 @@ CUT = {"weights, by their size": (weight_slices, 36), "weights, by numbers": (we
 @pytest.mark.parametrize("n", [2, 3, 4, 5])
 def test_numbers_that_index(n):
     """Output and gradients of each, on n ranks."""
-    cases = [(name, Projected, *case) for name, case in AFTER.items()] + [(k, Sliced, *c) for k, c in CUT.items()]
+    cases = [(name, Projected, *case) for name, case in AFTER.items()] + [
+        (k, Sliced, *c) for k, c in CUT.items()
+    ]
     if n > 2:  # those that a shard's length meets otherwise there
-        others = "3 pieces", "4 pieces", "5 pieces", "7 pieces", "qkv", "loop over heads", "loop over 5 heads"
+        others = (
+            "3 pieces",
+            "4 pieces",
+            "5 pieces",
+            "7 pieces",
+            "qkv",
+            "loop over heads",
+            "loop over 5 heads",
+        )
         cases = [c for c in cases if c[0] in (*others, "weights, by numbers")]
 
     def ranks(rank):
@@ -166,7 +187,8 @@ def test_a_padded_vocabulary(real):
 
 
 def test_what_is_translated_stays_local():
-    """Heads of a fused projection by slices: no weight is gathered, and nothing is sent but the sum at the end."""
+    """Heads of a fused projection by slices: no weight is gathered, and nothing is sent but the sum
+    at the end."""
 
     class Attention(nn.Module):
         def __init__(self):
@@ -214,7 +236,11 @@ class Positions(nn.Module):
 
     def __init__(self, cut):
         super().__init__()
-        self.table, self.norm, self.cut = nn.Parameter(torch.randn(12, 24)), nn.GroupNorm(3, 24), cut
+        self.table, self.norm, self.cut = (
+            nn.Parameter(torch.randn(12, 24)),
+            nn.GroupNorm(3, 24),
+            cut,
+        )
 
     def forward(self, x):
         h = x + self.cut(self.table, x.shape[1])
@@ -233,7 +259,9 @@ def test_a_table_of_positions(first):
 
     def ranks(rank):
         for name, cut in cuts.items():
-            models = pair(lambda: Positions(cut), 2, example_inputs=(torch.randn(2, first, 24).double(),))
+            models = pair(
+                lambda: Positions(cut), 2, example_inputs=(torch.randn(2, first, 24).double(),)
+            )
             for length in first, 4, 8, 12, 3:
                 try:
                     compare(*models, (torch.randn(2, length, 24),))

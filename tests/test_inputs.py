@@ -42,7 +42,9 @@ def fits(model):
 
 def test_check():
     x = torch.ones(2)
-    assert check((x,)) == ((x,), {}) and check([x]) == ((x,), {}) and check({"x": x}) == ((), {"x": x})
+    assert (
+        check((x,)) == ((x,), {}) and check([x]) == ((x,), {}) and check({"x": x}) == ((), {"x": x})
+    )
     assert check(()) == ((), {}) and check({}) == ((), {})
 
 
@@ -84,12 +86,15 @@ def test_an_image_that_fits_a_flattened_head():
     assert list(kwargs.values())[0].shape[-1] == 32
 
 
-DECLARED = {"config": SimpleNamespace(image_size=48)}, {"pretrained_cfg": {"input_size": (3, 48, 48)}}
+DECLARED = {"config": SimpleNamespace(image_size=48)}, {
+    "pretrained_cfg": {"input_size": (3, 48, 48)}
+}
 
 
 @pytest.mark.parametrize("declared", DECLARED)
 def test_an_image_of_the_size_that_the_model_declares(declared):
-    """As timm's models and those of transformers do: with another size a forward may take another path."""
+    """As timm's models and those of transformers do: with another size a forward may take another
+    path."""
     model = Model(nn.Conv2d(3, 4, 3))
     vars(model).update(declared)
     _, kwargs = first(model)

@@ -8,7 +8,12 @@ from ranks import run_ranks
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from quintnet_dt import ColumnParallelLinear, ProcessGroupManager, RowParallelLinear, VocabParallelEmbedding
+from quintnet_dt import (
+    ColumnParallelLinear,
+    ProcessGroupManager,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
 
 
 def whole(vocab, width, hidden, bias):
@@ -31,7 +36,12 @@ def parallel(vocab, width, hidden, bias, mesh, joined):
 
 @pytest.mark.parametrize(
     "n, vocab, hidden, bias, joined",
-    [(2, 12, 10, True, False), (2, 13, 7, False, True), (4, 13, 10, True, True), (4, 3, 8, True, False)],
+    [
+        (2, 12, 10, True, False),
+        (2, 13, 7, False, True),
+        (4, 13, 10, True, True),
+        (4, 3, 8, True, False),
+    ],
 )
 def test_layers_are_the_whole_ones(n, vocab, hidden, bias, joined):
     """Uneven sizes, more ranks than rows, gathered and parallel between the layers."""
@@ -53,10 +63,14 @@ def test_layers_are_the_whole_ones(n, vocab, hidden, bias, joined):
         for (name, p), q in zip(a.named_parameters(), b.parameters()):
             assert isinstance(q, DTensor), name
             assert torch.equal(p, q.full_tensor()), name
-            torch.testing.assert_close(p.grad, q.grad.full_tensor(), rtol=1e-12, atol=1e-12, msg=name)
+            torch.testing.assert_close(
+                p.grad, q.grad.full_tensor(), rtol=1e-12, atol=1e-12, msg=name
+            )
         placements = [q.placements[0] for q in b.parameters()]
         assert placements == (
-            [Shard(0), Shard(0), Shard(0), Shard(1), Replicate()] if bias else [Shard(0), Shard(0), Shard(1)]
+            [Shard(0), Shard(0), Shard(0), Shard(1), Replicate()]
+            if bias
+            else [Shard(0), Shard(0), Shard(1)]
         )
 
     run_ranks(ranks, n)
@@ -72,7 +86,9 @@ def test_an_input_by_keyword_a_copy_and_other_weights():
         twin = copy.deepcopy(layer)
         with torch.no_grad():
             twin.weight.zero_(), twin.bias.fill_(1.0)
-        assert torch.equal(twin(x), torch.ones(2, 6)) and not torch.equal(layer(x), torch.ones(2, 6))
+        assert torch.equal(twin(x), torch.ones(2, 6)) and not torch.equal(
+            layer(x), torch.ones(2, 6)
+        )
         return layer.weight.full_tensor().sum().item()
 
     first, second = run_ranks(ranks, 2)

@@ -1,5 +1,5 @@
-"""What a user does to a model before and after it is split: hooks, copies, dtypes, other weights, errors; and what is
-refused."""
+"""What a user does to a model before and after it is split: hooks, copies, dtypes, other weights,
+errors; and what is refused."""
 
 import copy
 import gc
@@ -14,7 +14,11 @@ import torch.nn.functional as F
 from helpers import compare, pair
 from ranks import run_ranks
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
@@ -41,7 +45,9 @@ class Attention(nn.Module):
 
 
 def given(*shape, dtype=torch.float64):
-    return (torch.randn(*shape or (2, 5, 16), generator=torch.Generator().manual_seed(5)).to(dtype),)
+    return (
+        torch.randn(*shape or (2, 5, 16), generator=torch.Generator().manual_seed(5)).to(dtype),
+    )
 
 
 def both(ranks, n=2, build=Attention, **options):
@@ -52,7 +58,9 @@ def both(ranks, n=2, build=Attention, **options):
 def near(found, whole, tol):
     found = found.full_tensor() if isinstance(found, DTensor) else found
     assert found.dtype == whole.dtype
-    error = (found.double() - whole.double()).abs().max() / whole.double().abs().max().clamp(min=1e-30)
+    error = (found.double() - whole.double()).abs().max() / whole.double().abs().max().clamp(
+        min=1e-30
+    )
     assert error <= tol, f"relative error {error:.1e}"
 
 
@@ -72,12 +80,15 @@ def step(sharded, whole, x, tol):
 
 @pytest.mark.parametrize("before", [True, False])
 def test_hooks_that_look_on(before):
-    """Registered before, they see what they would see in the whole model; afterwards, where that is whole anyway."""
+    """Registered before, they see what they would see in the whole model; afterwards, where that is
+    whole anyway."""
 
     def look(model, seen):
         block = model[0]
         for m in (model, block, *((block[0].qkv, block[0].o, *block[0].f) if before else ())):
-            m.register_forward_hook(lambda m, args, out: seen.append((args[0].detach(), out.detach())))
+            m.register_forward_hook(
+                lambda m, args, out: seen.append((args[0].detach(), out.detach()))
+            )
             m.register_full_backward_pre_hook(lambda m, grads: seen.append(grads))
 
     def ranks(rank):
@@ -97,7 +108,9 @@ def test_hooks_that_look_on(before):
             kept = [list(found) for found in seen]
             compare(*models[::-1], x)
             new = [found[len(old) :] for found, old in zip(seen, kept)]
-            if len(new[0]) == len(new[1]):  # the first call of a kind is traced, and hooks see that too
+            if len(new[0]) == len(
+                new[1]
+            ):  # the first call of a kind is traced, and hooks see that too
                 assert len(new[0]) >= 4
                 torch.testing.assert_close(new[1], new[0])
         assert len(new[0]) == len(new[1])
@@ -113,7 +126,9 @@ def test_hooks_that_would_see_shards_are_refused(kind):
             handle = sharded.f[0].register_forward_hook(lambda m, args, out: out / out.norm())
         else:
             handle = sharded.f[0].register_full_backward_hook(lambda m, grads, out: None)
-        with pytest.raises(RuntimeError, match="f.0: a hook was added .* before apply_tensor_parallel"):
+        with pytest.raises(
+            RuntimeError, match="f.0: a hook was added .* before apply_tensor_parallel"
+        ):
             sharded(*given())
         handle.remove()
         compare(sharded, whole, given())
@@ -152,7 +167,11 @@ def test_a_hook_that_makes_the_weight():
 def test_copies_and_saved_weights():
     def ranks(sharded, whole):
         compare(sharded, whole, given())
-        again, part, layer = copy.deepcopy(sharded), copy.deepcopy(sharded.f), copy.deepcopy(sharded.f[0])
+        again, part, layer = (
+            copy.deepcopy(sharded),
+            copy.deepcopy(sharded.f),
+            copy.deepcopy(sharded.f[0]),
+        )
         state = io.BytesIO()
         torch.save(sharded.state_dict(), state), state.seek(0)
         with torch.no_grad():
@@ -160,13 +179,19 @@ def test_copies_and_saved_weights():
                 p.mul_(2)
         for copied, from_ in (again, whole), (part, whole.f), (layer, whole.f[0]):
             copied.tensor_parallel_mesh = sharded.tensor_parallel_mesh
-            compare(copied, copy.deepcopy(from_), given(3, 16, dtype=torch.float64) if from_ is not whole else given())
+            compare(
+                copied,
+                copy.deepcopy(from_),
+                given(3, 16, dtype=torch.float64) if from_ is not whole else given(),
+            )
         sharded.load_state_dict(torch.load(state))
         compare(sharded, whole, given(3, 4, 16))
         full = get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True))
         assert all(torch.equal(full[k], v) for k, v in whole.state_dict().items())
         for model in (sharded, whole):
-            model.apply(lambda m: nn.init.constant_(m.weight, 0.1) if isinstance(m, nn.Linear) else None)
+            model.apply(
+                lambda m: nn.init.constant_(m.weight, 0.1) if isinstance(m, nn.Linear) else None
+            )
         compare(sharded, whole, given())
 
     both(ranks)
@@ -174,7 +199,12 @@ def test_copies_and_saved_weights():
 
 def test_other_dtypes_afterwards():
     def ranks(sharded, whole):
-        for dtype, tol in ((torch.bfloat16, 0.05), (torch.float32, 1e-4), (torch.float16, 0.02), (torch.float64, 1e-9)):
+        for dtype, tol in (
+            (torch.bfloat16, 0.05),
+            (torch.float32, 1e-4),
+            (torch.float16, 0.02),
+            (torch.float64, 1e-9),
+        ):
             sharded.to(dtype), whole.to(dtype)
             step(sharded, whole, *given(dtype=dtype), tol)
         sharded.float(), whole.float()
@@ -252,8 +282,8 @@ def test_after_errors_the_next_call_works():
 
 @pytest.mark.parametrize("first", [True, False])
 def test_a_switch_that_changes_the_path(first):
-    """An attribute, which the signature of a call does not show: the forward goes on with other programs in the
-    middle."""
+    """An attribute, which the signature of a call does not show: the forward goes on with other
+    programs in the middle."""
 
     class Layer(nn.Module):
         on = True
@@ -269,10 +299,16 @@ def test_a_switch_that_changes_the_path(first):
     class Adapted(nn.Module):
         def __init__(self):
             super().__init__()
-            self.q, self.k, self.v, self.o, self.f, self.g = *(Layer() for _ in "qkvo"), Layer(16, 32), Layer(32, 16)
+            self.q, self.k, self.v, self.o, self.f, self.g = (
+                *(Layer() for _ in "qkvo"),
+                Layer(16, 32),
+                Layer(32, 16),
+            )
 
         def forward(self, x):
-            q, k, v = (m(x).view(*x.shape[:2], 4, 4).transpose(1, 2) for m in (self.q, self.k, self.v))
+            q, k, v = (
+                m(x).view(*x.shape[:2], 4, 4).transpose(1, 2) for m in (self.q, self.k, self.v)
+            )
             x = x + self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
             return x + self.g(F.gelu(self.f(x)))
 
@@ -294,8 +330,14 @@ def test_checkpoints_of_two_kinds_of_call_before_one_backward():
     class Two(nn.Module):
         def __init__(self):
             super().__init__()
-            self.s, self.n, self.m = nn.Parameter(torch.randn(16)), nn.LayerNorm(16), nn.LayerNorm(16)
-            self.f, self.g = (nn.Sequential(nn.Linear(16, 128), nn.GELU(), nn.Linear(128, 16)) for _ in range(2))
+            self.s, self.n, self.m = (
+                nn.Parameter(torch.randn(16)),
+                nn.LayerNorm(16),
+                nn.LayerNorm(16),
+            )
+            self.f, self.g = (
+                nn.Sequential(nn.Linear(16, 128), nn.GELU(), nn.Linear(128, 16)) for _ in range(2)
+            )
 
         def forward(self, x, more=True):
             x = x * self.s
@@ -366,7 +408,8 @@ def test_parameters_that_were_replaced():
 
 @pytest.mark.parametrize("contiguous", [True, False])
 def test_a_whole_state_that_one_rank_has(contiguous):
-    """torch fills fused pieces wrongly from a broadcast; it is told, or with `contiguous` it is right."""
+    """torch fills fused pieces wrongly from a broadcast; it is told, or with `contiguous` it is
+    right."""
 
     def ranks(sharded, whole):
         fused = sharded.tensor_parallel_plan["qkv.weight"]
@@ -377,10 +420,14 @@ def test_a_whole_state_that_one_rank_has(contiguous):
         if not contiguous:
             with pytest.raises(RuntimeError, match="filled qkv.weight, .* wrongly"):
                 set_model_state_dict(sharded, state, options=options)
-            state, options = {k: v + 1 for k, v in whole.state_dict().items()}, StateDictOptions(full_state_dict=True)
+            state, options = {k: v + 1 for k, v in whole.state_dict().items()}, StateDictOptions(
+                full_state_dict=True
+            )
             state["mask"] = whole.mask
         set_model_state_dict(sharded, state, options=options)
-        whole.load_state_dict({k: v + 1 if v.is_floating_point() else v for k, v in whole.state_dict().items()})
+        whole.load_state_dict(
+            {k: v + 1 if v.is_floating_point() else v for k, v in whole.state_dict().items()}
+        )
         compare(sharded, whole, given())
 
     both(ranks, contiguous=contiguous)
@@ -404,8 +451,8 @@ class Scaled(Attention):
 
 @pytest.mark.parametrize("blind", [True, False])
 def test_a_model_that_is_split_again(blind):
-    """Placements stay, fused pieces among them, also where no inputs are known that fit; what was asked for besides
-    holds, or is refused."""
+    """Placements stay, fused pieces among them, also where no inputs are known that fit; what was
+    asked for besides holds, or is refused."""
 
     def ranks(rank):
         inputs = (*given(), {"by": torch.tensor(2.0, dtype=torch.float64)})
@@ -413,11 +460,19 @@ def test_a_model_that_is_split_again(blind):
         before = {name: p.placements for name, p in sharded.named_parameters()}
         assert sharded.tensor_parallel_plan["qkv.weight"].pieces == 3
         sharded.o, whole.o = (nn.Linear(16, 16, dtype=torch.float64) for _ in range(2))
-        with pytest.raises(ValueError, match="plan: expected none for a model that was split before, found a dict"):
+        with pytest.raises(
+            ValueError, match="plan: expected none for a model that was split before, found a dict"
+        ):
             apply_tensor_parallel(sharded, 2, example_inputs=inputs, plan={})
-        with pytest.warns(UserWarning, match="planned without a forward") if blind else nullcontext():
+        with (
+            pytest.warns(UserWarning, match="planned without a forward") if blind else nullcontext()
+        ):
             apply_tensor_parallel(
-                sharded, 2, example_inputs=None if blind else inputs, contiguous=True, loss_parallel=not blind
+                sharded,
+                2,
+                example_inputs=None if blind else inputs,
+                contiguous=True,
+                loss_parallel=not blind,
             )
         for name, p in sharded.named_parameters():
             assert p.placements == before[name] or name.startswith("o.")
@@ -438,14 +493,18 @@ def test_a_plan_keeps_its_loss_parallel():
         plan = plan_tensor_parallel(model, 2, example_inputs=given(), loss_parallel=True)
         apply_tensor_parallel(model, 2, example_inputs=given(), plan=plan)
         assert model.tensor_parallel_plan.loss_parallel
-        outputs = [type(model(*given())), type(model.eval()(*given()))]  # a path that was traced, and one that was not
+        outputs = [
+            type(model(*given())),
+            type(model.eval()(*given())),
+        ]  # a path that was traced, and one that was not
         assert outputs[0] is outputs[1]
 
     run_ranks(ranks, 2)
 
 
 def test_nothing_is_kept_of_a_step():
-    """The autograd graph of a forward is freed with its output, also where one tensor enters several regions."""
+    """The autograd graph of a forward is freed with its output, also where one tensor enters
+    several regions."""
 
     def ranks(sharded, whole):
         def alive():

@@ -1,4 +1,5 @@
-"""`load_state_dict` of a split model as of the whole one: whole tensors, parts, assign; and what is refused."""
+"""`load_state_dict` of a split model as of the whole one: whole tensors, parts, assign; and what is
+refused."""
 
 import pytest
 import torch
@@ -10,7 +11,12 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from quintnet_dt import ColumnParallelLinear, ProcessGroupManager, RowParallelLinear, apply_tensor_parallel
+from quintnet_dt import (
+    ColumnParallelLinear,
+    ProcessGroupManager,
+    RowParallelLinear,
+    apply_tensor_parallel,
+)
 
 
 def given(seed=7):
@@ -49,13 +55,19 @@ def test_whole_tensors(layout):
             assert model.tensor_parallel_plan["qkv.weight"].pieces == 3
         with torch.no_grad():
             model(batch())
-        model.qkv.load_state_dict({k: v + 1 for k, v in whole.qkv.state_dict().items()})  # of a part of the model
+        model.qkv.load_state_dict(
+            {k: v + 1 for k, v in whole.qkv.state_dict().items()}
+        )  # of a part of the model
         same(model, whole.state_dict(), but={"qkv.weight", "qkv.bias"})
-        keys = model.load_state_dict({"qkv.weight": whole.qkv.weight, "more": torch.ones(2)}, strict=False)
+        keys = model.load_state_dict(
+            {"qkv.weight": whole.qkv.weight, "more": torch.ones(2)}, strict=False
+        )
         assert "qkv.bias" in keys.missing_keys and keys.unexpected_keys == ["more"]
         model.load_state_dict({"qkv.bias": whole.qkv.bias.float().double()}, strict=False)
         same(model, {**whole.state_dict(), "qkv.bias": whole.qkv.bias.float().double()})
-        model.load_state_dict({k: v.float() for k, v in whole.state_dict().items()})  # cast, as torch does
+        model.load_state_dict(
+            {k: v.float() for k, v in whole.state_dict().items()}
+        )  # cast, as torch does
         same(model, {k: v.float().to(v.dtype) for k, v in whole.state_dict().items()})
         model.load_state_dict(whole.state_dict())
         answers(model, whole)
@@ -75,13 +87,22 @@ def test_assign():
             state = {k: v.clone() for k, v in whole.state_dict().items()}
             model.load_state_dict(state, assign=True)
             same(model, state)
-            assert [p.placements for p in model.parameters()] == placements and not model.qkv.bias.requires_grad
-            assert model.head.weight is model.tokens.weight and isinstance(model.head.weight, nn.Parameter)
+            assert [
+                p.placements for p in model.parameters()
+            ] == placements and not model.qkv.bias.requires_grad
+            assert model.head.weight is model.tokens.weight and isinstance(
+                model.head.weight, nn.Parameter
+            )
             answers(model, whole)
             state["tokens.weight"].zero_()  # each rank has a part of its own
             assert model.tokens.weight.full_tensor().any()
-            model.load_state_dict({"tokens.weight": state["tokens.weight"]}, assign=True, strict=False)
-            assert model.head.weight is model.tokens.weight and not model.head.weight.full_tensor().any()
+            model.load_state_dict(
+                {"tokens.weight": state["tokens.weight"]}, assign=True, strict=False
+            )
+            assert (
+                model.head.weight is model.tokens.weight
+                and not model.head.weight.full_tensor().any()
+            )
 
     run_ranks(ranks, 2)
 
@@ -99,13 +120,17 @@ def test_dtensors_as_before(tmp_path):
                 same(other, whole.state_dict())
         mesh, weight = model.tensor_parallel_mesh, whole.qkv.weight.detach()
         rows = distribute_tensor(weight, mesh, [Shard(0)])  # laid out in another way
-        with pytest.raises(RuntimeError, match="qkv.weight: assign=True: expected a whole tensor, or .*found"):
+        with pytest.raises(
+            RuntimeError, match="qkv.weight: assign=True: expected a whole tensor, or .*found"
+        ):
             other.load_state_dict({"qkv.weight": rows}, assign=True, strict=False)
         other.load_state_dict({"qkv.weight": rows}, strict=False)
         same(other, whole.state_dict())
         dist.barrier()
         if rank == 1:  # a habit: rank 0's file on every rank
-            with pytest.raises(RuntimeError, match="down.weight: expected this rank's part, .*save_checkpoint"):
+            with pytest.raises(
+                RuntimeError, match="down.weight: expected this rank's part, .*save_checkpoint"
+            ):
                 other.load_state_dict(torch.load(tmp_path / "0.pt"))
         dist.barrier()
         same(other, whole.state_dict())
@@ -117,14 +142,26 @@ def test_refused():
     def ranks(rank):
         model, _ = make("tp2")
         before = {k: v.clone() for k, v in given(0).state_dict().items()}
-        short = {"qkv.weight": torch.ones(71, 24), "qkv.bias": torch.ones(36), "norm.weight": torch.ones(12)}
+        short = {
+            "qkv.weight": torch.ones(71, 24),
+            "qkv.bias": torch.ones(36),
+            "norm.weight": torch.ones(12),
+        }
         for assign in False, True:
-            with pytest.raises(RuntimeError, match="(?s)norm.weight.*qkv.weight|qkv.weight.*qkv.bias.*norm.weight"):
+            with pytest.raises(
+                RuntimeError, match="(?s)norm.weight.*qkv.weight|qkv.weight.*qkv.bias.*norm.weight"
+            ):
                 model.load_state_dict(short, strict=False, assign=assign)
         empty = {"qkv.weight": torch.empty(72, 24, device="meta")}
-        everywhere(lambda: model.load_state_dict(empty, strict=False), "qkv.weight: its share cannot be taken: ")
+        everywhere(
+            lambda: model.load_state_dict(empty, strict=False),
+            "qkv.weight: its share cannot be taken: ",
+        )
         everywhere(lambda: model.load_state_dict({}), "Missing key.*qkv.weight")
-        everywhere(lambda: model.load_state_dict({"qkv.weight": 3}, strict=False), "qkv.weight.*expected torch.Tensor")
+        everywhere(
+            lambda: model.load_state_dict({"qkv.weight": 3}, strict=False),
+            "qkv.weight.*expected torch.Tensor",
+        )
         same(model, before)
 
     run_ranks(ranks, 2)
@@ -136,25 +173,34 @@ def test_a_broadcast_over_pieces_is_refused_and_nothing_else():
 
         def fresh(meta):
             with torch.device("meta" if meta else "cpu"):
-                return apply_tensor_parallel(Fused() if meta else Fused().double(), 2, example_inputs=(batch(),))
+                return apply_tensor_parallel(
+                    Fused() if meta else Fused().double(), 2, example_inputs=(batch(),)
+                )
 
         for meta in False, True:
             options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
             state = whole.state_dict() if rank == 0 else {}
             everywhere(
-                lambda: set_model_state_dict(fresh(meta), state, options=options), "filled qkv.weight, .* wrongly"
+                lambda: set_model_state_dict(fresh(meta), state, options=options),
+                "filled qkv.weight, .* wrongly",
             )
             model = fresh(meta)
-            set_model_state_dict(model, whole.state_dict(), options=StateDictOptions(full_state_dict=True))
+            set_model_state_dict(
+                model, whole.state_dict(), options=StateDictOptions(full_state_dict=True)
+            )
             same(model, whole.state_dict())
             part = {"up.bias": whole.up.bias.detach() + 1}
-            set_model_state_dict(model, dict(part), options=StateDictOptions(full_state_dict=True, strict=False))
+            set_model_state_dict(
+                model, dict(part), options=StateDictOptions(full_state_dict=True, strict=False)
+            )
             same(model, {**whole.state_dict(), **part})
 
         def _load_model_state_dict(info, options):  # a name of torch's is free to others
             model.load_state_dict(whole.state_dict())
 
-        _load_model_state_dict(info := StateDictOptions(full_state_dict=True, broadcast_from_rank0=True), info)
+        _load_model_state_dict(
+            info := StateDictOptions(full_state_dict=True, broadcast_from_rank0=True), info
+        )
         same(model, whole.state_dict())
 
     run_ranks(ranks, 2)

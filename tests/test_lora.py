@@ -11,8 +11,19 @@ from torch.distributed.tensor import DTensor
 
 from quintnet_dt import apply_tensor_parallel, load_checkpoint, save_checkpoint, whole_shapes
 
-GPT2 = dict(vocab_size=67, n_embd=32, n_layer=2, n_head=8, n_positions=16, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
-LLAMA = dict(vocab_size=67, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=8)
+GPT2 = dict(
+    vocab_size=67,
+    n_embd=32,
+    n_layer=2,
+    n_head=8,
+    n_positions=16,
+    resid_pdrop=0,
+    embd_pdrop=0,
+    attn_pdrop=0,
+)
+LLAMA = dict(
+    vocab_size=67, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=8
+)
 MODELS = {
     "llama": (
         lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**LLAMA, num_key_value_heads=4)),
@@ -64,7 +75,11 @@ def test_adapters(name, when, tmp_path):
                 model(**INPUTS)
             split(model)
             for n, placement in held.items():  # what was split stays so
-                kept = [p for m, p in model.named_parameters() if m.replace(".base_layer", "").endswith(n)]
+                kept = [
+                    p
+                    for m, p in model.named_parameters()
+                    if m.replace(".base_layer", "").endswith(n)
+                ]
                 assert kept and kept[0].placements == (placement,)
         assert all(isinstance(p, DTensor) for p in model.parameters())
         trained = [[p for p in m.parameters() if p.requires_grad] for m in (model, whole)]
@@ -97,7 +112,8 @@ def test_adapters(name, when, tmp_path):
             merged, expected = model.merge_and_unload(), whole.merge_and_unload()
             for p, q in zip(merged.parameters(), expected.parameters()):
                 same(p, q, 1e-9)
-            # A module at whose border something was reduced is gone: what is left is shown right anew.
+            # A module at whose border something was reduced is gone: what is left is shown right
+            # anew.
             same(merged(**INPUTS).logits, expected(**INPUTS).logits, 1e-9)
             split(merged)
             same(merged(**INPUTS).logits, expected(**INPUTS).logits, 1e-9)
@@ -121,7 +137,9 @@ def test_a_module_that_is_taken_off_is_missed():
 
     def ranks(rank):
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), Wrapped(nn.Linear(64, 16, bias=False))).double()
+        model = nn.Sequential(
+            nn.Linear(16, 64), nn.ReLU(), Wrapped(nn.Linear(64, 16, bias=False))
+        ).double()
         x = torch.ones(2, 16, dtype=torch.float64)
         apply_tensor_parallel(model, 2, example_inputs=(x,))
         expected = model(x)
@@ -134,7 +152,9 @@ def test_a_module_that_is_taken_off_is_missed():
         model[2] = wrapper.base
         apply_tensor_parallel(model, 2, example_inputs=(x,))
         same(model(x), whole)
-        with pytest.raises(ValueError, match="expected a model that is whole, or that this function split"):
+        with pytest.raises(
+            ValueError, match="expected a model that is whole, or that this function split"
+        ):
             stranger = nn.Sequential(model[0])
             stranger[0] = nn.Linear(4, 4)
             stranger[0].weight = model[0].weight

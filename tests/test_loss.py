@@ -1,4 +1,5 @@
-"""Losses on sharded logits: inside the model's own labels path always, outside with loss_parallel=True."""
+"""Losses on sharded logits: inside the model's own labels path always, outside with
+loss_parallel=True."""
 
 import copy
 
@@ -29,7 +30,10 @@ class Labels(nn.Module):
         logits = self.head(torch.tanh(self.embed(ids)))
         if labels is None:
             return {"logits": logits}
-        return {"loss": F.cross_entropy(logits.view(-1, self.size), labels.view(-1), **self.options), "logits": logits}
+        return {
+            "loss": F.cross_entropy(logits.view(-1, self.size), labels.view(-1), **self.options),
+            "logits": logits,
+        }
 
 
 def batch(size=VOCABULARY, ignored=-100):
@@ -60,7 +64,13 @@ class Sent:
         dist.all_reduce, comm_ops._gather_flat = self.kept
 
 
-OPTIONS = [dict(), dict(reduction="sum"), dict(reduction="none"), dict(label_smoothing=0.1), dict(ignore_index=3)]
+OPTIONS = [
+    dict(),
+    dict(reduction="sum"),
+    dict(reduction="none"),
+    dict(label_smoothing=0.1),
+    dict(ignore_index=3),
+]
 
 
 @pytest.mark.parametrize("n", [2, 4])
@@ -117,7 +127,9 @@ def test_what_the_shards_cannot_do_is_gathered(options):
 
     def ranks(rank):
         whole = make(lambda: Labels(**options))
-        sharded = apply_tensor_parallel(copy.deepcopy(whole), 2, plan=wide(2), loss_parallel="size" in options)
+        sharded = apply_tensor_parallel(
+            copy.deepcopy(whole), 2, plan=wide(2), loss_parallel="size" in options
+        )
         ids, labels = batch(options.get("size", VOCABULARY))
         found, expected = sharded(ids, labels), whole(ids, labels)
         same_output(found, expected)
@@ -129,7 +141,8 @@ def test_what_the_shards_cannot_do_is_gathered(options):
 
 def test_the_plan_counts_no_gather_of_the_logits():
     kept, gathered = (
-        plan_tensor_parallel(Labels(4800), 2, example_inputs=batch()[:1], loss_parallel=flag) for flag in (True, False)
+        plan_tensor_parallel(Labels(4800), 2, example_inputs=batch()[:1], loss_parallel=flag)
+        for flag in (True, False)
     )
     assert kept.bytes_per_step < gathered.bytes_per_step
     assert type(kept).from_json(kept.to_json()) == kept

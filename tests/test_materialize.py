@@ -1,4 +1,5 @@
-"""Models that start on the meta device: the values of the whole model, bit for bit, in the memory of a shard."""
+"""Models that start on the meta device: the values of the whole model, bit for bit, in the memory
+of a shard."""
 
 import math
 import resource
@@ -18,7 +19,9 @@ class Started(nn.Module):
     def __init__(self):
         super().__init__()
         self.embed, self.norm = nn.Embedding(13, 12, padding_idx=3), nn.BatchNorm1d(5)
-        self.attention, self.rnn = nn.MultiheadAttention(12, 4, batch_first=True), nn.LSTM(12, 6, batch_first=True)
+        self.attention, self.rnn = nn.MultiheadAttention(12, 4, batch_first=True), nn.LSTM(
+            12, 6, batch_first=True
+        )
         self.up, self.down = nn.Linear(12, 30), nn.Linear(30, 12)
         self.head = nn.Linear(12, 13, bias=False)
         self.head.weight = self.embed.weight
@@ -36,14 +39,16 @@ class Started(nn.Module):
 
 
 def wild(module):
-    """An init that knows all of Started: in place, through .data, through views, by putting other tensors there, with
-    values of other modules."""
+    """An init that knows all of Started: in place, through .data, through views, by putting other
+    tensors there, with values of other modules."""
     if isinstance(module, nn.MultiheadAttention):
         module._reset_parameters()  # writes to its child's bias
     elif isinstance(module, Started):
         module.token.data.normal_(std=0.5)
         module.frozen[:6].uniform_(), module.frozen.narrow(0, 6, 6).fill_(2)
-        module.table = torch.polar(torch.ones(5, 12), torch.outer(torch.arange(5.0), torch.rand(12)))
+        module.table = torch.polar(
+            torch.ones(5, 12), torch.outer(torch.arange(5.0), torch.rand(12))
+        )
         module.mask.copy_(torch.ones(5, 5, device=module.mask.device).triu(1).bool())
         module.down.weight.mul_(1 / math.sqrt(2)), module.up.weight.copy_(
             module.down.weight.T
@@ -82,8 +87,13 @@ def test_models_of_transformers_start_as_they_do_by_themselves(build):
     assert torch.equal(torch.get_rng_state(), state)
     for (name, a), b in zip(model.named_buffers(), other.buffers()):
         assert torch.equal(a, b), name
-    if build is gpt2:  # the smaller weights of the residual path, which the parent of their module gives them
-        assert model.transformer.h[0].mlp.c_proj.weight.std() < 0.8 * model.transformer.h[0].mlp.c_fc.weight.std()
+    if (
+        build is gpt2
+    ):  # the smaller weights of the residual path, which the parent of their module gives them
+        assert (
+            model.transformer.h[0].mlp.c_proj.weight.std()
+            < 0.8 * model.transformer.h[0].mlp.c_fc.weight.std()
+        )
 
 
 @pytest.mark.parametrize("n, layout", [(2, "tp"), (4, "tp"), (4, "fsdp")])
@@ -104,14 +114,19 @@ def test_shards_have_the_values_of_the_whole(n, layout):
         if layout == "fsdp":  # which computes no LSTM on DTensors, and no integers
             return
         model = on_meta(Started).eval()
-        placements = [p.placements for p in apply_tensor_parallel(model, n, example_inputs=(ids,)).parameters()]
+        placements = [
+            p.placements
+            for p in apply_tensor_parallel(model, n, example_inputs=(ids,)).parameters()
+        ]
         torch.manual_seed(rank)
         materialize(model, wild)
         state = torch.get_rng_state()
         expected = started(Started, wild).eval()
         same(model, expected)
         assert torch.equal(torch.get_rng_state(), state)
-        assert [p.placements for p in model.parameters()] == placements and model.head.weight is model.embed.weight
+        assert [
+            p.placements for p in model.parameters()
+        ] == placements and model.head.weight is model.embed.weight
         assert torch.equal(model.table, expected.table)
         assert not model.frozen.requires_grad and model.token.requires_grad
         torch.testing.assert_close(model(ids), expected(ids))
@@ -124,14 +139,20 @@ def test_on_one_process_with_each_modules_own():
     torch.manual_seed(1)
     for m in (model[0], model[1][0], model[1][1]):
         m.reset_parameters()
-    other = on_meta(lambda: nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3))))
+    other = on_meta(
+        lambda: nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3)))
+    )
     torch.manual_seed(1)
     same(materialize(other), model)
     other[1][1] = on_meta(lambda: nn.Linear(4, 3))  # what has values keeps them
     kept = other[0].weight
     torch.manual_seed(2)
     materialize(other, lambda m: [p.normal_() for p in m.parameters()])
-    assert other[0].weight is kept and torch.equal(kept, model[0].weight) and not other[1][1].weight.is_meta
+    assert (
+        other[0].weight is kept
+        and torch.equal(kept, model[0].weight)
+        and not other[1][1].weight.is_meta
+    )
 
 
 def test_what_init_does_not_write_is_an_error():
@@ -157,10 +178,13 @@ def test_what_init_does_not_write_is_an_error():
 
         def untouched():
             return (
-                all(p is q and p.is_meta for p, q in zip(kept, model.parameters(), strict=True)) and model.steps.is_meta
+                all(p is q and p.is_meta for p, q in zip(kept, model.parameters(), strict=True))
+                and model.steps.is_meta
             )
 
-        with pytest.raises(RuntimeError, match="found 5 .*: scale, part, f.bias, g.bias, steps; give an init"):
+        with pytest.raises(
+            RuntimeError, match="found 5 .*: scale, part, f.bias, g.bias, steps; give an init"
+        ):
             materialize(model, init)
         assert untouched()
         with pytest.raises(RuntimeError, match="found 3 .*: scale, part, steps;"):
@@ -199,10 +223,13 @@ def peak(step):
 
 
 def test_a_rank_never_holds_more_than_its_shards_and_one_module(tmp_path):
-    """Of 160 MiB, 4 ranks have 40 each: what a rank may have beside that is far from a whole model."""
+    """Of 160 MiB, 4 ranks have 40 each: what a rank may have beside that is far from a whole
+    model."""
 
     def chain(d):
-        up, down = (lambda: nn.Linear(d, 4 * d, bias=False)), (lambda: nn.Linear(4 * d, d, bias=False))
+        up, down = (lambda: nn.Linear(d, 4 * d, bias=False)), (
+            lambda: nn.Linear(4 * d, d, bias=False)
+        )
         return nn.Sequential(*(f() for _ in range(20) for f in (up, nn.ReLU, down)))
 
     def ranks(rank):
@@ -212,7 +239,9 @@ def test_a_rank_never_holds_more_than_its_shards_and_one_module(tmp_path):
                 apply_tensor_parallel(model, 4, example_inputs=(torch.ones(1, d),))
             folder = tmp_path / str(d)
             started = peak(lambda: materialize(models[0]))
-            written = peak(lambda: export_safetensors(folder, models[0], max_shard_size="60MB", progress=False))
+            written = peak(
+                lambda: export_safetensors(folder, models[0], max_shard_size="60MB", progress=False)
+            )
             read = peak(lambda: load_safetensors(folder, models[1], progress=False))
             shard = sum(p.to_local().numel() * 4 for p in model.parameters())
         assert shard == 40 * 2**20

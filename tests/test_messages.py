@@ -44,14 +44,19 @@ def test_a_wrong_shape_shows_the_models_own_error():
 def test_foreign_objects():
     def ranks(rank):
         for mesh in None, "tp", 3:
-            with pytest.raises(TypeError, match="mesh: expected a 1-D DeviceMesh or a ProcessGroupManager, found"):
+            with pytest.raises(
+                TypeError, match="mesh: expected a 1-D DeviceMesh or a ProcessGroupManager, found"
+            ):
                 check_batch((torch.ones(2),), mesh)
         for source in 2, -1, "0":
-            with pytest.raises(ValueError, match="src_data_rank: expected None or a rank of the tp group, found"):
+            with pytest.raises(
+                ValueError, match="src_data_rank: expected None or a rank of the tp group, found"
+            ):
                 apply_tensor_parallel(MLP(), 2, src_data_rank=source)
         wrapped = nn.Sequential(FullyShardedDataParallel(MLP(), device_id=torch.device("cpu")))
         with pytest.raises(
-            TypeError, match="0: expected a model that is split before any data parallelism, found Fully"
+            TypeError,
+            match="0: expected a model that is split before any data parallelism, found Fully",
         ):
             apply_tensor_parallel(wrapped, 2, example_inputs=(torch.ones(1, 8),))
 
@@ -60,7 +65,9 @@ def test_foreign_objects():
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_script_module_is_no_model():
-    with pytest.raises(TypeError, match="the model: expected modules written in Python, found a ScriptModule"):
+    with pytest.raises(
+        TypeError, match="the model: expected modules written in Python, found a ScriptModule"
+    ):
         plan_tensor_parallel(torch.jit.script(MLP()), 2, example_inputs=(torch.ones(1, 8),))
 
 
@@ -68,14 +75,18 @@ def test_a_plan_made_without_a_forward_says_that_nothing_was_counted():
     with torch.device("meta"):
         model = Reads()
     with pytest.warns(
-        UserWarning, match=r"reads no values of its parameters.*__getitem__ in the root \(test_messages.py"
+        UserWarning,
+        match=r"reads no values of its parameters.*__getitem__ in the root \(test_messages.py",
     ):
         plan = plan_tensor_parallel(model, 2, example_inputs=(torch.ones(2, 8),))
     head = str(plan).splitlines()[0]
     assert "not counted" in head and "MB" not in head
     again = TensorParallelPlan.from_json(plan.to_json())
     assert str(again) == str(plan) and again.bytes_per_step is None
-    assert plan_tensor_parallel(Reads(), 2, example_inputs=(torch.ones(2, 8),)).bytes_per_step is not None
+    assert (
+        plan_tensor_parallel(Reads(), 2, example_inputs=(torch.ones(2, 8),)).bytes_per_step
+        is not None
+    )
 
 
 class Masked(MLP):

@@ -14,7 +14,11 @@ class Clip(nn.Module):
     def __init__(self):
         super().__init__()
         self.tokens, self.places = nn.Embedding(61, 32), nn.Parameter(torch.randn(9, 32))
-        self.up, self.down, self.out = nn.Linear(32, 64), nn.Linear(64, 32), nn.Parameter(torch.randn(32, 16))
+        self.up, self.down, self.out = (
+            nn.Linear(32, 64),
+            nn.Linear(64, 32),
+            nn.Parameter(torch.randn(32, 16)),
+        )
         self.scale = nn.Parameter(torch.tensor(1.5))
 
     def encode(self, ids, normal=True):
@@ -40,7 +44,8 @@ def test_methods_that_read_parameters():
         for normal in True, False, True:
             sharded.zero_grad(), whole.zero_grad()
             found, expected = (
-                m.logits(m.encode(ids, normal), m.encode(ids[:, :5], normal=normal)) for m in (sharded, whole)
+                m.logits(m.encode(ids, normal), m.encode(ids[:, :5], normal=normal))
+                for m in (sharded, whole)
             )
             close(found, expected, "logits")
             found.square().sum().backward(), expected.square().sum().backward()
@@ -64,7 +69,8 @@ def test_a_method_that_raises_leaves_the_model_as_it_was():
 
 
 def test_a_loss_that_reads_a_weight():
-    """The README's way: what computes with the parameters is a method, or a module, that is a forward."""
+    """The README's way: what computes with the parameters is a method, or a module, that is a
+    forward."""
 
     class LM(nn.Module):
         def __init__(self):
@@ -76,7 +82,10 @@ def test_a_loss_that_reads_a_weight():
 
         def loss(self, hidden, ids):
             penalty = sum(p.square().sum() for p in self.parameters())
-            return F.cross_entropy(F.linear(hidden, self.head.weight).flatten(0, 1), ids.flatten()) + 0.01 * penalty
+            return (
+                F.cross_entropy(F.linear(hidden, self.head.weight).flatten(0, 1), ids.flatten())
+                + 0.01 * penalty
+            )
 
     def ranks(rank):
         ids = torch.arange(12).view(2, 6)

@@ -8,7 +8,9 @@ from helpers import check
 # Their norms and softmaxes compute in float32 whatever the model's dtype is.
 TOL = 2e-5
 
-TEXT = dict(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64)
+TEXT = dict(
+    vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64
+)
 GROUPED = dict(TEXT, num_key_value_heads=2, head_dim=8, max_position_embeddings=64)
 
 
@@ -32,11 +34,15 @@ DECODERS = {
     "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**GROUPED, tie_word_embeddings=True)),
     "gemma3": lambda: hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**GROUPED, sliding_window=4)),
     "gpt_neox": lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**TEXT, hidden_dropout=0.1)),
-    "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=4, n_positions=32)),
+    "gpt2": lambda: hf.GPT2LMHeadModel(
+        hf.GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=4, n_positions=32)
+    ),
     "mixtral": lambda: hf.MixtralForCausalLM(
         hf.MixtralConfig(**GROUPED, num_local_experts=4, experts_implementation="eager")
     ),
-    "phi3": lambda: hf.Phi3ForCausalLM(hf.Phi3Config(**TEXT, num_key_value_heads=2, pad_token_id=0)),
+    "phi3": lambda: hf.Phi3ForCausalLM(
+        hf.Phi3Config(**TEXT, num_key_value_heads=2, pad_token_id=0)
+    ),
 }
 
 
@@ -72,15 +78,33 @@ def test_bert():
         return hf.BertForMaskedLM(hf.BertConfig(**TEXT, max_position_embeddings=32))
 
     def given():
-        return {"input_ids": torch.randint(3, 64, (2, 8)), "token_type_ids": torch.randint(0, 2, (2, 8))}
+        return {
+            "input_ids": torch.randint(3, 64, (2, 8)),
+            "token_type_ids": torch.randint(0, 2, (2, 8)),
+        }
 
-    check(build, lambda: {"input_ids": torch.randint(3, 64, (2, 8))}, 2, tol=TOL, calls=[given], share=0.65)
+    check(
+        build,
+        lambda: {"input_ids": torch.randint(3, 64, (2, 8))},
+        2,
+        tol=TOL,
+        calls=[given],
+        share=0.65,
+    )
 
 
 def test_t5():
     def build():
         return hf.T5ForConditionalGeneration(
-            hf.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, decoder_start_token_id=0)
+            hf.T5Config(
+                vocab_size=64,
+                d_model=32,
+                d_kv=8,
+                d_ff=64,
+                num_layers=1,
+                num_heads=4,
+                decoder_start_token_id=0,
+            )
         )
 
     def given():
@@ -94,6 +118,15 @@ def test_t5():
 def test_vit(train):
     def build():
         config = {k: v for k, v in TEXT.items() if k != "vocab_size"}
-        return hf.ViTForImageClassification(hf.ViTConfig(**config, image_size=16, patch_size=4, num_labels=5))
+        return hf.ViTForImageClassification(
+            hf.ViTConfig(**config, image_size=16, patch_size=4, num_labels=5)
+        )
 
-    check(build, lambda: {"pixel_values": torch.randn(2, 3, 16, 16)}, 2, tol=TOL, train=train, share=0.65)
+    check(
+        build,
+        lambda: {"pixel_values": torch.randn(2, 3, 16, 16)},
+        2,
+        tol=TOL,
+        train=train,
+        share=0.65,
+    )

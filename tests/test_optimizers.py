@@ -1,4 +1,5 @@
-"""Optimizers, clipping, loss scaling and averages on split models: after twenty steps, what the whole model gives."""
+"""Optimizers, clipping, loss scaling and averages on split models: after twenty steps, what the
+whole model gives."""
 
 import copy
 
@@ -15,8 +16,8 @@ from quintnet_dt import apply_tensor_parallel
 
 
 class Model(nn.Module):
-    """Fused projections, a replicated norm within a sharded region, a tied head, a vocabulary that 2 does not
-    divide."""
+    """Fused projections, a replicated norm within a sharded region, a tied head, a vocabulary that
+    2 does not divide."""
 
     def __init__(self):
         super().__init__()
@@ -28,7 +29,9 @@ class Model(nn.Module):
     def forward(self, ids):
         x = self.tokens(ids)
         q, k, v = (t.unflatten(-1, (4, 4)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
-        x = x + self.out(F.scaled_dot_product_attention(self.q_norm(q), k, v).transpose(1, 2).flatten(2))
+        x = x + self.out(
+            F.scaled_dot_product_attention(self.q_norm(q), k, v).transpose(1, 2).flatten(2)
+        )
         return self.head(self.norm(x + self.down(F.gelu(self.up(x)))))
 
 
@@ -65,12 +68,16 @@ KINDS = {"plain": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"f
 def test_steps_with_clipping_accumulation_schedule_and_averages(kind):
     def ranks(rank):
         def sgd(params):
-            return torch.optim.SGD(params, 0.1, momentum=0.9, nesterov=True, weight_decay=0.01, **KINDS[kind])
+            return torch.optim.SGD(
+                params, 0.1, momentum=0.9, nesterov=True, weight_decay=0.01, **KINDS[kind]
+            )
 
         def adamw(params):
             return torch.optim.AdamW(params, 1e-2, eps=1e-6, **KINDS[kind])
 
-        for make in (adamw,) if kind == "fused" else (adamw, sgd):  # torch's DTensor does not know SGD(fused=True)
+        for make in (
+            (adamw,) if kind == "fused" else (adamw, sgd)
+        ):  # torch's DTensor does not know SGD(fused=True)
             models = pair()
             optimizers = [make(m.parameters()) for m in models]
             schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(o, 20) for o in optimizers]
@@ -81,7 +88,9 @@ def test_steps_with_clipping_accumulation_schedule_and_averages(kind):
                     backward(m, 2 * step, 0.5), backward(m, 2 * step + 1, 0.5)
                 norms = [full(get_total_norm([p.grad for p in m.parameters()])) for m in models]
                 assert torch.allclose(*norms, rtol=1e-10, atol=0)
-                clipped = [clip_grad_norm_(m.parameters(), 0.3, foreach=kind == "foreach") for m in models]
+                clipped = [
+                    clip_grad_norm_(m.parameters(), 0.3, foreach=kind == "foreach") for m in models
+                ]
                 assert torch.allclose(full(clipped[0]), clipped[1], rtol=1e-10, atol=0)
                 for m in models:
                     clip_grad_value_(m.parameters(), 0.05)
@@ -94,7 +103,9 @@ def test_steps_with_clipping_accumulation_schedule_and_averages(kind):
                             p.lerp_(q, 0.1)
             same(*models), same(*ema), same(*(a.module for a in averages))
             outputs = [m(batch(3)) for m in (*ema, *(a.module for a in averages))]
-            assert (outputs[0] - outputs[1]).abs().max() < 1e-9 > (outputs[2] - outputs[3]).abs().max()
+            assert (
+                (outputs[0] - outputs[1]).abs().max() < 1e-9 > (outputs[2] - outputs[3]).abs().max()
+            )
 
     run_ranks(ranks, 2)
 
@@ -103,12 +114,16 @@ def test_autocast_and_loss_scaling():
     def ranks(rank):
         models = pair(torch.float32)
         optimizers = [torch.optim.SGD(m.parameters(), 0.1) for m in models]
-        scalers = [torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=4) for _ in models]
+        scalers = [
+            torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=4) for _ in models
+        ]
         for step in range(20):
             for i, (m, o, s) in enumerate(zip(models, optimizers, scalers)):
                 with torch.autocast("cpu", torch.bfloat16):
                     logits = m(batch(step))
-                s.scale(F.cross_entropy(logits.float().flatten(0, 1), batch(step + 1).flatten())).backward()
+                s.scale(
+                    F.cross_entropy(logits.float().flatten(0, 1), batch(step + 1).flatten())
+                ).backward()
                 if step in (7, 12):  # in one rank's shard alone
                     grad = m.up.weight.grad
                     if i == 1:
@@ -120,15 +135,24 @@ def test_autocast_and_loss_scaling():
                 norm = full(clip_grad_norm_(m.parameters(), 1.0))
                 s.step(o), s.update(), o.zero_grad()
                 skipped = all(torch.equal(a, full(b)) for a, b in zip(before, m.parameters()))
-                assert skipped == (step in (7, 12)) and norm.isfinite() != skipped, (rank, i, step, norm)
+                assert skipped == (step in (7, 12)) and norm.isfinite() != skipped, (
+                    rank,
+                    i,
+                    step,
+                    norm,
+                )
             assert scalers[0].get_scale() == scalers[1].get_scale()
         same(*models, tol=0.02)
         models = pair()
         for m in models:
-            o, s = torch.optim.SGD(m.parameters(), 0.1), torch.amp.GradScaler("cpu", init_scale=2.0**10)
+            o, s = torch.optim.SGD(m.parameters(), 0.1), torch.amp.GradScaler(
+                "cpu", init_scale=2.0**10
+            )
             for step in range(20):
                 with torch.autocast("cpu", enabled=False):
-                    s.scale(F.cross_entropy(m(batch(step)).flatten(0, 1), batch(step + 1).flatten())).backward()
+                    s.scale(
+                        F.cross_entropy(m(batch(step)).flatten(0, 1), batch(step + 1).flatten())
+                    ).backward()
                 s.step(o), s.update(), o.zero_grad()
         same(*models)
 

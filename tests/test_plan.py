@@ -56,7 +56,15 @@ def test_a_layer_that_differs_has_its_own_line():
 def test_what_runs_locally():
     plan = make()
     for i in range(3):
-        for name, placement in {"a.m0": 0, "a.m1": 0, "a.m2": 0, "a.m3": 1, "f0": 0, "f1": 0, "f2": 1}.items():
+        for name, placement in {
+            "a.m0": 0,
+            "a.m1": 0,
+            "a.m2": 0,
+            "a.m3": 1,
+            "f0": 0,
+            "f1": 0,
+            "f2": 1,
+        }.items():
             assert plan.placements[f"b.{i}.{name}.weight"] == Shard(placement)
     assert plan.bytes_per_step > 0
 
@@ -76,11 +84,15 @@ def test_a_plan_given_back_is_the_same_plan(fused):
     plan = make(model)
     again = make(model, plan=TensorParallelPlan.from_json(plan.to_json()))
     assert again.placements == plan.placements
-    assert {n: e.how for n, e in again.entries.items()} == {n: e.how for n, e in plan.entries.items()}
+    assert {n: e.how for n, e in again.entries.items()} == {
+        n: e.how for n, e in plan.entries.items()
+    }
     assert again.bytes_per_step == plan.bytes_per_step
 
 
-GOOD = json.loads(plan_tensor_parallel(nn.Linear(8, 8), 2, example_inputs=(torch.ones(2, 8),)).to_json())
+GOOD = json.loads(
+    plan_tensor_parallel(nn.Linear(8, 8), 2, example_inputs=(torch.ones(2, 8),)).to_json()
+)
 
 
 def changed(**changes):
@@ -105,8 +117,19 @@ def entry(**changes):
             entry(dim=7),
             entry(dim=-1),
         ),
-        *(entry(pieces=0), entry(pieces="a"), entry(name=3), entry(name="other"), entry(shape=["a"])),
-        *(changed(tp_size="2"), changed(tp_size=0), changed(tp_size=None), changed(bytes_per_step="a")),
+        *(
+            entry(pieces=0),
+            entry(pieces="a"),
+            entry(name=3),
+            entry(name="other"),
+            entry(shape=["a"]),
+        ),
+        *(
+            changed(tp_size="2"),
+            changed(tp_size=0),
+            changed(tp_size=None),
+            changed(bytes_per_step="a"),
+        ),
     ],
 )
 def test_from_json_of_what_is_not_a_plan(text):
@@ -158,7 +181,10 @@ def test_editing_a_plan():
     plan = make(model)
     plan["b.0.f0.weight"] = Shard(1)
     plan["b.1.f0.weight"] = Replicate()
-    assert plan["b.0.f0.weight"].placement == Shard(1) and plan["b.1.f0.weight"].placement == Replicate()
+    assert (
+        plan["b.0.f0.weight"].placement == Shard(1)
+        and plan["b.1.f0.weight"].placement == Replicate()
+    )
     for name, placement in {
         "b.0.f0.weight": Shard(2),
         "x": Shard(0),
@@ -181,7 +207,9 @@ def test_share():
     plan = plan_tensor_parallel(model, 2, example_inputs=x)
     plan["0.weight"] = Replicate()
     assert plan.share == 0.75
-    uneven = plan_tensor_parallel(model, 3, example_inputs=x, plan={"0.weight": Shard(0), "1.weight": Replicate()})
+    uneven = plan_tensor_parallel(
+        model, 3, example_inputs=x, plan={"0.weight": Shard(0), "1.weight": Replicate()}
+    )
     assert uneven.share == (22 + 64) / 128
 
 
@@ -217,8 +245,12 @@ def test_planning_leaves_the_model_alone():
     model = decoder()
     before = {n: (id(p), p.clone()) for n, p in model.named_parameters()}
     make(model)
-    assert all(before[n][0] == id(p) and torch.equal(before[n][1], p) for n, p in model.named_parameters())
-    assert not hasattr(model, "tensor_parallel_plan") and not any(m._forward_hooks for m in model.modules())
+    assert all(
+        before[n][0] == id(p) and torch.equal(before[n][1], p) for n, p in model.named_parameters()
+    )
+    assert not hasattr(model, "tensor_parallel_plan") and not any(
+        m._forward_hooks for m in model.modules()
+    )
 
 
 def test_thirty_gigabytes_on_the_meta_device():
@@ -230,13 +262,21 @@ def test_thirty_gigabytes_on_the_meta_device():
     assert all(p.is_meta for p in model.parameters())
     assert plan.share < 0.13
     for i in (0, 11):
-        assert [plan[f"b.{i}.{n}.weight"].dim for n in ("a.m0", "a.m1", "a.m3", "f0", "f2")] == [0, 0, 1, 0, 1]
-        assert {plan[f"b.{i}.{n}.weight"].how for n in ("a.m0", "a.m1", "a.m3", "f0", "f2")} == {"local"}
+        assert [plan[f"b.{i}.{n}.weight"].dim for n in ("a.m0", "a.m1", "a.m3", "f0", "f2")] == [
+            0,
+            0,
+            1,
+            0,
+            1,
+        ]
+        assert {plan[f"b.{i}.{n}.weight"].how for n in ("a.m0", "a.m1", "a.m3", "f0", "f2")} == {
+            "local"
+        }
 
 
 def test_axes_that_cannot_be_shown_are_given_up_together(monkeypatch):
-    """Each block's hidden axis fails in the proof, by a scalar or by a shape: one run finds them all, another shows the
-    rest."""
+    """Each block's hidden axis fails in the proof, by a scalar or by a shape: one run finds them
+    all, another shows the rest."""
 
     class Scaled(nn.Module):
         def __init__(self, fails):
@@ -252,12 +292,23 @@ def test_axes_that_cannot_be_shown_are_given_up_together(monkeypatch):
             return x + self.down(h)
 
     runs = []
-    monkeypatch.setattr(planner, "prove", lambda *args, prove=planner.prove: runs.append(1) or prove(*args))
+    monkeypatch.setattr(
+        planner, "prove", lambda *args, prove=planner.prove: runs.append(1) or prove(*args)
+    )
     model = nn.Sequential(*[Scaled(f) for f in ("scalar", "", "scalar", "shape", "", "scalar")])
     plan = plan_tensor_parallel(model, 2, example_inputs=(torch.ones(2, 3, 8),))
-    assert [plan[f"{i}.up.weight"].how == "local" for i in range(6)] == [False, True, False, False, True, False], plan
+    assert [plan[f"{i}.up.weight"].how == "local" for i in range(6)] == [
+        False,
+        True,
+        False,
+        False,
+        True,
+        False,
+    ], plan
     assert "its argument 32 becomes 16 on shards: div in 2" in plan["2.up.bias"].why, plan
-    assert "expected shapes" in plan["3.up.bias"].why and "broadcast_to in 3" in plan["3.up.bias"].why, plan
+    assert (
+        "expected shapes" in plan["3.up.bias"].why and "broadcast_to in 3" in plan["3.up.bias"].why
+    ), plan
     assert len(runs) == 2
 
 
@@ -268,7 +319,9 @@ class Experts(nn.Module):
         super().__init__()
         up, down = torch.randn(4, 16, width), torch.randn(4, width, 16)
         self.transposed = transposed
-        self.up, self.down = (nn.Parameter(w.transpose(1, 2).contiguous() if transposed else w) for w in (up, down))
+        self.up, self.down = (
+            nn.Parameter(w.transpose(1, 2).contiguous() if transposed else w) for w in (up, down)
+        )
 
     def forward(self, x):
         ends = torch.arange(2, 10, 2, dtype=torch.int32, device=x.device)
@@ -277,18 +330,23 @@ class Experts(nn.Module):
 
 
 def test_experts_whose_shards_are_aligned_in_their_own_dtype():
-    """A product in groups wants strides of 16 bytes: 4 floats a rank have them, though 4 of bfloat16, which alone fakes
-    know, have not."""
+    """A product in groups wants strides of 16 bytes: 4 floats a rank have them, though 4 of
+    bfloat16, which alone fakes know, have not."""
     plan = plan_tensor_parallel(Experts(8), 2, example_inputs=(torch.randn(8, 16),))
-    assert {n: (e.how, e.dim) for n, e in plan.entries.items()} == {"up": ("local", 2), "down": ("local", 1)}, plan
-    plan = plan_tensor_parallel(Experts(8).bfloat16(), 2, example_inputs=(torch.randn(8, 16).bfloat16(),))
+    assert {n: (e.how, e.dim) for n, e in plan.entries.items()} == {
+        "up": ("local", 2),
+        "down": ("local", 1),
+    }, plan
+    plan = plan_tensor_parallel(
+        Experts(8).bfloat16(), 2, example_inputs=(torch.randn(8, 16).bfloat16(),)
+    )
     assert plan["up"].how == "weight gathered", plan
 
 
 @pytest.mark.parametrize("n, how", [(2, "local"), (3, "weight gathered")])
 def test_experts_whose_gradients_are_not_aligned(n, how):
-    """Weights stored transposed, as transformers has them, are aligned in the forward; what comes back is not: 22 floats
-    a rank of 64."""
+    """Weights stored transposed, as transformers has them, are aligned in the forward; what comes
+    back is not: 22 floats a rank of 64."""
 
     def ranks(rank):
         x = torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
@@ -322,8 +380,13 @@ class HeadsOfItsOwnSize(nn.Module):
 
 def test_heads_are_split_where_their_size_is_computed_from_a_shards():
     x = (torch.randn(2, 16, 64),)
-    plans = [plan_tensor_parallel(HeadsOfItsOwnSize(computed), 2, example_inputs=x) for computed in (True, False)]
-    assert plans[0].to_json() == plans[1].to_json() and plans[0]["q.weight"].how == "local", plans[0]
+    plans = [
+        plan_tensor_parallel(HeadsOfItsOwnSize(computed), 2, example_inputs=x)
+        for computed in (True, False)
+    ]
+    assert plans[0].to_json() == plans[1].to_json() and plans[0]["q.weight"].how == "local", plans[
+        0
+    ]
 
 
 class CutsAcrossHeads(nn.Module):
@@ -340,14 +403,19 @@ class CutsAcrossHeads(nn.Module):
 
 
 def test_what_is_completed_at_once_is_gathered():
-    """It is split along its axis all the same, which another path may go on with; a plan read from JSON knows."""
+    """It is split along its axis all the same, which another path may go on with; a plan read from
+    JSON knows."""
     hows = set()
     for rows in 5, 128:
-        plan = plan_tensor_parallel(CutsAcrossHeads(), 2, example_inputs=(torch.randn(2, rows, 16),))
+        plan = plan_tensor_parallel(
+            CutsAcrossHeads(), 2, example_inputs=(torch.randn(2, rows, 16),)
+        )
         qkv = plan["qkv.weight"]
         hows.add((qkv.how, qkv.pieces, qkv.units))
         read = TensorParallelPlan.from_json(plan.to_json())
-        again = plan_tensor_parallel(CutsAcrossHeads(), 2, example_inputs=(torch.randn(2, rows, 16),), plan=read)
+        again = plan_tensor_parallel(
+            CutsAcrossHeads(), 2, example_inputs=(torch.randn(2, rows, 16),), plan=read
+        )
         assert {n: (e.how, e.units) for n, e in again.entries.items()} == {
             n: (e.how, e.units) for n, e in plan.entries.items()
         }
@@ -355,7 +423,8 @@ def test_what_is_completed_at_once_is_gathered():
 
 
 def test_a_call_in_inference_mode_computes_on_shards():
-    """Its operators are others (linear, matmul, reshape), which are planned as those that they are made of."""
+    """Its operators are others (linear, matmul, reshape), which are planned as those that they are
+    made of."""
 
     def ranks(rank):
         x = torch.randn(2, 16, 64, generator=torch.Generator().manual_seed(1))

@@ -170,7 +170,9 @@ def test_copies_share_the_groups_and_close_nothing(source):
     def ranks(rank):
         pgm = {
             "tp_size": lambda: ProcessGroupManager(2),
-            "mesh": lambda: ProcessGroupManager(mesh=init_device_mesh("cpu", (1, 2), mesh_dim_names=("a", "b"))["b"]),
+            "mesh": lambda: ProcessGroupManager(
+                mesh=init_device_mesh("cpu", (1, 2), mesh_dim_names=("a", "b"))["b"]
+            ),
             "group": lambda: ProcessGroupManager(group=dist.new_group([0, 1])),
         }[source]()
         module = torch.nn.Linear(2, 2)
@@ -197,7 +199,9 @@ def test_tp_size_is_a_positive_int(tp_size):
         ProcessGroupManager(tp_size)
 
 
-@pytest.mark.parametrize("given, missing", [({}, "RANK, WORLD"), ({"RANK": "0"}, "WORLD_SIZE, MASTER")])
+@pytest.mark.parametrize(
+    "given, missing", [({}, "RANK, WORLD"), ({"RANK": "0"}, "WORLD_SIZE, MASTER")]
+)
 def test_no_launcher(monkeypatch, given, missing):
     for name in LAUNCHER:
         monkeypatch.delenv(name, raising=False)

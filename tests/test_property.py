@@ -1,5 +1,5 @@
-"""Modules composed at random from operators that have rules: sharded over two ranks they give the whole model's outputs
-and gradients."""
+"""Modules composed at random from operators that have rules: sharded over two ranks they give the
+whole model's outputs and gradients."""
 
 import copy
 import random
@@ -44,7 +44,10 @@ def shift(m, d, rng):
 def heads(m, d, rng):
     h = rng.choice([2, 4])
     w = m.param(h, 1, 1)
-    return lambda x: (x.view(B, T, h, -1).transpose(1, 2) * w()).transpose(1, 2).reshape(B, T, -1), d
+    return (
+        lambda x: (x.view(B, T, h, -1).transpose(1, 2) * w()).transpose(1, 2).reshape(B, T, -1),
+        d,
+    )
 
 
 def attention(m, d, rng):
@@ -158,7 +161,13 @@ def group_norm(m, d, rng):
 
 def repeat_heads(m, d, rng):
     w = m.param(d, d)
-    return lambda x: F.linear(x, w()).view(B, T, 2, 1, -1).expand(-1, -1, 2, 2, -1).reshape(B, T, 2 * d), 2 * d
+    return (
+        lambda x: F.linear(x, w())
+        .view(B, T, 2, 1, -1)
+        .expand(-1, -1, 2, 2, -1)
+        .reshape(B, T, 2 * d),
+        2 * d,
+    )
 
 
 def reduce(m, d, rng):
@@ -167,8 +176,34 @@ def reduce(m, d, rng):
 
 
 PIECES = [
-    *(linear, matmul, scale, shift, heads, attention, gated, split_unequal, layer_norm, rms, softmax, group_softmax),
-    *(conv, depthwise, roll, rotate, stride, residual, lookup, in_place, masked, cumsum, gather, group_norm),
+    *(
+        linear,
+        matmul,
+        scale,
+        shift,
+        heads,
+        attention,
+        gated,
+        split_unequal,
+        layer_norm,
+        rms,
+        softmax,
+        group_softmax,
+    ),
+    *(
+        conv,
+        depthwise,
+        roll,
+        rotate,
+        stride,
+        residual,
+        lookup,
+        in_place,
+        masked,
+        cumsum,
+        gather,
+        group_norm,
+    ),
     *(repeat_heads, reduce),
 ]
 
@@ -216,7 +251,9 @@ class Random(nn.Module):
 
     def __deepcopy__(self, memo):
         new = copy.copy(self)
-        new.__dict__ = {k: copy.deepcopy(v, memo) if k.startswith("_") else v for k, v in self.__dict__.items()}
+        new.__dict__ = {
+            k: copy.deepcopy(v, memo) if k.startswith("_") else v for k, v in self.__dict__.items()
+        }
         return new
 
 
@@ -245,7 +282,9 @@ def mistakes(seed):
     x.requires_grad_(), y.requires_grad_()
     apply_tensor_parallel(model, tp_size=2, example_inputs=(y,))
     expected, found = whole(x), model(y)
-    grad = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    grad = torch.randn(
+        expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
     expected.backward(grad)
     found.backward(grad)
     wrong = [] if close(found, expected) else ["the output"]
@@ -272,7 +311,8 @@ def test_two_ranks_compute_what_one_does(start):
 
 
 class TiedHead(nn.Module):
-    """A tied head whose vocabulary is split by a view: its rows are 4 units of 4, or interleaved."""
+    """A tied head whose vocabulary is split by a view: its rows are 4 units of 4, or
+    interleaved."""
 
     def __init__(self, dim):
         super().__init__()

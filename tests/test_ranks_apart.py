@@ -1,4 +1,5 @@
-"""Ranks are processes of their own: each has another hash seed, and its own order of all that has no order."""
+"""Ranks are processes of their own: each has another hash seed, and its own order of all that has
+no order."""
 
 import pytest
 import torch
@@ -41,7 +42,9 @@ class Model(nn.Module):
     def forward(self, alpha, beta, gamma):
         inputs = {"alpha": alpha, "beta": beta, "gamma": gamma}
         parts = {name: self.norm(self.parts[name](x)) for name, x in inputs.items()}
-        x = parts["alpha"] + self.cross(query=parts["alpha"], memory=parts["beta"], other=parts["gamma"].tanh())
+        x = parts["alpha"] + self.cross(
+            query=parts["alpha"], memory=parts["beta"], other=parts["gamma"].tanh()
+        )
         return {"x": x + self.down(F.gelu(self.up(x))), "parts": parts}
 
 
@@ -55,7 +58,9 @@ def keywords(size):
 def bytes_weighed(n):
     """Of many weights, in the order of a set of their names."""
     sizes = 7, 36, 11, 48, 13, 57, 17, 60, 19, 69, 23
-    model = nn.Sequential(*(m for i, o in zip(sizes, sizes[1:]) for m in (nn.Linear(i, o), nn.ReLU())))
+    model = nn.Sequential(
+        *(m for i, o in zip(sizes, sizes[1:]) for m in (nn.Linear(i, o), nn.ReLU()))
+    )
     graph = trace(model, (torch.ones(5, 7),))
     planner = Planner(graph, Axes(graph), n)
     layout = lay_out(graph, planner.axes, planner.choose())
@@ -73,9 +78,15 @@ def split_and_called(rank, n):
 
 
 def test_ranks_with_other_hash_seeds():
-    """On 3 ranks bytes are no whole numbers, whose sum depends on the order in which they are added."""
+    """On 3 ranks bytes are no whole numbers, whose sum depends on the order in which they are
+    added."""
     hashes, weighed, split = zip(*run_ranks(split_and_called, 3, 3, fresh=True))
-    assert len(set(hashes)) == 3 and weighed == (weighed[0],) * 3 and weighed[0][0] and split == (split[0],) * 3
+    assert (
+        len(set(hashes)) == 3
+        and weighed == (weighed[0],) * 3
+        and weighed[0][0]
+        and split == (split[0],) * 3
+    )
 
 
 def test_modules_in_another_order():
@@ -86,10 +97,16 @@ def test_modules_in_another_order():
         apply_tensor_parallel(model, 2, example_inputs=(torch.ones(2, 8),))
 
     for message in run_ranks(ranks, 2, expect_failure=True):
-        assert "another order" in message and "parameter a.weight" in message and "parameter b.weight" in message
+        assert (
+            "another order" in message
+            and "parameter a.weight" in message
+            and "parameter b.weight" in message
+        )
 
 
-@pytest.mark.parametrize("what", ["src_data_rank", "contiguous", "loss_parallel", "shape", "dtype", "more", "meta"])
+@pytest.mark.parametrize(
+    "what", ["src_data_rank", "contiguous", "loss_parallel", "shape", "dtype", "more", "meta"]
+)
 def test_told_before_anything_depends_on_it(what):
     def ranks(rank):
         model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
@@ -100,13 +117,24 @@ def test_told_before_anything_depends_on_it(what):
         elif rank == 1 and what == "more":
             model.register_buffer("extra", torch.ones(3))
         elif rank == 1:
-            changed = {"shape": torch.ones(4), "dtype": torch.ones(3).half(), "meta": torch.ones(3, device="meta")}
+            changed = {
+                "shape": torch.ones(4),
+                "dtype": torch.ones(3).half(),
+                "meta": torch.ones(3, device="meta"),
+            }
             model.kept = changed.get(what, model.kept)
         apply_tensor_parallel(model, 2, example_inputs=(torch.ones(2, 8),), **options)
 
     for message in run_ranks(ranks, 2, expect_failure=True):
-        wanted = {"more": "buffer extra", "shape": "buffer kept", "dtype": "buffer kept", "meta": "buffer kept"}
-        assert wanted.get(what, what) in message and "on rank 0" in message and "on rank 1" in message
+        wanted = {
+            "more": "buffer extra",
+            "shape": "buffer kept",
+            "dtype": "buffer kept",
+            "meta": "buffer kept",
+        }
+        assert (
+            wanted.get(what, what) in message and "on rank 0" in message and "on rank 1" in message
+        )
 
 
 def test_a_source_that_is_no_rank():

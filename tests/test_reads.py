@@ -1,4 +1,5 @@
-"""A parameter is one tensor by whatever way a forward reads it, and what is done to it belongs to its use."""
+"""A parameter is one tensor by whatever way a forward reads it, and what is done to it belongs to
+its use."""
 
 import pytest
 import torch
@@ -41,7 +42,9 @@ class Attention(nn.Module):
 
     def run(self, x):
         q, k, v = (m(x).view(*x.shape[:2], 4, 8).transpose(1, 2) for m in (self.q, self.k, self.v))
-        return self.o(F.scaled_dot_product_attention(self.n(q), self.n(k), v).transpose(1, 2).flatten(2))
+        return self.o(
+            F.scaled_dot_product_attention(self.n(q), self.n(k), v).transpose(1, 2).flatten(2)
+        )
 
 
 class Outer(nn.Module):
@@ -56,13 +59,25 @@ TWICE = {
     "a bias, penalised": (model(lambda s, x: s.run(x).square().mean() + s.b.bias.pow(2).sum()), 16),
     "a bias, taken off": (model(lambda s, x: s.run(x) - s.b.bias), 16),
     "a bias, before": (model(lambda s, x: (lambda c: s.run(x) * c)(s.b.bias * 2)), 16),
-    "a bias, by a function too": (model(lambda s, x: F.linear(s.a(x).relu(), s.b.weight, s.b.bias) + s.b.bias), 16),
+    "a bias, by a function too": (
+        model(lambda s, x: F.linear(s.a(x).relu(), s.b.weight, s.b.bias) + s.b.bias),
+        16,
+    ),
     "two runs and a bias": (model(lambda s, x: s.run(x) + s.run(-x) + s.b.bias), 16),
     "a weight": (model(lambda s, x: s.run(x) @ s.b.weight), 16),
-    "weights, penalised": (model(lambda s, x: s.run(x).mean() + s.a.weight.pow(2).sum() + s.b.bias.abs().sum()), 16),
+    "weights, penalised": (
+        model(lambda s, x: s.run(x).mean() + s.a.weight.pow(2).sum() + s.b.bias.abs().sum()),
+        16,
+    ),
     "a norm": (model(lambda s, x: s.run(x) + s.n.weight.pow(2).sum(), Attention), 16),
-    "a norm, before": (model(lambda s, x: (lambda c: s.run(x) * c)(s.n.weight.mean()), Attention), 16),
-    "a norm, from above": (model(lambda s, x: s.inner(x) + s.inner.n.weight.pow(2).sum(), Outer), 16),
+    "a norm, before": (
+        model(lambda s, x: (lambda c: s.run(x) * c)(s.n.weight.mean()), Attention),
+        16,
+    ),
+    "a norm, from above": (
+        model(lambda s, x: s.inner(x) + s.inner.n.weight.pow(2).sum(), Outer),
+        16,
+    ),
     "a bias, from above": (model(lambda s, x: s.inner(x) - s.inner.o.bias, Outer), 16),
 }
 
@@ -78,7 +93,9 @@ def one_step(s, x):
     params = dict(s.a.named_parameters())
     loss = functional_call(s.a, params, (x,)).square().mean()
     grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
-    return s.b(functional_call(s.a, {k: p - 0.1 * g for (k, p), g in zip(params.items(), grads)}, (x,)))
+    return s.b(
+        functional_call(s.a, {k: p - 0.1 * g for (k, p), g in zip(params.items(), grads)}, (x,))
+    )
 
 
 def of_state(s, x):
@@ -87,7 +104,10 @@ def of_state(s, x):
 
 
 def of_dict(s, x):
-    return F.linear(F.linear(x, s.a._parameters["weight"], s.a._parameters["bias"]).relu(), s.b._parameters["weight"])
+    return F.linear(
+        F.linear(x, s.a._parameters["weight"], s.a._parameters["bias"]).relu(),
+        s.b._parameters["weight"],
+    )
 
 
 def penalty(s, x):
@@ -95,7 +115,9 @@ def penalty(s, x):
 
 
 def norms(s, x):
-    return s.run(x).square().mean() + 0.01 * sum(p.norm() for n, p in s.named_parameters() if "weight" in n)
+    return s.run(x).square().mean() + 0.01 * sum(
+        p.norm() for n, p in s.named_parameters() if "weight" in n
+    )
 
 
 def flat(s, x):
@@ -120,7 +142,19 @@ def both_ways(s, x):
     return s.b(functional_call(s.a, other, (x,)).relu()) + s.run(x)
 
 
-WAYS = [penalty, norms, flat, unpacked, of_dict, of_state, scaled, unchanged, both_ways, stacked, one_step]
+WAYS = [
+    penalty,
+    norms,
+    flat,
+    unpacked,
+    of_dict,
+    of_state,
+    scaled,
+    unchanged,
+    both_ways,
+    stacked,
+    one_step,
+]
 
 
 def all_right(cases, n, shape):
@@ -174,7 +208,8 @@ def averaged(s, x):
 
 @pytest.mark.parametrize("f", [clamped, normalised, averaged])
 def test_forwards_that_write_to_parameters(f):
-    """In place, or by assigning to `.data`: they stay whole, and have the values that they would have."""
+    """In place, or by assigning to `.data`: they stay whole, and have the values that they would
+    have."""
 
     def ranks(rank):
         x = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
@@ -182,7 +217,9 @@ def test_forwards_that_write_to_parameters(f):
         for _ in range(2):
             compare(sharded, whole, (x,))
         for (name, p), q in zip(sharded.named_parameters(), whole.parameters()):
-            torch.testing.assert_close(p.detach().full_tensor(), q.detach(), rtol=1e-9, atol=1e-12, msg=name)
+            torch.testing.assert_close(
+                p.detach().full_tensor(), q.detach(), rtol=1e-9, atol=1e-12, msg=name
+            )
 
     run_ranks(ranks, 2)
 
@@ -192,14 +229,18 @@ def mlp():
 
 
 class FusedHeads(nn.Module):
-    """Attention of n heads with one fused weight; exponentials, so that no second derivative is zero."""
+    """Attention of n heads with one fused weight; exponentials, so that no second derivative is
+    zero."""
 
     def __init__(self, n):
         super().__init__()
         self.qkv, self.out, self.n = nn.Linear(12, 36), nn.Linear(12, 6), n
 
     def forward(self, x):
-        q, k, v = (y.view(*y.shape[:2], self.n, -1).transpose(1, 2) for y in self.qkv(x).split([12, 12, 12], -1))
+        q, k, v = (
+            y.view(*y.shape[:2], self.n, -1).transpose(1, 2)
+            for y in self.qkv(x).split([12, 12, 12], -1)
+        )
         return self.out(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2).tanh())
 
 
@@ -209,13 +250,15 @@ class LanguageModel(nn.Module):
         self.emb, self.head = nn.Embedding(12, 12), nn.Linear(12, 12)
 
     def forward(self, ids):
-        return nn.functional.cross_entropy(self.head(self.emb(ids).tanh()).flatten(0, 1), ids.flatten())
+        return nn.functional.cross_entropy(
+            self.head(self.emb(ids).tanh()).flatten(0, 1), ids.flatten()
+        )
 
 
 @pytest.mark.parametrize("n", [2, 3])
 def test_gradients_of_gradients(n):
-    """A penalty on the norm of the gradient, by parameters and by inputs: where a bias is added once, where rows of a
-    fused weight are exchanged, where a lookup and a loss are on shards."""
+    """A penalty on the norm of the gradient, by parameters and by inputs: where a bias is added
+    once, where rows of a fused weight are exchanged, where a lookup and a loss are on shards."""
 
     def ranks(rank):
         x = torch.randn(3, 12, generator=torch.Generator().manual_seed(0)).double()
@@ -237,19 +280,23 @@ def test_gradients_of_gradients(n):
             grads = torch.autograd.grad(m(x).square().mean(), wanted, create_graph=True)
             assert all(g.requires_grad for g in grads)
             total = sum(
-                g.full_tensor().square().sum() if hasattr(g, "full_tensor") else g.square().sum() for g in grads
+                g.full_tensor().square().sum() if hasattr(g, "full_tensor") else g.square().sum()
+                for g in grads
             )
             total.backward()
         if given.is_floating_point():
             torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-9, atol=1e-12)
         for (name, p), q in zip(sharded.named_parameters(), whole.named_parameters()):
-            torch.testing.assert_close(p.grad.full_tensor(), q[1].grad, rtol=1e-9, atol=1e-12, msg=name)
+            torch.testing.assert_close(
+                p.grad.full_tensor(), q[1].grad, rtol=1e-9, atol=1e-12, msg=name
+            )
 
     run_ranks(ranks, n)
 
 
 def test_modules_that_keep_lists_of_their_parameters():
-    """An LSTM's parameters are read by their module and by the one around it, and stay in their order."""
+    """An LSTM's parameters are read by their module and by the one around it, and stay in their
+    order."""
 
     class Recurrent(nn.Module):
         def __init__(self):
@@ -257,7 +304,9 @@ def test_modules_that_keep_lists_of_their_parameters():
             self.rnn, self.out = nn.LSTM(12, 16, 2), nn.Linear(16, 4)
 
         def forward(self, x):
-            penalty = sum(p.square().sum() for p in self.rnn.parameters()) + self.rnn.bias_hh_l1.sum()
+            penalty = (
+                sum(p.square().sum() for p in self.rnn.parameters()) + self.rnn.bias_hh_l1.sum()
+            )
             return self.out(self.rnn(x)[0]) + 0.1 * penalty
 
     def ranks(rank):

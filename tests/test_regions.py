@@ -1,4 +1,5 @@
-"""Regions of real models: fused projections, uneven heads, parameters inside, experts, state spaces; the planner."""
+"""Regions of real models: fused projections, uneven heads, parameters inside, experts, state
+spaces; the planner."""
 
 import copy
 import inspect
@@ -34,7 +35,8 @@ def ids(*shape, high=48):
 
 
 class Model(nn.Module):
-    """A function of (itself, x); parts: modules, parameters (shapes). `residual`: its input wants a gradient."""
+    """A function of (itself, x); parts: modules, parameters (shapes). `residual`: its input wants a
+    gradient."""
 
     def __init__(self, function, residual, parts):
         super().__init__()
@@ -43,7 +45,9 @@ class Model(nn.Module):
             setattr(self, name, nn.Parameter(torch.rand(part)) if isinstance(part, tuple) else part)
 
     def forward(self, x):
-        return self.function(self, x) if self.norm is None else x + self.function(self, self.norm(x))
+        return (
+            self.function(self, x) if self.norm is None else x + self.function(self, self.norm(x))
+        )
 
 
 def model(function, parts, residual=True):
@@ -66,8 +70,8 @@ def check_all(cases, n):
 
 
 def check_case(n, build, given, share=0.05, local=None, then=None, calls=(), tol=1e-9):
-    """A model against the whole one. A rank holds up to 1 / n + `share`. `local`: weights that must compute on shards,
-    as {end of the name: dim, or None for any}."""
+    """A model against the whole one. A rank holds up to 1 / n + `share`. `local`: weights that must
+    compute on shards, as {end of the name: dim, or None for any}."""
     torch.manual_seed(3)
     inputs = [double(f()) for f in (given, *calls)]
     sharded, whole = pair(build, n, example_inputs=copy.deepcopy(inputs[0]))
@@ -145,15 +149,23 @@ def fused_mlp(cut):
             gate, up = y.split(64, -1) if cut == "split" else (y[..., :64], y[..., 64:])
         return m.out(F.gelu(gate) * up)
 
-    return model(forward, lambda: {"inp": nn.Linear(D, 128, bias=False), "out": nn.Linear(64, D, bias=False)})
+    return model(
+        forward, lambda: {"inp": nn.Linear(D, 128, bias=False), "out": nn.Linear(64, D, bias=False)}
+    )
 
 
 @pytest.mark.parametrize("n", [2, 4])
 def test_fused_projections(n):
     x, local, cases = features(2, 5, D), {"inp.weight": 0, "out.weight": 1}, {}
-    equal, grouped = ["chunk", "sizes", "a head's three", "heads by three"], ["sizes", "slices", "groups"]
+    equal, grouped = ["chunk", "sizes", "a head's three", "heads by three"], [
+        "sizes",
+        "slices",
+        "groups",
+    ]
     for kind, kv in [*((k, 4) for k in equal), *((k, 2) for k in grouped)]:
-        cases[kind, kv] = dict(build=fused(kind, 4, kv), given=x, local=local if kv % n == 0 else {})
+        cases[kind, kv] = dict(
+            build=fused(kind, 4, kv), given=x, local=local if kv % n == 0 else {}
+        )
     cases["thirds"] = dict(build=fused("thirds"), given=x, local={"inp.weight": 1, "out.weight": 0})
     cases["one kv head"] = dict(build=fused("one kv head", 4, 1), given=x)
     for kind in ("chunk", "split", "slices"):
@@ -162,7 +174,8 @@ def test_fused_projections(n):
 
 
 def attention(mix=attend, heads=4, kv=None, dim=6, norm=None, **more):
-    """Separate projections; `mix(q, k, v, [m])` of (batch, length, heads, dim). `norm`: "head", or over all of them."""
+    """Separate projections; `mix(q, k, v, [m])` of (batch, length, heads, dim). `norm`: "head", or
+    over all of them."""
     kv = kv or heads
 
     def forward(m, x):
@@ -176,7 +189,12 @@ def attention(mix=attend, heads=4, kv=None, dim=6, norm=None, **more):
 
     def parts():
         projections = {p: nn.Linear(D, h * dim, bias=False) for p, h in zip("qkv", (heads, kv, kv))}
-        make = {"head": lambda d: nn.RMSNorm(dim), "rms": nn.RMSNorm, "layer": nn.LayerNorm, "spelled": SpelledNorm}
+        make = {
+            "head": lambda d: nn.RMSNorm(dim),
+            "rms": nn.RMSNorm,
+            "layer": nn.LayerNorm,
+            "spelled": SpelledNorm,
+        }
         norms = {"qn": make[norm](heads * dim), "kn": make[norm](kv * dim)} if norm else {}
         extra = {name: f() if callable(f) else f for name, f in more.items()}
         return {**projections, "o": nn.Linear(heads * dim, D, bias=False), **norms, **extra}
@@ -198,14 +216,29 @@ class SpelledNorm(nn.Module):
 
 @pytest.mark.parametrize("n", [2, 4])
 def test_heads_that_do_not_divide(n):
-    shapes = {2: [(4, 1), (3, 3), (3, 1), (6, 3)], 4: [(8, 2), (14, 14), (14, 2), (6, 6), (4, 1), (6, 2)]}[n]
-    check_all({(h, kv): dict(build=attention(heads=h, kv=kv), given=features(2, 5, D)) for h, kv in shapes}, n)
+    shapes = {
+        2: [(4, 1), (3, 3), (3, 1), (6, 3)],
+        4: [(8, 2), (14, 14), (14, 2), (6, 6), (4, 1), (6, 2)],
+    }[n]
+    check_all(
+        {
+            (h, kv): dict(build=attention(heads=h, kv=kv), given=features(2, 5, D))
+            for h, kv in shapes
+        },
+        n,
+    )
 
 
 def test_queries_that_divide_where_keys_do_not():
     """At the sizes of a real model; in a tiny one the model dimension may send fewer bytes."""
     with torch.device("meta"):
-        model = llama(num_attention_heads=16, hidden_size=1024, head_dim=64, intermediate_size=4096, vocab_size=32000)
+        model = llama(
+            num_attention_heads=16,
+            hidden_size=1024,
+            head_dim=64,
+            intermediate_size=4096,
+            vocab_size=32000,
+        )
     plan = plan_tensor_parallel(model, 4, example_inputs=(torch.ones(2, 128, dtype=torch.long),))
     q, o = (plan[f"model.layers.0.self_attn.{p}_proj.weight"] for p in "qo")
     assert (q.how, q.dim, o.how, o.dim) == ("local", 0, "local", 1), plan
@@ -225,13 +258,19 @@ class ResNet(nn.Module):
         return self.fc(F.relu(y + self.short(x)).mean((2, 3)))
 
 
-FLOAT32 = 2e-5  # some of transformers' norms and softmaxes compute in it whatever the model's dtype is
-TEXT = dict(vocab_size=48, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64)
+FLOAT32 = (
+    2e-5  # some of transformers' norms and softmaxes compute in it whatever the model's dtype is
+)
+TEXT = dict(
+    vocab_size=48, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64
+)
 
 
 def llama(**kw):
     hf = pytest.importorskip("transformers")
-    config = dict(TEXT, num_key_value_heads=2, head_dim=8, max_position_embeddings=64, use_cache=False)
+    config = dict(
+        TEXT, num_key_value_heads=2, head_dim=8, max_position_embeddings=64, use_cache=False
+    )
     return hf.LlamaForCausalLM(hf.LlamaConfig(**{**config, **kw}))
 
 
@@ -239,7 +278,9 @@ def test_three_ranks():
     hf = pytest.importorskip("transformers")
     sizes = dict(vocab_size=48, n_positions=32, n_embd=32, n_layer=1, n_head=4, use_cache=False)
     gpt2 = lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**sizes))  # noqa: E731
-    bert = lambda: hf.BertForMaskedLM(hf.BertConfig(**TEXT, max_position_embeddings=32))  # noqa: E731
+    bert = lambda: hf.BertForMaskedLM(
+        hf.BertConfig(**TEXT, max_position_embeddings=32)
+    )  # noqa: E731
     cases = {"convolutions": dict(build=ResNet, given=features(2, 3, 8, 8), share=0.1)}
     cases["attention"] = dict(build=attention(), given=features(2, 5, D))
     for name, build in {"llama": llama, "gpt2": gpt2, "bert": bert}.items():
@@ -251,12 +292,17 @@ def test_three_ranks():
 
 
 def small_reductions(n):
-    """Norms of all queries and keys cost no more than a sum each, forward and backward, of a number for each token."""
+    """Norms of all queries and keys cost no more than a sum each, forward and backward, of a number
+    for each token."""
 
     def then(sharded):
         plan = sharded.tensor_parallel_plan
-        bare = plan_tensor_parallel(attention()().double(), n, example_inputs=double(features(2, 5, D)()))
-        assert 0 < plan.bytes_per_step - bare.bytes_per_step <= 2 * 2 * 5 * 8 * 4 * (n - 1) / n, f"{plan}\n{bare}"
+        bare = plan_tensor_parallel(
+            attention()().double(), n, example_inputs=double(features(2, 5, D)())
+        )
+        assert (
+            0 < plan.bytes_per_step - bare.bytes_per_step <= 2 * 2 * 5 * 8 * 4 * (n - 1) / n
+        ), f"{plan}\n{bare}"
 
     return then
 
@@ -265,7 +311,9 @@ def sinks(q, k, v, m):
     """A learned logit for each head, that takes attention and gives nothing."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     scores = q @ k.mT * q.shape[-1] ** -0.5
-    scores = torch.cat([scores, m.sinks.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], -1)], dim=-1)
+    scores = torch.cat(
+        [scores, m.sinks.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], -1)], dim=-1
+    )
     scores = scores - scores.max(dim=-1, keepdim=True).values
     return (scores.softmax(-1)[..., :-1] @ v).transpose(1, 2).flatten(2)
 
@@ -277,7 +325,11 @@ def alibi(q, k, v, m):
 
 def cosine(q, k, v, m):
     """Queries and keys of length one; a temperature for each head."""
-    q, k, v = F.normalize(q, dim=-1).transpose(1, 2), F.normalize(k, dim=-1).transpose(1, 2), v.transpose(1, 2)
+    q, k, v = (
+        F.normalize(q, dim=-1).transpose(1, 2),
+        F.normalize(k, dim=-1).transpose(1, 2),
+        v.transpose(1, 2),
+    )
     scores = q @ k.mT * m.temperature.clamp(max=4.6).exp()
     return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
 
@@ -309,7 +361,8 @@ class Slopes(nn.Module):
 
 
 def scaled(m, x):
-    """A slope for each hidden unit; a scale and a gate that are one number each, inside and outside."""
+    """A slope for each hidden unit; a scale and a gate that are one number each, inside and
+    outside."""
     h = m.a(x)
     h = torch.where(h > 0, h, m.slopes * h) * m.logit_scale.exp()
     return m.outer.tanh() * m.b(h + torch.tanh(m.gate) * h.square())
@@ -327,7 +380,8 @@ def test_parameters_inside_a_region(n):
     x, numbers = features(2, 5, D), {"slopes": (48,), "logit_scale": (), "gate": (1,), "outer": ()}
     cases = {name: dict(build=build, given=x, local=HEADS) for name, build in builds.items()}
     cases["spelled"]["then"] = small_reductions(n)
-    # A LayerNorm over a sharded dim is right, but there is no rule by which it could run on head shards.
+    # A LayerNorm over a sharded dim is right, but there is no rule by which it could run on head
+    # shards.
     cases["layer"]["local"] = None
     build = model(scaled, lambda: {"a": nn.Linear(D, 48), "b": nn.Linear(48, D), **numbers})
     cases["slopes and scales"] = dict(build=build, given=x, local={"a.weight": 0, "b.weight": 1})
@@ -338,7 +392,8 @@ def test_parameters_inside_a_region(n):
 
 
 def experts(kind, e=4, hidden=32):
-    """Experts as parameters of three dims; all compute each token, and the weights of those not chosen are zero."""
+    """Experts as parameters of three dims; all compute each token, and the weights of those not
+    chosen are zero."""
 
     def forward(m, x):
         flat = x.flatten(0, 1)
@@ -352,7 +407,9 @@ def experts(kind, e=4, hidden=32):
         return torch.einsum("teh,ehd,te->td", F.silu(gate) * up, m.down, weights).view_as(x)
 
     router = lambda: nn.Linear(D, e, bias=False)  # noqa: E731
-    return model(forward, lambda: {"router": router(), "up": (e, D, 2 * hidden), "down": (e, hidden, D)})
+    return model(
+        forward, lambda: {"router": router(), "up": (e, D, 2 * hidden), "down": (e, hidden, D)}
+    )
 
 
 def routed(m, x):
@@ -378,17 +435,33 @@ def test_experts(n):
     def split(*ends):
         def then(sharded):
             plan = sharded.tensor_parallel_plan
-            assert all(e.dim is not None for name, e in plan.entries.items() if name.endswith(ends)), plan
+            assert all(
+                e.dim is not None for name, e in plan.entries.items() if name.endswith(ends)
+            ), plan
 
         return then
 
-    config = dict(TEXT, num_key_value_heads=4, num_local_experts=4, experts_implementation="eager", use_cache=False)
+    config = dict(
+        TEXT,
+        num_key_value_heads=4,
+        num_local_experts=4,
+        experts_implementation="eager",
+        use_cache=False,
+    )
     mixtral = lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**config))  # noqa: E731
-    x, calls, local = features(2, 5, D), [features(1, 1, D), features(3, 7, D)], {"up": None, "down": None}
+    x, calls, local = (
+        features(2, 5, D),
+        [features(1, 1, D), features(3, 7, D)],
+        {"up": None, "down": None},
+    )
     cases = {kind: dict(build=experts(kind), given=x, local=local) for kind in ("bmm", "einsum")}
-    cases["list"] = dict(build=model(routed, expert_list), given=x, calls=calls, then=split("0.weight", "2.weight"))
+    cases["list"] = dict(
+        build=model(routed, expert_list), given=x, calls=calls, then=split("0.weight", "2.weight")
+    )
     parts = split("experts.gate_up_proj", "experts.down_proj")
-    cases["mixtral"] = dict(build=mixtral, given=ids(2, 6), calls=[ids(1, 9)], then=parts, tol=FLOAT32)
+    cases["mixtral"] = dict(
+        build=mixtral, given=ids(2, 6), calls=[ids(1, 9)], then=parts, tol=FLOAT32
+    )
     check_all(cases, n)
 
 
@@ -418,7 +491,12 @@ def mamba_parts():
         "D": (32,),
     }
     conv = nn.Conv1d(32, 32, 3, groups=32, padding=2)
-    return {**ends, "conv": conv, "x_proj": nn.Linear(32, 11, bias=False), "dt_proj": nn.Linear(3, 32)}
+    return {
+        **ends,
+        "conv": conv,
+        "x_proj": nn.Linear(32, 11, bias=False),
+        "dt_proj": nn.Linear(3, 32),
+    }
 
 
 def linear_attention(q, k, v, m):
@@ -433,7 +511,8 @@ def linear_attention(q, k, v, m):
 
 
 def rwkv(m, x):
-    """Each token is mixed with the one before it; keys weigh values, with a decay for each channel."""
+    """Each token is mixed with the one before it; keys weigh values, with a decay for each
+    channel."""
     mixed = x * m.mix + F.pad(x, (0, 0, 1, -1)) * (1 - m.mix)
     k, v, r = m.key(mixed), m.value(mixed), torch.sigmoid(m.gate(mixed))
     num, den, out = torch.zeros_like(v[:, 0]), torch.zeros_like(v[:, 0]), []
@@ -453,14 +532,37 @@ def rwkv_parts():
 @pytest.mark.parametrize("n", [2, 4])
 def test_state_spaces_and_linear_attention(n):
     hf = pytest.importorskip("transformers")
-    config = dict(vocab_size=48, hidden_size=16, num_hidden_layers=1, state_size=4, time_step_rank=4, use_cache=False)
+    config = dict(
+        vocab_size=48,
+        hidden_size=16,
+        num_hidden_layers=1,
+        state_size=4,
+        time_step_rank=4,
+        use_cache=False,
+    )
     real = lambda: hf.MambaForCausalLM(hf.MambaConfig(**config))  # noqa: E731
-    inner = {"in_proj.weight": 0, "conv.weight": 0, "x_proj.weight": 1, "dt_proj.weight": 0, "A_log": 0}
-    x, mix = features(2, 5, D), {"key.weight": 0, "value.weight": 0, "gate.weight": 0, "out.weight": 1}
-    linear = attention(linear_attention, decay=(4, 1, 1), bonus=(4, 6), after=lambda: nn.GroupNorm(4, D))
+    inner = {
+        "in_proj.weight": 0,
+        "conv.weight": 0,
+        "x_proj.weight": 1,
+        "dt_proj.weight": 0,
+        "A_log": 0,
+    }
+    x, mix = features(2, 5, D), {
+        "key.weight": 0,
+        "value.weight": 0,
+        "gate.weight": 0,
+        "out.weight": 1,
+    }
+    linear = attention(
+        linear_attention, decay=(4, 1, 1), bonus=(4, 6), after=lambda: nn.GroupNorm(4, D)
+    )
     cases = {
-        "mamba": dict(build=model(mamba, mamba_parts), given=x, local={**inner, "out_proj.weight": 1}),
-        # A length equal to the number of heads (4) would be taken for it in new_zeros: right, but not local then.
+        "mamba": dict(
+            build=model(mamba, mamba_parts), given=x, local={**inner, "out_proj.weight": 1}
+        ),
+        # A length equal to the number of heads (4) would be taken for it in new_zeros: right, but
+        # not local then.
         "linear attention": dict(build=linear, given=x, local=HEADS),
         "rwkv": dict(build=model(rwkv, rwkv_parts), given=x, local=mix),
         "transformers' mamba": dict(build=real, given=ids(2, 4), share=0.1, tol=FLOAT32),
@@ -472,7 +574,13 @@ def test_state_spaces_and_linear_attention(n):
 
 
 def test_planning_a_hundred_gigabytes_allocates_nothing():
-    big = dict(hidden_size=8192, intermediate_size=32768, num_attention_heads=64, num_key_value_heads=8, head_dim=128)
+    big = dict(
+        hidden_size=8192,
+        intermediate_size=32768,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        head_dim=128,
+    )
     with torch.device("meta"):
         model = llama(**big, vocab_size=128256, num_hidden_layers=3).bfloat16().eval()
     state = torch.get_rng_state()
@@ -485,9 +593,17 @@ def test_planning_a_hundred_gigabytes_allocates_nothing():
     for name, e in plan.entries.items():
         layer = re.fullmatch(r"model\.layers\.(\d+)\.(.*)", name)
         if layer:
-            decisions.setdefault(layer[1], {})[layer[2]] = (e.dim, e.pieces, e.how, re.sub(r"layers\.\d+", "", e.why))
+            decisions.setdefault(layer[1], {})[layer[2]] = (
+                e.dim,
+                e.pieces,
+                e.how,
+                re.sub(r"layers\.\d+", "", e.why),
+            )
     assert len(decisions) == 3 and decisions["0"] == decisions["1"] == decisions["2"]
-    assert [decisions["0"][f"self_attn.{p}_proj.weight"][:3] for p in "qo"] == [(0, 1, "local"), (1, 1, "local")]
+    assert [decisions["0"][f"self_attn.{p}_proj.weight"][:3] for p in "qo"] == [
+        (0, 1, "local"),
+        (1, 1, "local"),
+    ]
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -497,13 +613,18 @@ def test_planning_changes_nothing(train):
     hook = model[2].register_forward_hook(lambda *a: None)
 
     def seen():
-        hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in model.modules()]
+        hooks = [
+            (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks))
+            for m in model.modules()
+        ]
         modes = [(m.training, sorted(vars(m)), m.forward) for m in model.modules()]
         grads = [(id(p), p._version, p.grad) for p in model.parameters()]
         return hooks, modes, grads, [id(b) for b in model.buffers()], torch.is_grad_enabled()
 
     before, values, state = seen(), copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    plan_tensor_parallel(model, 2, example_inputs=(torch.randn(2, 3, 8, 8, generator=torch.Generator()),))
+    plan_tensor_parallel(
+        model, 2, example_inputs=(torch.randn(2, 3, 8, 8, generator=torch.Generator()),)
+    )
     assert torch.equal(torch.get_rng_state(), state) and seen() == before
     assert all(torch.equal(x, values[k]) for k, x in model.state_dict().items())
     hook.remove()
@@ -516,16 +637,25 @@ def blocked(m, x):
 
 def test_why_names_the_operator_in_the_way_and_its_line():
     line = inspect.getsourcelines(blocked)[1] + 1
-    build = model(blocked, lambda: {"a": nn.Linear(D, 64, bias=False), "b": nn.Linear(64, D)}, residual=False)
+    build = model(
+        blocked, lambda: {"a": nn.Linear(D, 64, bias=False), "b": nn.Linear(64, D)}, residual=False
+    )
     a = plan_tensor_parallel(build(), 2, example_inputs=(torch.randn(2, 5, D),))["a.weight"]
-    assert a.how == "weight gathered" and "linalg_qr" in a.why and f"test_regions.py:{line}" in a.why, a
+    assert (
+        a.how == "weight gathered" and "linalg_qr" in a.why and f"test_regions.py:{line}" in a.why
+    ), a
 
 
 def chain(*widths):
     return nn.Sequential(*[nn.Linear(a, b, bias=False) for a, b in zip(widths, widths[1:])])
 
 
-SMALL = [lambda: chain(16, 64, 16, 8), lambda: chain(8, 8, 64, 24, 64), attention(), fused_mlp("chunk")]
+SMALL = [
+    lambda: chain(16, 64, 16, 8),
+    lambda: chain(8, 8, 64, 24, 64),
+    attention(),
+    fused_mlp("chunk"),
+]
 
 
 @pytest.mark.parametrize("build", SMALL)
@@ -551,7 +681,9 @@ def test_the_choice_is_brute_forces(build, n):
             for c in some:
                 used_by.update((call.index, c.axis) for call in c.calls)
                 sharding.params.update({p: (dim, c.axis) for p, (dim, _) in c.params.items()})
-                sharding.outer.update({p: outer for p, (_, outer) in c.params.items() if outer != 1})
+                sharding.outer.update(
+                    {p: outer for p, (_, outer) in c.params.items() if outer != 1}
+                )
             planner.fill(sharding, used_by)
             found[tuple(sorted(map(str, (c.params for c in some))))] = sent(sharding)
     best = min(found, key=found.get)
@@ -569,7 +701,8 @@ AFTER_A_SUM = {
     "flags are a factor": lambda y, flags, counts: y * flags,
     "integers divide": lambda y, flags, counts: y / (counts + 1),
     "flags select": lambda y, flags, counts: y[:, :, flags],
-    "divided and rounded": lambda y, flags, counts: torch.div(y, 0.1, rounding_mode="floor") + 0 * y.detach(),
+    "divided and rounded": lambda y, flags, counts: torch.div(y, 0.1, rounding_mode="floor")
+    + 0 * y.detach(),
     "rounded": lambda y, flags, counts: (10 * y).to(torch.int64).double(),
     "floored": lambda y, flags, counts: (y // 0.1).detach(),
 }
@@ -594,7 +727,9 @@ def test_what_follows_a_partial_result():
             torch.manual_seed(3)
             x = torch.randn(4, 8, 16, dtype=torch.float64)
             sharded, whole = pair(lambda: AfterASum(then), 2, example_inputs=(x,))
-            assert sharded.tensor_parallel_plan["down.weight"].dim == 1, sharded.tensor_parallel_plan
+            assert (
+                sharded.tensor_parallel_plan["down.weight"].dim == 1
+            ), sharded.tensor_parallel_plan
             found, expected = sharded(x), whole(x)
             torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9, msg=name)
             if expected.grad_fn is not None:
@@ -609,14 +744,19 @@ class Moded(nn.Module):
     def __init__(self):
         super().__init__()
         self.norm, self.drop = nn.BatchNorm1d(8), nn.Dropout(0.5)
-        self.up, self.down, self.out = nn.Linear(16, 64), nn.Linear(64, 16, bias=False), nn.Linear(16, 16)
+        self.up, self.down, self.out = (
+            nn.Linear(16, 64),
+            nn.Linear(64, 16, bias=False),
+            nn.Linear(16, 16),
+        )
 
     def forward(self, x):
         return self.out(self.drop(self.down(self.up(self.norm(x)).relu())).mean(1))
 
 
 def test_modules_that_are_in_another_mode_than_the_model():
-    """Dropout on in evaluation (Monte Carlo), off in training; frozen norms: each is shown right before it runs."""
+    """Dropout on in evaluation (Monte Carlo), off in training; frozen norms: each is shown right
+    before it runs."""
 
     def ranks(rank):
         x = torch.randn(4, 8, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -636,11 +776,16 @@ def test_modules_that_are_in_another_mode_than_the_model():
 
 
 class Forces(nn.Module):
-    """A gradient that the forward takes itself; a fused weight, whose pieces are calls of their own."""
+    """A gradient that the forward takes itself; a fused weight, whose pieces are calls of their
+    own."""
 
     def __init__(self):
         super().__init__()
-        self.inp, self.mix, self.out = nn.Linear(12, 24), nn.Parameter(torch.randn(12, 35)), nn.Linear(7, 6)
+        self.inp, self.mix, self.out = (
+            nn.Linear(12, 24),
+            nn.Parameter(torch.randn(12, 35)),
+            nn.Linear(7, 6),
+        )
 
     def forward(self, x):
         a, b = self.inp(x).chunk(2, -1)
@@ -661,7 +806,11 @@ def test_a_gradient_within_a_checkpoint(within):
             self.inner, self.last = Forces(), nn.Linear(6, 4)
 
         def forward(self, x):
-            again = (lambda: self.inner(x)) if not within else lambda: checkpoint(self.inner, x, use_reentrant=False)
+            again = (
+                (lambda: self.inner(x))
+                if not within
+                else lambda: checkpoint(self.inner, x, use_reentrant=False)
+            )
             y, force, slope = again()
             return self.last(y), force, slope
 
@@ -687,7 +836,8 @@ def full(x):
 
 
 class WritesAndReturns(nn.Module):
-    """What it returns is the tensor that it wrote to, and not what the call that wrote gave back."""
+    """What it returns is the tensor that it wrote to, and not what the call that wrote gave
+    back."""
 
     def __init__(self):
         super().__init__()
@@ -713,7 +863,9 @@ def test_a_result_that_is_written_in_place_and_returned_by_name():
     def ranks(rank):
         x = torch.randn(3, 7, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
         models = pair(Twice, 2, example_inputs=(x,))
-        assert models[0].tensor_parallel_plan["block.b"].dim == 0  # or there is no shard to complete
+        assert (
+            models[0].tensor_parallel_plan["block.b"].dim == 0
+        )  # or there is no shard to complete
         compare(*models, (x,))
 
     run_ranks(ranks, 2)
@@ -738,7 +890,9 @@ def test_an_attribute_that_was_none_and_is_a_tensor():
 
         def forward(self, x):
             logits = (x @ self.emb.weight.t())[..., :10]
-            return F.cross_entropy(logits.flatten(0, 1), logits.detach().flatten(0, 1).argmax(-1)) + self.block(logits)
+            return F.cross_entropy(
+                logits.flatten(0, 1), logits.detach().flatten(0, 1).argmax(-1)
+            ) + self.block(logits)
 
     def ranks(rank):
         x = torch.randn(2, 5, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -752,7 +906,8 @@ def test_an_attribute_that_was_none_and_is_a_tensor():
 
 
 def test_what_a_module_is_set_to_is_compared_without_a_call():
-    """Of a setting that was None and is a tensor now, `==` would be a call of the model's own to a mode."""
+    """Of a setting that was None and is a tensor now, `==` would be a call of the model's own to a
+    mode."""
     module, seen = nn.Linear(2, 2), []
     module.weights = torch.ones(2)
 
@@ -773,7 +928,9 @@ class ChosenBySize(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.up, self.down, self.made, self.cell = (nn.Linear(*sizes) for sizes in ((8, 64), (64, 8), (8, 64), (8, 8)))
+        self.up, self.down, self.made, self.cell = (
+            nn.Linear(*sizes) for sizes in ((8, 64), (64, 8), (8, 64), (8, 8))
+        )
         self.register_buffer("given", torch.randn(16, 1, 8))
 
     def forward(self, x):
@@ -786,7 +943,8 @@ class ChosenBySize(nn.Module):
 
 
 def test_what_was_chosen_by_size_holds_on_a_longer_path():
-    """The loop makes another path of another length, on which what ran before it must be the same."""
+    """The loop makes another path of another length, on which what ran before it must be the
+    same."""
 
     def ranks(rank):
         models = pair(ChosenBySize, 2, example_inputs=(torch.randn(2, 3, 8).double(),))

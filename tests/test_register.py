@@ -1,4 +1,5 @@
-"""Rules for operators of one's own: right and gathered without one, right and sharded through with one."""
+"""Rules for operators of one's own: right and gathered without one, right and sharded through with
+one."""
 
 import pytest
 import torch
@@ -23,7 +24,9 @@ def define(name, f, backward, **kw):
     """A custom operator that computes as `f` does, opaque to the trace."""
     op = torch.library.custom_op(f"mylib::{name}", f, mutates_args=(), **kw)
     op.register_fake(f)
-    op.register_autograd(backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+    op.register_autograd(
+        backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
+    )
     return op
 
 
@@ -60,12 +63,16 @@ def per_head_backward(ctx, grad):
 SWISH = define("swish", swish, swish_backward)
 LINEAR = define("linear", dense, dense_backward)  # a name that aten has too
 VIEW = define("view", per_head, per_head_backward)
-LINES = {"swish": "b t h, h -> b t h", "linear": "b t i, o i, +o -> b t o", "view": "... d! -> ... d"}
+LINES = {
+    "swish": "b t h, h -> b t h",
+    "linear": "b t i, o i, +o -> b t o",
+    "view": "... d! -> ... d",
+}
 
 
 class Net(nn.Module):
-    """Linear, swish of learned slopes, a custom linear back, then heads through a custom softmax. `call` is how
-    operators are called."""
+    """Linear, swish of learned slopes, a custom linear back, then heads through a custom softmax.
+    `call` is how operators are called."""
 
     def __init__(self, call=lambda name: getattr(torch.ops.mylib, name)):
         super().__init__()
@@ -97,14 +104,20 @@ def test_a_custom_operator_without_and_with_a_rule(n):
             sharded, whole = pair(Net, n, example_inputs=(x,))
             compare(sharded, whole, (x,))
             plan = sharded.tensor_parallel_plan
-            how = {name: plan[name].how for name in ("up.weight", "slope", "weight", "q.weight", "out.weight")}
+            how = {
+                name: plan[name].how
+                for name in ("up.weight", "slope", "weight", "q.weight", "out.weight")
+            }
             if with_rules:
                 assert set(how.values()) == {"local"}, plan
                 assert [plan[name].dim for name in how] == [0, 0, 1, 0, 1], plan
             else:
                 for name, op in {"slope": "swish", "weight": "linear"}.items():
                     assert plan[name].how == "weight gathered", plan
-                    why = f"mylib::{op} needs the whole dim: mylib.{op} in the root (test_register.py:"
+                    why = (
+                        f"mylib::{op} needs the whole dim: mylib.{op} in the root"
+                        " (test_register.py:"
+                    )
                     assert plan[name].why.startswith(why), plan
         return plan.bytes_per_step
 
@@ -120,13 +133,18 @@ CALLS = {
 
 @pytest.mark.parametrize("by", [*CALLS, "name"])
 def test_an_operator_by_any_of_its_handles(by):
-    """However it is called, and however it is named to register_axis_rule: the same plan, in which it is sharded
-    through."""
+    """However it is called, and however it is named to register_axis_rule: the same plan, in which
+    it is sharded through."""
     for name, line in LINES.items():
         register_axis_rule(f"mylib::{name}" if by == "name" else CALLS[by](name), line)
-    plans = [plan_tensor_parallel(make(lambda: Net(call)), 2, example_inputs=given()) for call in CALLS.values()]
+    plans = [
+        plan_tensor_parallel(make(lambda: Net(call)), 2, example_inputs=given())
+        for call in CALLS.values()
+    ]
     for plan in plans:
-        assert {plan[name].how for name in ("up.weight", "slope", "weight", "q.weight")} == {"local"}, plan
+        assert {plan[name].how for name in ("up.weight", "slope", "weight", "q.weight")} == {
+            "local"
+        }, plan
         assert plan.placements == plans[0].placements
 
 
@@ -172,18 +190,23 @@ def test_rules_of_the_same_name_do_not_meet():
 def test_lines_that_do_not_fit(line, message):
     with pytest.raises(ValueError) as e:
         register_axis_rule(torch.ops.mylib.swish, line)
-    assert message in str(e.value) and "mylib::swish" in str(e.value) and line in str(e.value), e.value
+    assert (
+        message in str(e.value) and "mylib::swish" in str(e.value) and line in str(e.value)
+    ), e.value
     assert "mylib::swish" not in RULES
 
 
 def test_shapes_that_a_line_does_not_fit():
     register_axis_rule("mylib::swish", "t h, h -> t h")
     with pytest.raises(
-        ValueError, match=r"'t h, h -> t h' of mylib::swish: expected a tensor of dims 't h', .* \(2, 3, 32\)"
+        ValueError,
+        match=r"'t h, h -> t h' of mylib::swish: expected a tensor of dims 't h', .* \(2, 3, 32\)",
     ):
         plan_tensor_parallel(make(Net), 2, example_inputs=given())
     register_axis_rule("mylib::swish", "b t h, h -> b h")
-    with pytest.raises(ValueError, match=r"mylib::swish: expected a result of dims 'b h', found shape \(2, 3, 32\)"):
+    with pytest.raises(
+        ValueError, match=r"mylib::swish: expected a result of dims 'b h', found shape \(2, 3, 32\)"
+    ):
         plan_tensor_parallel(make(Net), 2, example_inputs=given())
 
 

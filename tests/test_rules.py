@@ -1,9 +1,9 @@
-"""Every axis rule against arithmetic: what a rule claims of a sharded operator is computed on both shards, and compared
-with the whole.
+"""Every axis rule against arithmetic: what a rule claims of a sharded operator is computed on both
+shards, and compared with the whole.
 
-The oracle needs no process group. It records the operators of a small function, and for every axis of every operator's
-inputs it does what two ranks would do: shards each input that carries the axis, runs the operator on each shard, and
-puts the results together as the rule says.
+The oracle needs no process group. It records the operators of a small function, and for every axis
+of every operator's inputs it does what two ranks would do: shards each input that carries the axis,
+runs the operator on each shard, and puts the results together as the rule says.
 """
 
 import pytest
@@ -39,7 +39,8 @@ def trace_function(f, inputs):
 
 
 def wholes(graph, inputs):
-    """Yield (node, the whole tensor of each of its inputs and outputs by value id), running every operator."""
+    """Yield (node, the whole tensor of each of its inputs and outputs by value id), running every
+    operator."""
     env = {}
     for call in graph.calls:
         for node in call.nodes:
@@ -59,7 +60,9 @@ def run(node, env, args, kwargs):
     args, kwargs = replace((args, kwargs), changes)
     torch.default_generator.manual_seed(0)
     with torch.no_grad():
-        if "scaled_dot_product" in str(node.op):  # what a shard runs is the function: it may choose another kernel
+        if "scaled_dot_product" in str(
+            node.op
+        ):  # what a shard runs is the function: it may choose another kernel
             known = {a.name: rules.table.arg(node, a.name) for a in node.op._schema.arguments}
             given = changes.get((1, "attn_mask"))
             out = F.scaled_dot_product_attention(
@@ -104,7 +107,9 @@ def shard(t, at, axis, rank):
 
 def unshard(parts, at, axis):
     dim, outer, inner = at
-    parts = [t.unflatten(dim, (outer, bounds(axis.size, rank)[1], inner)) for rank, t in enumerate(parts)]
+    parts = [
+        t.unflatten(dim, (outer, bounds(axis.size, rank)[1], inner)) for rank, t in enumerate(parts)
+    ]
     return torch.cat(parts, dim + 1).flatten(dim, dim + 2)
 
 
@@ -114,7 +119,11 @@ def localised(node, local, out_shapes, at_of):
     args, kwargs = list(node.args), dict(node.kwargs)
     out = out_shapes[0] if out_shapes else ()
     x = node.inputs[0] if node.inputs else None
-    if name in ("view", "_unsafe_view", "expand") and not isinstance(args[1], torch.dtype) or name.startswith("new_"):
+    if (
+        name in ("view", "_unsafe_view", "expand")
+        and not isinstance(args[1], torch.dtype)
+        or name.startswith("new_")
+    ):
         args[1] = list(out)
     elif "split" in name:
         dim = rules.table.arg(node, "dim")
@@ -136,7 +145,8 @@ def localised(node, local, out_shapes, at_of):
 
 
 def axes_of(node, axes):
-    """The axes to try: every leaf of an input that two ranks can share, and every input's whole dim."""
+    """The axes to try: every leaf of an input that two ranks can share, and every input's whole
+    dim."""
     found = []
     for v in node.inputs:
         for dim in axes.final(v):
@@ -147,7 +157,8 @@ def axes_of(node, axes):
 
 
 def check(f, inputs):
-    """Check every claim that the rules make of f's operators; returns {operator: number of claims that held}."""
+    """Check every claim that the rules make of f's operators; returns {operator: number of claims
+    that held}."""
     graph = trace_function(f, [t.clone() for t in inputs])
     axes = Axes(graph)
     held = {}
@@ -186,10 +197,14 @@ def check_claim(node, axes, axis, env, outs):
         args, kwargs = localised(node, local, shapes, at_of)
         if hit and effect.lookup:
             table, looked = node.inputs
-            mine = shard(torch.arange(table.shape[0]), at_of[table.id], axis, rank)  # the rows that this rank holds
+            mine = shard(
+                torch.arange(table.shape[0]), at_of[table.id], axis, rank
+            )  # the rows that this rank holds
             same = env[looked.id].unsqueeze(-1) == mine
             there, local[looked.id] = same.any(-1), same.int().argmax(-1)
-            results.append({i: t * there.unsqueeze(-1) for i, t in run(node, local, args, kwargs).items()})
+            results.append(
+                {i: t * there.unsqueeze(-1) for i, t in run(node, local, args, kwargs).items()}
+            )
         else:
             try:
                 results.append(run(node, local, args, kwargs))
@@ -208,22 +223,29 @@ def check_claim(node, axes, axis, env, outs):
         else:
             continue
         expected = outs[v.id]
-        if not (got.shape == expected.shape and torch.allclose(got, expected, 1e-9, 1e-11, equal_nan=True)):
-            raise AssertionError(f"{node.op} claims {axis} of {v.shape}: expected\n{expected}\nfound\n{got}")
+        if not (
+            got.shape == expected.shape
+            and torch.allclose(got, expected, 1e-9, 1e-11, equal_nan=True)
+        ):
+            raise AssertionError(
+                f"{node.op} claims {axis} of {v.shape}: expected\n{expected}\nfound\n{got}"
+            )
         claims += 1
     return claims
 
 
 def factored(f, inputs):
-    """f with every even dim of its inputs made by merging two: so that an axis is an inner or an outer part of a
-    dim."""
+    """f with every even dim of its inputs made by merging two: so that an axis is an inner or an
+    outer part of a dim."""
     shapes = [t.shape for t in inputs]
 
     def merged(*args):
         return f(*(a.reshape(s) for a, s in zip(args, shapes)))
 
     def split(t):
-        return t.reshape([x for s in t.shape for x in ((2, s // 2) if s % 2 == 0 and s > 2 else (s,))])
+        return t.reshape(
+            [x for s in t.shape for x in ((2, s // 2) if s % 2 == 0 and s > 2 else (s,))]
+        )
 
     return merged, [split(t) for t in inputs]
 
@@ -267,7 +289,12 @@ PRODUCTS = {
     "addmm scalar bias": (torch.addmm, r(1)[0], r(4, 6), r(6, 8)),
     "addmm bias is an input": (lambda x, y: torch.addmm(x, x, y), r(4, 4), r(4, 4)),
     "addmv": (lambda b, x, y: torch.addmv(b, x, y, alpha=2, beta=3), r(4), r(4, 6), r(6)),
-    "baddbmm": (lambda b, x, y: torch.baddbmm(b, x, y, alpha=2, beta=3), r(2, 4, 8), r(2, 4, 6), r(2, 6, 8)),
+    "baddbmm": (
+        lambda b, x, y: torch.baddbmm(b, x, y, alpha=2, beta=3),
+        r(2, 4, 8),
+        r(2, 4, 6),
+        r(2, 6, 8),
+    ),
     "baddbmm row": (torch.baddbmm, r(1, 1, 8), r(2, 4, 6), r(2, 6, 8)),
     "baddbmm 1d": (torch.baddbmm, r(8), r(2, 4, 6), r(2, 6, 8)),
     "embedding": (F.embedding, ids(8, 2, 4), r(8, 6)),
@@ -297,31 +324,88 @@ PRODUCTS |= {
     "sdpa gqa": (sdpa(enable_gqa=True), q(4), q(2), q(2) * 0.8),
     **{
         f"sdpa mask {s}": (sdpa(), q(), q(n=6) * 0.9, q(n=6), r(*s))
-        for s in [(2, 4, 4, 6), (1, 1, 4, 6), (2, 1, 4, 6), (2, 1, 1, 6), (1, 4, 4, 6), (4, 6), (4, 1, 6), (1, 6)]
+        for s in [
+            (2, 4, 4, 6),
+            (1, 1, 4, 6),
+            (2, 1, 4, 6),
+            (2, 1, 1, 6),
+            (1, 4, 4, 6),
+            (4, 6),
+            (4, 1, 6),
+            (1, 6),
+        ]
     },
-    "sdpa bool mask": (sdpa(), q(), q(n=6) * 0.9, q(n=6), mask(2, 1, 4, 6) | torch.eye(4, 6, dtype=torch.bool)),
+    "sdpa bool mask": (
+        sdpa(),
+        q(),
+        q(n=6) * 0.9,
+        q(n=6),
+        mask(2, 1, 4, 6) | torch.eye(4, 6, dtype=torch.bool),
+    ),
     "sdpa 3d": (sdpa(), r(4, 6, 8), r(4, 6, 8), r(4, 6, 8)),
-    "sdpa math": (lambda q, k, v: a._scaled_dot_product_attention_math(q, k, v), q(), q() * 0.9, q()),
+    "sdpa math": (
+        lambda q, k, v: a._scaled_dot_product_attention_math(q, k, v),
+        q(),
+        q() * 0.9,
+        q(),
+    ),
     "conv1d": (lambda x, w, b: F.conv1d(x, w, b, padding=1), r(2, 4, 8), r(6, 4, 3), r(6)),
     "conv2d": (lambda x, w, b: F.conv2d(x, w, b, stride=2), r(2, 4, 8, 6), r(6, 4, 2, 2), r(6)),
     "conv2d no bias": (lambda x, w: F.conv2d(x, w, dilation=2), r(2, 4, 8, 6), r(6, 4, 2, 2)),
     "conv2d unbatched": (lambda x, w, b: F.conv2d(x, w, b), r(4, 8, 6), r(6, 4, 2, 2), r(6)),
-    "conv2d groups": (lambda x, w, b: F.conv2d(x, w, b, groups=2), r(2, 4, 8, 6), r(6, 2, 2, 2), r(6)),
-    "conv2d depthwise": (lambda x, w, b: F.conv2d(x, w, b, groups=4), r(2, 4, 8, 6), r(8, 1, 2, 2), r(8)),
+    "conv2d groups": (
+        lambda x, w, b: F.conv2d(x, w, b, groups=2),
+        r(2, 4, 8, 6),
+        r(6, 2, 2, 2),
+        r(6),
+    ),
+    "conv2d depthwise": (
+        lambda x, w, b: F.conv2d(x, w, b, groups=4),
+        r(2, 4, 8, 6),
+        r(8, 1, 2, 2),
+        r(8),
+    ),
     "conv2d depthwise 1": (lambda x, w: F.conv2d(x, w, groups=4), r(2, 4, 8, 6), r(4, 1, 2, 2)),
     "conv2d one in": (lambda x, w, b: F.conv2d(x, w, b), r(2, 1, 8, 6), r(4, 1, 2, 2), r(4)),
     "conv2d 1x1": (lambda x, w, b: F.conv2d(x, w, b), r(4, 4, 4, 4), r(4, 4, 1, 1), r(4)),
     "conv3d": (lambda x, w, b: F.conv3d(x, w, b), r(2, 4, 4, 4, 4), r(6, 4, 2, 2, 2), r(6)),
-    "convt1d": (lambda x, w, b: F.conv_transpose1d(x, w, b, stride=2), r(2, 4, 8), r(4, 6, 3), r(6)),
-    "convt2d": (lambda x, w, b: F.conv_transpose2d(x, w, b, stride=2), r(2, 4, 8, 6), r(4, 6, 2, 2), r(6)),
-    "convt2d groups": (lambda x, w, b: F.conv_transpose2d(x, w, b, groups=2), r(2, 4, 8, 6), r(4, 3, 2, 2), r(6)),
-    "convt2d depthwise": (lambda x, w, b: F.conv_transpose2d(x, w, b, groups=4), r(2, 4, 8, 6), r(4, 1, 2, 2), r(4)),
-    "convt3d": (lambda x, w, b: F.conv_transpose3d(x, w, b), r(2, 4, 4, 4, 4), r(4, 6, 2, 2, 2), r(6)),
+    "convt1d": (
+        lambda x, w, b: F.conv_transpose1d(x, w, b, stride=2),
+        r(2, 4, 8),
+        r(4, 6, 3),
+        r(6),
+    ),
+    "convt2d": (
+        lambda x, w, b: F.conv_transpose2d(x, w, b, stride=2),
+        r(2, 4, 8, 6),
+        r(4, 6, 2, 2),
+        r(6),
+    ),
+    "convt2d groups": (
+        lambda x, w, b: F.conv_transpose2d(x, w, b, groups=2),
+        r(2, 4, 8, 6),
+        r(4, 3, 2, 2),
+        r(6),
+    ),
+    "convt2d depthwise": (
+        lambda x, w, b: F.conv_transpose2d(x, w, b, groups=4),
+        r(2, 4, 8, 6),
+        r(4, 1, 2, 2),
+        r(4),
+    ),
+    "convt3d": (
+        lambda x, w, b: F.conv_transpose3d(x, w, b),
+        r(2, 4, 4, 4, 4),
+        r(4, 6, 2, 2, 2),
+        r(6),
+    ),
     "tril": (lambda x: torch.tril(x, 1), r(2, 4, 6)),
     "triu": (lambda x: torch.triu(x), r(2, 4, 6)),
     "complex": (lambda x: torch.view_as_real(torch.view_as_complex(x) * 2j), r(2, 4, 2)),
     "complex rotary": (
-        lambda x, f: torch.view_as_real(torch.view_as_complex(x.reshape(2, 4, 4, 2)) * torch.view_as_complex(f)),
+        lambda x, f: torch.view_as_real(
+            torch.view_as_complex(x.reshape(2, 4, 4, 2)) * torch.view_as_complex(f)
+        ),
         r(2, 4, 8),
         r(4, 4, 2),
     ),
@@ -405,7 +489,10 @@ VIEWS = {
     "stack last": (lambda x, y: torch.stack([x, y], -1), r(4, 6), r(4, 6)),
     "stack one": (lambda x: torch.stack([x], 0), r(4, 6)),
     "stack transposed": (lambda x: torch.stack([x, x.t()], -1), r(4, 4)),
-    "rotary interleaved": (lambda x: torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2), r(2, 4, 8)),
+    "rotary interleaved": (
+        lambda x: torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2),
+        r(2, 4, 8),
+    ),
 }
 
 I24 = ids(4, 2, 4)
@@ -417,7 +504,12 @@ INDEXING = {
     "index 0d and 1d": (lambda x, i, j: a.index(x, [i, j]), r(4, 6, 2), ids(4, 1)[0], ids(6, 4)),
     "index adjacent": (lambda x, i, j: x[:, i, j], r(2, 4, 6, 8), ids(4, 2), ids(6, 2)),
     "index apart": (lambda x, i, j: x[i, :, j], r(4, 2, 6, 8), ids(4, 2), ids(6, 2)),
-    "index apart, inner": (lambda x, i, j: a.index(x, [None, i, None, j]), r(8, 4, 2, 6), ids(4, 2), ids(6, 2)),
+    "index apart, inner": (
+        lambda x, i, j: a.index(x, [None, i, None, j]),
+        r(8, 4, 2, 6),
+        ids(4, 2),
+        ids(6, 2),
+    ),
     "index broadcast": (lambda x, i, j: x[i, j], r(4, 6, 8), ids(4, 2, 1), ids(6, 1, 4)),
     "index broadcast ranks": (lambda x, i, j: x[:, i, j], r(8, 4, 6), ids(4, 4), ids(6, 2, 4)),
     "index same": (lambda x, i: x[i, i], r(4, 4, 6), ids(4, 2)),
@@ -437,9 +529,24 @@ INDEXING = {
     "scatter larger source": (lambda x, i, y: x.scatter(0, i, y), r(4, 6), ids(4, 1, 6), r(4, 8)),
     "scatter_": (lambda x, i, y: x.clone().scatter_(1, i, y), r(4, 6), ids(6, 4, 1), r(4, 1)),
     "scatter_add": (lambda x, i, y: x.scatter_add(0, i, y), r(4, 6), ids(4, 2, 6), r(2, 6)),
-    "scatter_add_": (lambda x, i, y: x.clone().scatter_add_(0, i, y), r(4, 6), ids(4, 2, 6), r(2, 6)),
-    "scatter_reduce": (lambda x, i, y: x.scatter_reduce(0, i, y, "mean"), r(4, 6), ids(4, 2, 6), r(2, 6)),
-    "scatter_reduce_": (lambda x, i, y: x.clone().scatter_reduce_(0, i, y, "amax"), r(4, 6), ids(4, 2, 6), r(2, 6)),
+    "scatter_add_": (
+        lambda x, i, y: x.clone().scatter_add_(0, i, y),
+        r(4, 6),
+        ids(4, 2, 6),
+        r(2, 6),
+    ),
+    "scatter_reduce": (
+        lambda x, i, y: x.scatter_reduce(0, i, y, "mean"),
+        r(4, 6),
+        ids(4, 2, 6),
+        r(2, 6),
+    ),
+    "scatter_reduce_": (
+        lambda x, i, y: x.clone().scatter_reduce_(0, i, y, "amax"),
+        r(4, 6),
+        ids(4, 2, 6),
+        r(2, 6),
+    ),
     "index_add": (lambda x, i, y: x.index_add(0, i, y), r(4, 6), ids(4, 2), r(2, 6)),
     "index_add_": (lambda x, i, y: x.clone().index_add_(1, i, y), r(4, 6), ids(6, 2), r(4, 2)),
     "index_add 1d": (lambda x, i, y: x.index_add(0, i, y), r(4), ids(4, 4), r(4)),
@@ -453,16 +560,23 @@ INDEXING = {
 
 REDUCTIONS = {}
 for name in (
-    "sum mean amax amin var std argmax argmin any all prod logsumexp max min median norm nansum nanmedian "
-    "count_nonzero aminmax var_mean std_mean mode"
+    "sum mean amax amin var std argmax argmin any all prod logsumexp max min median norm nansum"
+    " nanmedian count_nonzero aminmax var_mean std_mean mode"
 ).split():
     for dim in ((), (0,), (1,), (-1,)):
         for keep in (False, True):
-            if (dim == () and (keep or name in ("logsumexp", "mode", "aminmax"))) or name == "count_nonzero" and keep:
+            if (
+                (dim == () and (keep or name in ("logsumexp", "mode", "aminmax")))
+                or name == "count_nonzero"
+                and keep
+            ):
                 continue
             kw = {"dim": dim[0]} if dim else {}
             kw |= {"keepdim": True} if keep else {}
-            REDUCTIONS[f"{name} {dim} {keep}"] = (lambda x, n=name, kw=kw: getattr(torch, n)(x, **kw), r(4, 6, 2))
+            REDUCTIONS[f"{name} {dim} {keep}"] = (
+                lambda x, n=name, kw=kw: getattr(torch, n)(x, **kw),
+                r(4, 6, 2),
+            )
 for name in ("sum", "mean", "amax", "var", "logsumexp", "nansum", "any", "var_mean", "std_mean"):
     for dim in ((0, 2), (1, -1), (0, 1, 2)):
         for keep in (False, True):
@@ -529,17 +643,41 @@ NORMS = {
     "rms_norm": (lambda x, w: F.rms_norm(x, (6,), w), r(2, 4, 6), r(6)),
     "rms_norm plain": (lambda x: F.rms_norm(x, (4, 6)), r(2, 4, 6)),
     "fused rms_norm": (lambda x, w: a._fused_rms_norm(x, [6], w, 1e-5), r(2, 4, 6), r(6)),
-    "rms_norm by hand": (lambda x, w: w * (x * (x.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt()), r(2, 4, 6), r(6)),
+    "rms_norm by hand": (
+        lambda x, w: w * (x * (x.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt()),
+        r(2, 4, 6),
+        r(6),
+    ),
     "group_norm": (lambda x, w, b: F.group_norm(x, 2, w, b), r(2, 4, 6), r(4), r(4)),
     "group_norm 2d": (lambda x: F.group_norm(x, 4), r(4, 4, 4, 2)),
     "group_norm flat": (lambda x, w, b: F.group_norm(x, 2, w, b), r(4, 4), r(4), r(4)),
-    "batch_norm": (lambda x, m, v, w, b: F.batch_norm(x, m, v, w, b, **bn), r(4, 6, 4), r(6), r(6) ** 2, r(6), r(6)),
+    "batch_norm": (
+        lambda x, m, v, w, b: F.batch_norm(x, m, v, w, b, **bn),
+        r(4, 6, 4),
+        r(6),
+        r(6) ** 2,
+        r(6),
+        r(6),
+    ),
     "batch_norm 2d input": (lambda x, m, v: F.batch_norm(x, m, v, **bn), r(4, 6), r(6), r(6) ** 2),
-    "batch_norm square": (lambda x, m, v, w, b: F.batch_norm(x, m, v, w, b, **bn), r(4, 4), *[r(4) ** 2] * 4),
+    "batch_norm square": (
+        lambda x, m, v, w, b: F.batch_norm(x, m, v, w, b, **bn),
+        r(4, 4),
+        *[r(4) ** 2] * 4,
+    ),
     "batch_norm no stats": (lambda x: F.batch_norm(x, None, None, training=True), r(4, 6, 4)),
-    "batch_norm eval": (lambda x, m, v, w, b: F.batch_norm(x, m, v, w, b), r(4, 6, 4), r(6), r(6) ** 2, r(6), r(6)),
+    "batch_norm eval": (
+        lambda x, m, v, w, b: F.batch_norm(x, m, v, w, b),
+        r(4, 6, 4),
+        r(6),
+        r(6) ** 2,
+        r(6),
+        r(6),
+    ),
     "batch_norm legit": (
-        lambda x, w, b, m, v: a._native_batch_norm_legit(x, w, b, m.clone(), v.clone(), True, 0.1, 1e-5),
+        lambda x, w, b, m, v: a._native_batch_norm_legit(
+            x, w, b, m.clone(), v.clone(), True, 0.1, 1e-5
+        ),
         r(4, 6, 2),
         *[r(6) ** 2] * 4,
     ),
@@ -592,7 +730,10 @@ SPATIAL = {
     "upsample_nearest3d": (lambda x: F.interpolate(x, scale_factor=2), X5),
     "upsample_linear1d": (lambda x: F.interpolate(x, scale_factor=2, mode="linear"), X3),
     "upsample_bilinear2d": (lambda x: F.interpolate(x, size=(4, 4), mode="bilinear"), X4),
-    "upsample_bicubic2d": (lambda x: F.interpolate(x, scale_factor=2, mode="bicubic", align_corners=True), X4),
+    "upsample_bicubic2d": (
+        lambda x: F.interpolate(x, scale_factor=2, mode="bicubic", align_corners=True),
+        X4,
+    ),
     "upsample_trilinear3d": (lambda x: F.interpolate(x, scale_factor=2, mode="trilinear"), X5),
     "pad": (lambda x: F.pad(x, (1, 2)), X4),
     "pad channels": (lambda x: F.pad(x, (0, 0, 1, 1, 0, 2)), X4),
@@ -612,7 +753,11 @@ SPATIAL = {
     "unfold": (lambda x: F.unfold(x, 2), X4),
     "fold": (lambda x: F.fold(x, (4, 4), 2, stride=2), r(2, 16, 4)),
     "tensor unfold": (lambda x: x.unfold(1, 2, 2), r(4, 6)),
-    "grid_sample": (lambda x, g: F.grid_sample(x, g.tanh(), align_corners=False), X4, r(2, 4, 4, 2)),
+    "grid_sample": (
+        lambda x, g: F.grid_sample(x, g.tanh(), align_corners=False),
+        X4,
+        r(2, 4, 4, 2),
+    ),
     "lp_pool": (lambda x: F.lp_pool2d(x.abs(), 2, 2), X4),
 }
 
@@ -625,7 +770,11 @@ POINTWISE = {
     "add 0d": (lambda x, y: torch.add(x, y, alpha=3), r(4, 6), r(1)[0]),
     "add itself transposed": (lambda x: x + x.t(), r(4, 4)),
     "outer difference": (lambda x: x[:, None] - x[None, :], r(4)),
-    "add factored": (lambda x, y: x.view(4, 3, 2).reshape(4, 6) + y.view(4, 2, 3).reshape(4, 6), r(4, 6), r(24)),
+    "add factored": (
+        lambda x, y: x.view(4, 3, 2).reshape(4, 6) + y.view(4, 2, 3).reshape(4, 6),
+        r(4, 6),
+        r(24),
+    ),
     "mul": (lambda x, y: x * y, r(4, 6), r(4, 1)),
     "where": (torch.where, mask(4, 1), r(6), r(4, 6)),
     "where scalar": (lambda m, x: torch.where(m, x, 0.0), mask(4, 6), r(4, 6)),
@@ -641,13 +790,20 @@ POINTWISE = {
     "zero_": (lambda x: x.clone().zero_(), r(4, 6)),
     "fill_": (lambda x: x.clone().fill_(2.0), r(4, 6)),
     "fill_ tensor": (lambda x, y: x.clone().fill_(y), r(4, 6), r(1)[0]),
-    "setitem": (lambda x, y: x.clone().__setitem__((slice(None), slice(0, 3)), y), r(4, 6), r(4, 3)),
+    "setitem": (
+        lambda x, y: x.clone().__setitem__((slice(None), slice(0, 3)), y),
+        r(4, 6),
+        r(4, 3),
+    ),
     "to": (lambda x: x.to(torch.float32).double(), r(4, 6)),
     "clone": (lambda x: x.clone().contiguous(), r(4, 6)),
     "detach": (lambda x: x.detach(), r(4, 6)),
     "alias": (lambda x: a.alias(x), r(4, 6)),
     "lift": (lambda x: a.lift_fresh(x), r(4, 6)),
-    "likes": (lambda x: (torch.zeros_like(x), torch.ones_like(x), torch.full_like(x, 3.0)), r(4, 6)),
+    "likes": (
+        lambda x: (torch.zeros_like(x), torch.ones_like(x), torch.full_like(x, 3.0)),
+        r(4, 6),
+    ),
     "new_zeros": (lambda x: x.new_zeros(4, 6) + x, r(4, 6)),
     "lerp": (torch.lerp, r(4, 6), r(4, 6) * 2, r(6)),
     "addcmul": (torch.addcmul, r(4, 6), r(4, 1), r(6)),
@@ -669,8 +825,8 @@ POINTWISE = {
     "nan_to_num": (torch.nan_to_num, r(4, 6)),
 }
 for name in (
-    "relu gelu silu mish tanh sigmoid hardtanh hardswish hardsigmoid leaky_relu elu selu celu softplus softsign relu6 "
-    "logsigmoid tanhshrink softshrink hardshrink threshold rrelu"
+    "relu gelu silu mish tanh sigmoid hardtanh hardswish hardsigmoid leaky_relu elu selu celu"
+    " softplus softsign relu6 logsigmoid tanhshrink softshrink hardshrink threshold rrelu"
 ).split():
     kw = {"threshold": (0.1, 3.0)}.get(name, ())
     POINTWISE[name] = (lambda x, n=name, kw=kw: getattr(F, n)(x, *kw), r(4, 6))
@@ -681,7 +837,11 @@ for (
 for (
     name
 ) in "sub div pow atan2 fmod remainder eq lt logical_and minimum hypot xlogy logaddexp copysign floor_divide".split():
-    POINTWISE[name] = (lambda x, y, n=name: getattr(torch, n)(x, y), r(4, 6).abs() + 1, r(6).abs() + 1)
+    POINTWISE[name] = (
+        lambda x, y, n=name: getattr(torch, n)(x, y),
+        r(4, 6).abs() + 1,
+        r(6).abs() + 1,
+    )
 
 SPATIAL |= {
     **{
@@ -705,10 +865,19 @@ SPATIAL |= {
     "pixel_unshuffle 3d": (lambda x: F.pixel_unshuffle(x, 2), r(4, 4, 6)),
     "unfold unbatched": (lambda x: F.unfold(x, 2), r(4, 4, 4)),
     "fold unbatched": (lambda x: F.fold(x, (4, 4), 2, stride=2), r(16, 4)),
-    "fft": (lambda x: torch.fft.ifft(torch.fft.fft(torch.fft.irfft(torch.fft.rfft(x), n=6), dim=1), dim=0), r(2, 4, 6)),
+    "fft": (
+        lambda x: torch.fft.ifft(
+            torch.fft.fft(torch.fft.irfft(torch.fft.rfft(x), n=6), dim=1), dim=0
+        ),
+        r(2, 4, 6),
+    ),
     "rfft2": (lambda x: torch.fft.rfft2(x, dim=(1, 2)), r(2, 4, 6, 4)),
     "embedding_bag": (F.embedding_bag, ids(8, 2, 4), r(8, 6)),
-    "embedding_bag max": (lambda i, w: F.embedding_bag(i, w, torch.tensor([0, 2]), mode="max"), ids(8, 6), r(8, 6)),
+    "embedding_bag max": (
+        lambda i, w: F.embedding_bag(i, w, torch.tensor([0, 2]), mode="max"),
+        ids(8, 6),
+        r(8, 6),
+    ),
     "embedding_bag weighted": (
         lambda i, w, p: F.embedding_bag(i, w, per_sample_weights=p, mode="sum"),
         ids(8, 2, 4),
@@ -718,7 +887,10 @@ SPATIAL |= {
     "bilinear": (F.bilinear, r(2, 4, 6), r(2, 4, 8), r(4, 6, 8), r(4)),
     "weight_norm": (lambda v, g: torch._weight_norm(v, g, 0), r(4, 6, 2), r(4, 1, 1)),
     "weight_norm last": (lambda v, g: torch._weight_norm(v, g, 2), r(4, 6, 8), r(1, 1, 8)),
-    "new": (lambda x: (x.new_ones(4, 2), x.new_full((4, 6, 2), 3.0), x.new_empty(4, 6).fill_(2) + x), r(4, 6)),
+    "new": (
+        lambda x: (x.new_ones(4, 2), x.new_full((4, 6, 2), 3.0), x.new_empty(4, 6).fill_(2) + x),
+        r(4, 6),
+    ),
     "hardswish_": (lambda x: F.hardswish(x.clone(), inplace=True), r(4, 6)),
     "group_norm groups of one": (lambda x, w: F.group_norm(x, 4, w), r(2, 4, 6), r(4)),
     "instance_norm": (lambda x, w, b: F.instance_norm(x, weight=w, bias=b), r(2, 4, 6), r(4), r(4)),
@@ -729,14 +901,19 @@ CASES = {**PRODUCTS, **VIEWS, **INDEXING, **REDUCTIONS, **NORMS, **SPATIAL, **PO
 # Registered operators that no case can reach, and why.
 UNREACHED = {
     "higher_order::flex_attention": "an operator that is given functions: tests/test_transforms.py",
-    **dict.fromkeys("reshape contiguous chunk tensor_split unsafe_chunk argsort norm rms_norm".split(), "decomposed"),
     **dict.fromkeys(
-        "_scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention cudnn_batch_norm "
-        "_scaled_dot_product_cudnn_attention miopen_batch_norm".split(),
+        "reshape contiguous chunk tensor_split unsafe_chunk argsort norm rms_norm".split(),
+        "decomposed",
+    ),
+    **dict.fromkeys(
+        "_scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention"
+        " cudnn_batch_norm _scaled_dot_product_cudnn_attention miopen_batch_norm".split(),
         "no CPU kernel",
     ),
     **dict.fromkeys("bernoulli_ native_dropout dropout".split(), "random: placed by the layout"),
-    **dict.fromkeys("uniform_ normal_ exponential_ rand_like randn_like".split(), "random: see the test of them"),
+    **dict.fromkeys(
+        "uniform_ normal_ exponential_ rand_like randn_like".split(), "random: see the test of them"
+    ),
     "_fused_rms_norm": "decomposed on the CPU",
     **dict.fromkeys(["empty_like", "new_empty"], "its values are anything"),
     "_embedding_bag": "_embedding_bag_forward_only where no gradients are wanted",
@@ -757,7 +934,9 @@ def test_every_rule_has_a_case_and_claims_something_that_holds():
             found = check(f, inputs)
         except Exception:  # the case's own test reports it
             found = {
-                n.op._schema.name.removeprefix("aten::"): 1 for c in trace_function(f, inputs).calls for n in c.nodes
+                n.op._schema.name.removeprefix("aten::"): 1
+                for c in trace_function(f, inputs).calls
+                for n in c.nodes
             }
         for name, claims in found.items():
             held[name] = held.get(name, 0) + claims
@@ -785,11 +964,19 @@ def test_every_rule_has_a_case_and_claims_something_that_holds():
     ],
 )
 def test_noise_is_never_drawn_a_shard_at_a_time(noise):
-    """Ranks with one seed would draw the same noise for each shard: not what the whole model draws."""
+    """Ranks with one seed would draw the same noise for each shard: not what the whole model
+    draws."""
     graph = trace_function(noise, [r(2, 4, 8, 6)])
     axes = Axes(graph)
-    nodes = [n for call in graph.calls for n in call.nodes if torch.Tag.nondeterministic_seeded in n.op.tags]
+    nodes = [
+        n
+        for call in graph.calls
+        for n in call.nodes
+        if torch.Tag.nondeterministic_seeded in n.op.tags
+    ]
     for node in nodes:
         for v in node.inputs:
-            assert axes.effect(node).whole.get(v.id, set()) >= {f for d in axes.final(v) for f in d}, node.op
+            assert axes.effect(node).whole.get(v.id, set()) >= {
+                f for d in axes.final(v) for f in d
+            }, node.op
     assert nodes

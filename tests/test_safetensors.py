@@ -1,5 +1,5 @@
-"""Weights in safetensors files: round trips bit for bit in every layout, to and from transformers; what does not fit
-raises on every rank."""
+"""Weights in safetensors files: round trips bit for bit in every layout, to and from transformers;
+what does not fit raises on every rank."""
 
 import json
 import resource
@@ -26,7 +26,11 @@ SIZES = dict(vocab_size=97, num_hidden_layers=1, hidden_size=32, num_attention_h
 
 def llama(tied=False):
     config = transformers.LlamaConfig(
-        **SIZES, num_key_value_heads=2, intermediate_size=44, tie_word_embeddings=tied, max_position_embeddings=64
+        **SIZES,
+        num_key_value_heads=2,
+        intermediate_size=44,
+        tie_word_embeddings=tied,
+        max_position_embeddings=64,
     )
     return transformers.LlamaForCausalLM(config).eval()
 
@@ -37,18 +41,28 @@ def tied_llama():
 
 def gpt2():
     config = transformers.GPT2Config(
-        vocab_size=98, n_positions=32, n_embd=32, n_layer=1, n_head=4, bos_token_id=1, eos_token_id=2
+        vocab_size=98,
+        n_positions=32,
+        n_embd=32,
+        n_layer=1,
+        n_head=4,
+        bos_token_id=1,
+        eos_token_id=2,
     )
     return transformers.GPT2LMHeadModel(config).eval()
 
 
 class Odd(nn.Module):
-    """Every dtype, a number, nothing, a persistent and a passing buffer, sizes that ranks do not divide; a fused
-    weight; a convolution."""
+    """Every dtype, a number, nothing, a persistent and a passing buffer, sizes that ranks do not
+    divide; a fused weight; a convolution."""
 
     def __init__(self):
         super().__init__()
-        self.qkv, self.out, self.f = nn.Linear(12, 36), nn.Linear(12, 12, bias=False), nn.Linear(12, 13)
+        self.qkv, self.out, self.f = (
+            nn.Linear(12, 36),
+            nn.Linear(12, 12, bias=False),
+            nn.Linear(12, 13),
+        )
         self.conv = nn.Conv1d(13, 8, 3)
         self.scale, self.none = nn.Parameter(torch.tensor([2.5])), nn.Parameter(torch.empty(0, 3))
         self.register_buffer("mask", torch.rand(3) > 0.5)
@@ -120,7 +134,10 @@ def same(model, other, what=""):
     for name, t in its.items():
         a, b = whole(mine[name]), whole(t)
         assert a.dtype == b.dtype and a.shape == b.shape, (what, name)
-        assert a.flatten().view(torch.uint8).tolist() == b.flatten().view(torch.uint8).tolist(), (what, name)
+        assert a.flatten().view(torch.uint8).tolist() == b.flatten().view(torch.uint8).tolist(), (
+            what,
+            name,
+        )
 
 
 def written(folder):
@@ -129,7 +146,10 @@ def written(folder):
 
 def save_alone(folder, model):
     folder.mkdir()
-    save_file({n: t.contiguous().clone() for n, t in model.state_dict().items()}, folder / "any.safetensors")
+    save_file(
+        {n: t.contiguous().clone() for n, t in model.state_dict().items()},
+        folder / "any.safetensors",
+    )
 
 
 # ---- one process
@@ -153,7 +173,9 @@ def test_one_process(build, tmp_path):
         if build is not Odd:
             other = type(model).from_pretrained(tmp_path / folder)
             same(other, model)
-            other.save_pretrained(tmp_path / "theirs", max_shard_size="30KB" if folder == "many" else "5GB")
+            other.save_pretrained(
+                tmp_path / "theirs", max_shard_size="30KB" if folder == "many" else "5GB"
+            )
             load_safetensors(tmp_path / "theirs", mine := make(build, 2), progress=False)
             same(mine, model)
     file = tmp_path / "one" / "model.safetensors"
@@ -162,7 +184,9 @@ def test_one_process(build, tmp_path):
     load_model(other := make(build, 1), file)
     same(other, model)
     header = file.read_bytes()[8:]
-    assert json.JSONDecoder().raw_decode(header.decode("latin1"))[0]["__metadata__"] == {"format": "pt"}
+    assert json.JSONDecoder().raw_decode(header.decode("latin1"))[0]["__metadata__"] == {
+        "format": "pt"
+    }
 
 
 def test_an_export_replaces_an_earlier_one(tmp_path):
@@ -190,23 +214,34 @@ def test_every_dtype_and_no_tqdm(tmp_path, monkeypatch):
     assert load_safetensors(tmp_path / "model.safetensors", other) == ([], [])
     for name, t in model.named_buffers():
         for found in theirs[name], getattr(other, name):
-            assert found.dtype == t.dtype and torch.equal(found.view(torch.uint8), t.view(torch.uint8)), t.dtype
+            assert found.dtype == t.dtype and torch.equal(
+                found.view(torch.uint8), t.view(torch.uint8)
+            ), t.dtype
 
 
 # ---- every layout
 
 
-@pytest.mark.parametrize("n, layout", [(2, "tp"), (4, "tp"), (4, "fsdp"), (4, "hsdp"), (4, "replicas")])
+@pytest.mark.parametrize(
+    "n, layout", [(2, "tp"), (4, "tp"), (4, "fsdp"), (4, "hsdp"), (4, "replicas")]
+)
 def test_layouts(n, layout, tmp_path):
-    """A sharded model's files are those of the whole one, byte for byte, and fill sharded models, live and on meta."""
-    builds = {"2-tp": (gpt2, Odd), "4-tp": (tied_llama, Odd), "4-fsdp": (tied_llama, gpt2, Odd)}.get(
-        f"{n}-{layout}", [Odd]
-    )
+    """A sharded model's files are those of the whole one, byte for byte, and fill sharded models,
+    live and on meta."""
+    builds = {
+        "2-tp": (gpt2, Odd),
+        "4-tp": (tied_llama, Odd),
+        "4-fsdp": (tied_llama, gpt2, Odd),
+    }.get(f"{n}-{layout}", [Odd])
     for build in builds:
-        export_safetensors(tmp_path / f"{build.__name__}-whole", make(build), max_shard_size="9KB", progress=False)
+        export_safetensors(
+            tmp_path / f"{build.__name__}-whole", make(build), max_shard_size="9KB", progress=False
+        )
 
     def ranks(rank):
-        if n == 4:  # so that blocks are read and written in many pieces, of rows and of parts of rows
+        if (
+            n == 4
+        ):  # so that blocks are read and written in many pieces, of rows and of parts of rows
             safetensors._BUFFER = 100
         for build in builds:
             folder, model, expected = tmp_path / build.__name__, make(build), make(build)
@@ -215,7 +250,10 @@ def test_layouts(n, layout, tmp_path):
             dist.barrier()
             a, b = written(folder), written(tmp_path / f"{build.__name__}-whole")
             assert a.keys() == b.keys()
-            assert all(a[name] == b[name] for name in b), (build, [name for name in b if a[name] != b[name]])
+            assert all(a[name] == b[name] for name in b), (
+                build,
+                [name for name in b if a[name] != b[name]],
+            )
             for t in model.state_dict().values():
                 (t.to_local() if isinstance(t, DTensor) else t).zero_()
             load_safetensors(folder, model, progress=False)
@@ -224,7 +262,11 @@ def test_layouts(n, layout, tmp_path):
             load_safetensors(folder, meta, progress=False)
             same(meta, expected, build)
             for (name, p), q in zip(meta.named_parameters(), model.parameters()):
-                assert p.placements == q.placements and p.device_mesh == q.device_mesh and p.requires_grad, name
+                assert (
+                    p.placements == q.placements
+                    and p.device_mesh == q.device_mesh
+                    and p.requires_grad
+                ), name
             if build is not Odd:
                 assert meta.lm_head.weight is meta.get_input_embeddings().weight
             torch.testing.assert_close(call(meta, build), call(expected, build))
@@ -279,7 +321,11 @@ def broken_files(folder):
         last = max(header, key=lambda n: header[n].get("data_offsets", [-1])[0])
         start, end = header[last]["data_offsets"]
         entry = {**header[last], "data_offsets": [start + by, end + by]}
-        return written(name, json.dumps({**header, last: entry}).encode(), data[8 + length :] + b"\0" * max(by, 0))
+        return written(
+            name,
+            json.dumps({**header, last: entry}).encode(),
+            data[8 + length :] + b"\0" * max(by, 0),
+        )
 
     def index(name, content):
         (folder / f"{name}.safetensors.index.json").write_text(content)
@@ -303,22 +349,31 @@ def broken_files(folder):
     yield changed("short", data_offsets=[0, 572]), "out.weight of"
     yield changed("dtype", dtype="F4"), "out.weight of .*F4"
     text, twice = data[8 : 8 + length], json.dumps(header)[:-1] + ', "f.bias": {}}'
-    yield file("trailing", data + b"\0" * 3), "trailing.safetensors: .*3 bytes after the end of .*, the last tensor"
-    yield file(
-        "shorter header", struct.pack("<Q", length - 1) + data[8:]
-    ), "shorter header.safetensors: expected a whole"
-    yield written(
-        "longer header", text + b" " * 8, data[16 + length :]
-    ), "longer header.safetensors: .*expected a whole"
+    yield (
+        file("trailing", data + b"\0" * 3),
+        "trailing.safetensors: .*3 bytes after the end of .*, the last tensor",
+    )
+    yield (
+        file("shorter header", struct.pack("<Q", length - 1) + data[8:]),
+        "shorter header.safetensors: expected a whole",
+    )
+    yield (
+        written("longer header", text + b" " * 8, data[16 + length :]),
+        "longer header.safetensors: .*expected a whole",
+    )
     yield written("longer", text + b"{"), "longer.safetensors: expected a whole"
     yield moved("overlap", -1), "overlap.safetensors: .* overlaps with"
     yield moved("hole", 1), "hole.safetensors: .* begins 1 bytes after the end of"
     yield written("twice", twice.encode()), "twice.safetensors: .*f.bias is there twice"
-    yield written(
-        "metadata", json.dumps({**header, "__metadata__": {"a": 1}}).encode()
-    ), "metadata.*: .*no map of texts"
+    yield (
+        written("metadata", json.dumps({**header, "__metadata__": {"a": 1}}).encode()),
+        "metadata.*: .*no map of texts",
+    )
     yield changed("true", shape=[True, 144]), "true.safetensors: .*out.weight of"
-    yield written("utf-16", json.dumps(header).encode("utf-16")), "utf-16.safetensors: expected a whole"
+    yield (
+        written("utf-16", json.dumps(header).encode("utf-16")),
+        "utf-16.safetensors: expected a whole",
+    )
     yield index("text", "{"), "expected an index"
     yield index("map", '{"weight_map": 3}'), "expected an index"
     yield index("gone", '{"weight_map": {"a": "gone.safetensors"}}'), "gone.safetensors"
@@ -328,8 +383,10 @@ def broken_files(folder):
     weights["out.weight"], weights["qkv.weight"] = torch.zeros(12, 11), torch.zeros(12, 36)
     save_file(weights, folder / "names.safetensors")
     listed = (
-        "4 of its tensors differ:\n  f.bias: missing from the file\n  prefix.f.bias: not in the model\n"
-        r"  qkv.weight: expected shape \(36, 12\), found \(12, 36\)\n  out.weight: expected shape \(12, 12\), found \(12, 11\)"
+        "4 of its tensors differ:\n  f.bias: missing from the file\n  prefix.f.bias: not in the"
+        " model\n"
+        r"  qkv.weight: expected shape \(36, 12\), found \(12, 36\)\n  out.weight: expected shape"
+        r" \(12, 12\), found \(12, 11\)"
     )
     yield folder / "names.safetensors", listed
 
@@ -357,8 +414,8 @@ def test_files_that_do_not_fit(tmp_path):
 
 
 def test_not_strict(tmp_path):
-    """Names that do not fit are returned; of other dtypes, values are cast; what is missing stays, or gets first
-    values."""
+    """Names that do not fit are returned; of other dtypes, values are cast; what is missing stays,
+    or gets first values."""
 
     def ranks(rank):
         given = {n: t for n, t in make(Odd).double().state_dict().items() if not n.startswith("f.")}
@@ -367,7 +424,10 @@ def test_not_strict(tmp_path):
             save_file(given, tmp_path / "model.safetensors")
         dist.barrier()
         model = split(make(Odd, 1), Odd, "tp")
-        assert load_safetensors(tmp_path, model, strict=False, progress=False) == (["f.weight", "f.bias"], ["more"])
+        assert load_safetensors(tmp_path, model, strict=False, progress=False) == (
+            ["f.weight", "f.bias"],
+            ["more"],
+        )
         expected = make(Odd, 1)
         expected.load_state_dict(given, strict=False)
         same(model, expected)
@@ -383,8 +443,8 @@ def test_not_strict(tmp_path):
 
 
 def test_exports_that_fail(tmp_path):
-    """A folder that cannot be written, a full disk on one rank, weights without values: an error on every rank, and the
-    folder is as it was."""
+    """A folder that cannot be written, a full disk on one rank, weights without values: an error on
+    every rank, and the folder is as it was."""
     (tmp_path / "file").write_text("")
     big = tmp_path / "full"
     export_safetensors(big, make(Odd), progress=False)

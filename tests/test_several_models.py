@@ -19,7 +19,8 @@ def mlp():
 
 
 def test_threads():
-    """Two threads split a model each, and call it in ways that are new to it: each computes as the whole does."""
+    """Two threads split a model each, and call it in ways that are new to it: each computes as the
+    whole does."""
 
     def ranks(rank):
         groups = [DeviceMesh.from_group(dist.new_group([0, 1]), "cpu") for _ in range(2)]
@@ -29,7 +30,9 @@ def test_threads():
         def work(i):
             try:
                 whole = copy.deepcopy(models[i])
-                model = apply_tensor_parallel(models[i], mesh=groups[i], example_inputs=double((torch.ones(5, 16),)))
+                model = apply_tensor_parallel(
+                    models[i], mesh=groups[i], example_inputs=double((torch.ones(5, 16),))
+                )
                 for step in range(30):
                     model.train(step % 10 < 5), whole.train(step % 10 < 5)
                     with torch.set_grad_enabled(step % 4 < 2):
@@ -54,7 +57,12 @@ class Student(nn.Module):
 
     def __init__(self, teacher):
         super().__init__()
-        self.a, self.b, self.teacher, self.ask = nn.Linear(16, 64), nn.Linear(64, 16), [teacher], True
+        self.a, self.b, self.teacher, self.ask = (
+            nn.Linear(16, 64),
+            nn.Linear(64, 16),
+            [teacher],
+            True,
+        )
 
     def forward(self, x):
         y = self.b(self.a(x).relu())
@@ -62,7 +70,8 @@ class Student(nn.Module):
 
 
 def test_a_split_model_within_anothers_forward():
-    """Refused when it is planned, and when a call that was not planned comes to it; called outside it is right."""
+    """Refused when it is planned, and when a call that was not planned comes to it; called outside
+    it is right."""
 
     def ranks(rank):
         x, teacher, whole = double(torch.ones(5, 16)), make(mlp), make(mlp)
@@ -70,7 +79,8 @@ def test_a_split_model_within_anothers_forward():
         for example in {"example_inputs": (x,)}, {}:
             student = make(lambda: Student(teacher))
             with pytest.raises(
-                RuntimeError, match="Sequential: expected a forward that calls no model which was split"
+                RuntimeError,
+                match="Sequential: expected a forward that calls no model which was split",
             ):
                 apply_tensor_parallel(student, 2, **example)
         student = make(lambda: Student(teacher))
@@ -105,12 +115,16 @@ class Both(nn.Module):
 
 
 def test_a_backbone_of_two_models():
-    """Split in one and then in the other it is refused; split as parts of one module both are right."""
+    """Split in one and then in the other it is refused; split as parts of one module both are
+    right."""
 
     def ranks(rank):
         x, one_by_one = double(torch.ones(5, 16)), make(Both)
         actor = apply_tensor_parallel(one_by_one.actor, 2, example_inputs=(x,))
-        with pytest.raises(ValueError, match="body: expected modules of one model, found one that is a part of a Head"):
+        with pytest.raises(
+            ValueError,
+            match="body: expected modules of one model, found one that is a part of a Head",
+        ):
             apply_tensor_parallel(one_by_one.critic, 2, example_inputs=(x,))
         whole, both = make(Both), make(Both)
         compare(actor, whole.actor, (x,))

@@ -1,4 +1,5 @@
-"""Modules that keep something from one call to the next, and loops whose length follows from the inputs."""
+"""Modules that keep something from one call to the next, and loops whose length follows from the
+inputs."""
 
 import torch
 import torch.nn.functional as F

@@ -18,7 +18,11 @@ def test_the_failing_rank_raises_its_own_and_the_others_tell_which():
     def ranks(rank):
         with together():
             pass
-        what = (BaseException, "mine") if rank == 1 else (RuntimeError, "another rank: rank 1: BaseException: mine")
+        what = (
+            (BaseException, "mine")
+            if rank == 1
+            else (RuntimeError, "another rank: rank 1: BaseException: mine")
+        )
         with pytest.raises(what[0], match=f"^(failed on )?{what[1]}$"), together():
             if rank == 1:
                 raise BaseException("mine")
@@ -28,7 +32,11 @@ def test_the_failing_rank_raises_its_own_and_the_others_tell_which():
             with together():
                 pass
             raise AssertionError("went on")
-        with pytest.raises(KeyError if rank == 2 else RuntimeError, match="mine"), together(), together():
+        with (
+            pytest.raises(KeyError if rank == 2 else RuntimeError, match="mine"),
+            together(),
+            together(),
+        ):
             if rank == 2:
                 raise KeyError("mine")
         pair = [dist.new_group([0, 1]), dist.new_group([2, 3])][rank // 2]

@@ -1,4 +1,5 @@
-"""Tools around a split model see what the model computes, not how it was planned, and the model is none the worse."""
+"""Tools around a split model see what the model computes, not how it was planned, and the model is
+none the worse."""
 
 import copy
 
@@ -59,7 +60,10 @@ class Watched(TorchFunctionMode):
 
 COUNTERS = {
     "flops": (lambda: FlopCounterMode(display=False), lambda mode: mode.get_total_flops()),
-    "collectives": (CommDebugMode, lambda mode: {str(op): n for op, n in mode.get_comm_counts().items()}),
+    "collectives": (
+        CommDebugMode,
+        lambda mode: {str(op): n for op, n in mode.get_comm_counts().items()},
+    ),
     "operators": (Counted, lambda mode: mode.count),
     "modules": (ModuleTracker, lambda mode: 0),
     "functions": (Watched, lambda mode: 0),
@@ -95,13 +99,20 @@ def test_the_first_calls_under_a_tool_count_what_later_ones_do():
         with plain, torch.no_grad():
             make(Model)(inputs())
         assert 0 < counts["flops"][0] <= 3 * plain.get_total_flops() / 2
-        assert counts["collectives"][0]["c10d.allreduce_"] == 3  # of two blocks, forward; and backward, of the second
+        assert (
+            counts["collectives"][0]["c10d.allreduce_"] == 3
+        )  # of two blocks, forward; and backward, of the second
 
 
 def test_a_model_is_split_under_a_tool():
     def ranks(rank):
         x, whole = inputs(), make(Model)
-        for tool in FlopCounterMode(display=False), CommDebugMode(), Counted(), torch.device("meta"):
+        for tool in (
+            FlopCounterMode(display=False),
+            CommDebugMode(),
+            Counted(),
+            torch.device("meta"),
+        ):
             model = make(Model)
             with tool as mode:
                 apply_tensor_parallel(model, 2, example_inputs=(x,))
@@ -151,7 +162,10 @@ def test_parameters_of_size_0_and_of_no_dim_and_sparse_buffers():
         loss_of(y).backward(), loss_of(expected).backward()
         same_grads(model, whole)
         plan = model.tensor_parallel_plan
-        assert plan["a.weight"].how == "local" and plan["none"].how == plan["scale"].how == "replicated"
+        assert (
+            plan["a.weight"].how == "local"
+            and plan["none"].how == plan["scale"].how == "replicated"
+        )
 
     run_ranks(ranks, 2)
 

@@ -1,5 +1,5 @@
-"""torch.nn's own composite modules: attention, transformers and their fast paths, recurrent layers, embeddings with
-options."""
+"""torch.nn's own composite modules: attention, transformers and their fast paths, recurrent layers,
+embeddings with options."""
 
 import contextlib
 import copy
@@ -102,7 +102,9 @@ def test_restated_attention(of, mask):
             )
 
         given = [query, key, value, packed, *apart.values(), bias, *bias_kv, *out, attn_mask]
-        both(function, list({id(x): x for x in given if x is not None and x.requires_grad}.values()))
+        both(
+            function, list({id(x): x for x in given if x is not None and x.requires_grad}.values())
+        )
 
 
 @own_process
@@ -110,14 +112,24 @@ def test_restated_dropout_in_attention():
     torch.manual_seed(0)
     q, k, v = (randn(2, h, 5, 8, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2))
     wide = k.repeat_interleave(2, 1).detach().requires_grad_()
-    nothing = (torch.rand(5, 5) > 0.5) & (torch.arange(5) > 0).unsqueeze(1)  # the first query sees no key
+    nothing = (torch.rand(5, 5) > 0.5) & (torch.arange(5) > 0).unsqueeze(
+        1
+    )  # the first query sees no key
     for options in (
         {"is_causal": True},
         {"attn_mask": nothing},
         {"attn_mask": randn(2, 1, 5, 5).double(), "scale": 0.3},
     ):
-        both(lambda: [F.scaled_dot_product_attention(q, wide, wide, dropout_p=0.4, **options)], [q, wide])
-        both(lambda: [F.scaled_dot_product_attention(q, k, v, dropout_p=0.4, enable_gqa=True, **options)], [q, k, v])
+        both(
+            lambda: [F.scaled_dot_product_attention(q, wide, wide, dropout_p=0.4, **options)],
+            [q, wide],
+        )
+        both(
+            lambda: [
+                F.scaled_dot_product_attention(q, k, v, dropout_p=0.4, enable_gqa=True, **options)
+            ],
+            [q, k, v],
+        )
 
 
 def test_restated_attention_refuses_what_torch_refuses():
@@ -141,8 +153,8 @@ def test_restated_attention_refuses_what_torch_refuses():
 
 
 def check_all(cases, n=2, modes=("train", "eval"), share=None):
-    """One launch for many models, (build, inputs of calls, ...): training with gradients; in eval mode under no_grad,
-    the first call with gradients and under inference_mode too."""
+    """One launch for many models, (build, inputs of calls, ...): training with gradients; in eval
+    mode under no_grad, the first call with gradients and under inference_mode too."""
 
     def ranks(rank):
         for name, (build, *calls) in cases.items():
@@ -151,8 +163,12 @@ def check_all(cases, n=2, modes=("train", "eval"), share=None):
                 given = [double(f()) for f in calls]
                 sharded = None
                 try:
-                    sharded, whole = pair(build, n, mode == "train", example_inputs=copy.deepcopy(given[0]))
-                    assert share is None or share_of(sharded) <= share, f"holds {share_of(sharded):.1%}"
+                    sharded, whole = pair(
+                        build, n, mode == "train", example_inputs=copy.deepcopy(given[0])
+                    )
+                    assert (
+                        share is None or share_of(sharded) <= share
+                    ), f"holds {share_of(sharded):.1%}"
                     for i, x in enumerate(given):
                         if mode == "train" or i == 0:
                             compare(sharded, whole, x)
@@ -164,7 +180,9 @@ def check_all(cases, n=2, modes=("train", "eval"), share=None):
                     for (p_name, p), q in zip(sharded.named_parameters(), whole.parameters()):
                         close(p.detach().full_tensor(), q.detach(), p_name)  # max_norm writes to it
                 except Exception as error:
-                    error.add_note(f"{name}, {mode}\n{getattr(sharded, 'tensor_parallel_plan', None)}")
+                    error.add_note(
+                        f"{name}, {mode}\n{getattr(sharded, 'tensor_parallel_plan', None)}"
+                    )
                     raise
 
     run_ranks(ranks, n, timeout=120)
@@ -220,13 +238,22 @@ TRANSFORMERS = {
     "encoder, norm first": (
         encoder(2, norm_first=True, batch_first=False),
         lambda: {"src": randn(5, 2, 32)},
-        lambda: {"src": randn(6, 2, 32), "src_key_padding_mask": padding(2, 6), "mask": torch.rand(6, 6) > 0.8},
+        lambda: {
+            "src": randn(6, 2, 32),
+            "src_key_padding_mask": padding(2, 6),
+            "mask": torch.rand(6, 6) > 0.8,
+        },
     ),
     "no bias": (encoder(bias=False, dropout=0.0), lambda: {"src": randn(2, 5, 32)}),
     "decoder": (
         lambda: nn.TransformerDecoder(nn.TransformerDecoderLayer(32, 4, 64, batch_first=True), 1),
         lambda: {"tgt": randn(2, 5, 32), "memory": randn(2, 4, 32)},
-        lambda: {"tgt": randn(2, 5, 32), "memory": randn(2, 4, 32), "tgt_mask": causal(5), "tgt_is_causal": True},
+        lambda: {
+            "tgt": randn(2, 5, 32),
+            "memory": randn(2, 4, 32),
+            "tgt_mask": causal(5),
+            "tgt_is_causal": True,
+        },
     ),
     "encoder and decoder": (
         lambda: nn.Transformer(32, 4, 1, 1, 64, batch_first=True),
@@ -235,7 +262,9 @@ TRANSFORMERS = {
             "src": randn(2, 5, 32),
             "tgt": randn(2, 4, 32),
             "tgt_mask": causal(4),
-            "src_key_padding_mask": padding(2, 5),  # and no memory_key_padding_mask: what the padding becomes is read
+            "src_key_padding_mask": padding(
+                2, 5
+            ),  # and no memory_key_padding_mask: what the padding becomes is read
         },
     ),
 }
@@ -245,7 +274,10 @@ ATTENTIONS = {
         lambda: nn.MultiheadAttention(32, 4, batch_first=True),
         lambda: same(2, 5, 32),
         lambda: (randn(2, 5, 32), randn(2, 6, 32), randn(2, 6, 32)),
-        lambda: {**dict(zip(("query", "key", "value"), same(2, 5, 32))), "average_attn_weights": False},
+        lambda: {
+            **dict(zip(("query", "key", "value"), same(2, 5, 32))),
+            "average_attn_weights": False,
+        },
     ),
     "attention over others": (
         lambda: nn.MultiheadAttention(32, 4, kdim=8, vdim=12, dropout=0.2),
@@ -256,18 +288,36 @@ ATTENTIONS = {
         lambda: Attention(dropout=0.2, add_bias_kv=True, add_zero_attn=True),
         lambda: (randn(5, 2, 32),),
         lambda: {"x": randn(5, 2, 32), "y": randn(6, 2, 32), "key_padding_mask": padding(2, 6)},
-        lambda: {"x": randn(5, 2, 32), "y": randn(6, 2, 32), "z": randn(6, 2, 32), "need_weights": False},
-        lambda: {"x": randn(5, 32), "attn_mask": torch.rand(4, 5, 5) > 0.9, "average_attn_weights": False},
+        lambda: {
+            "x": randn(5, 2, 32),
+            "y": randn(6, 2, 32),
+            "z": randn(6, 2, 32),
+            "need_weights": False,
+        },
+        lambda: {
+            "x": randn(5, 32),
+            "attn_mask": torch.rand(4, 5, 5) > 0.9,
+            "average_attn_weights": False,
+        },
     ),
     "masks": (
         lambda: Attention(dropout=0.2, batch_first=True, bias=False),
         lambda: {"x": randn(2, 5, 32), "attn_mask": randn(8, 5, 5), "need_weights": False},
-        lambda: {"x": randn(2, 5, 32), "attn_mask": causal(5), "is_causal": True, "need_weights": False},
+        lambda: {
+            "x": randn(2, 5, 32),
+            "attn_mask": causal(5),
+            "is_causal": True,
+            "need_weights": False,
+        },
     ),
 }
 
 
-IGNORED = "ignore:enable_nested_tensor", "ignore:The PyTorch API of nested", "ignore:Support for mismatched"
+IGNORED = (
+    "ignore:enable_nested_tensor",
+    "ignore:The PyTorch API of nested",
+    "ignore:Support for mismatched",
+)
 
 
 @pytest.mark.parametrize("cases", [TRANSFORMERS, ATTENTIONS], ids=["transformers", "attentions"])
@@ -284,8 +334,8 @@ def test_attention_on_four_ranks():
 
 @pytest.mark.filterwarnings(*IGNORED)
 def test_padding_of_a_frozen_encoder():
-    """Nothing needs gradients, so torch packs the input although they are enabled; padding becomes zeros, unless the
-    fast path is off."""
+    """Nothing needs gradients, so torch packs the input although they are enabled; padding becomes
+    zeros, unless the fast path is off."""
 
     def ranks(rank):
         x = randn(2, 6, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -336,17 +386,24 @@ def test_a_layer_of_a_transformer_sends_as_megatron_does():
     """Two all-reduces forward and two backward a layer, and nothing else; dropout too."""
 
     def ranks(rank):
-        for options in ({}, {"norm_first": True, "batch_first": False}, {"activation": "gelu", "dropout": 0.0}):
+        for options in (
+            {},
+            {"norm_first": True, "batch_first": False},
+            {"activation": "gelu", "dropout": 0.0},
+        ):
             x = randn(5, 2, 64, dtype=torch.float64, requires_grad=True)
             model, _ = pair(encoder(2, width=64, **options), 2, example_inputs=(x,))
             weights = [e for e in model.tensor_parallel_plan.entries.values() if len(e.shape) > 1]
-            assert all(e.dim is not None and e.how == "local" for e in weights), model.tensor_parallel_plan
+            assert all(
+                e.dim is not None and e.how == "local" for e in weights
+            ), model.tensor_parallel_plan
             model(x), model(x)  # in the first calls batches are compared
             with Collectives() as forward:
                 loss = model(x).sum()
             with Collectives() as backward:
                 loss.backward()
-            # That the random state is compared before a forward that draws is none of the model's own computation.
+            # That the random state is compared before a forward that draws is none of the model's
+            # own computation.
             assert forward.names == {"c10d::allreduce_": 4}, (options, forward.names)
             assert backward.names == {"c10d::allreduce_": 4}, (options, backward.names)
 
@@ -354,7 +411,9 @@ def test_a_layer_of_a_transformer_sends_as_megatron_does():
 
 
 def test_attention_weights_are_packed_thirds():
-    plan = plan_tensor_parallel(nn.MultiheadAttention(64, 4).double(), 2, example_inputs=same(16, 2, 64))
+    plan = plan_tensor_parallel(
+        nn.MultiheadAttention(64, 4).double(), 2, example_inputs=same(16, 2, 64)
+    )
     entry = plan.entries["in_proj_weight"]
     assert (entry.dim, entry.pieces, entry.how) == (0, 3, "local")
     assert plan.entries["out_proj.weight"].dim == 1
@@ -392,7 +451,11 @@ class Recurrent(nn.Module):
     def __init__(self, layer, width=16, packed=False, **options):
         super().__init__()
         self.emb, self.rnn = nn.Embedding(20, 16, padding_idx=0), layer(16, 16, **options)
-        self.fc, self.packed, self.first = nn.Linear(width, 8), packed, options.get("batch_first", False)
+        self.fc, self.packed, self.first = (
+            nn.Linear(width, 8),
+            packed,
+            options.get("batch_first", False),
+        )
 
     def forward(self, ids, state=None, lengths=None):
         x = self.emb(ids)
@@ -464,7 +527,11 @@ class LanguageModel(nn.Module):
 
     def __init__(self, **options):
         super().__init__()
-        self.emb, self.pos, self.encoder = nn.Embedding(64, 32, **options), nn.Embedding(16, 32), encoder(norm=True)()
+        self.emb, self.pos, self.encoder = (
+            nn.Embedding(64, 32, **options),
+            nn.Embedding(16, 32),
+            encoder(norm=True)(),
+        )
         self.out = nn.Linear(32, 64, bias=False)
         self.out.weight = self.emb.weight
 
@@ -489,10 +556,13 @@ def test_embeddings(n):
     }
     cases = {k: (lambda o=o: Lookup(**o), ids(), ids()) for k, o in options.items()}
     cases |= {
-        k: (lambda o=o: LanguageModel(**o), ids(64)) for k, o in {"model": {}, "padded": {"padding_idx": 0}}.items()
+        k: (lambda o=o: LanguageModel(**o), ids(64))
+        for k, o in {"model": {}, "padded": {"padding_idx": 0}}.items()
     }
     if n == 4:
-        cases = {k: cases[k] for k in ("last row is padding", "odd", "max_norm, tied", "bag", "model")}
+        cases = {
+            k: cases[k] for k in ("last row is padding", "odd", "max_norm, tied", "bag", "model")
+        }
     check_all(cases, n, modes=["train"], share=1 / n + 0.05)
 
 
@@ -504,10 +574,14 @@ def test_sparse_gradients_become_dense():
         for kind in (nn.Embedding, nn.EmbeddingBag):
             with warnings.catch_warnings(record=True) as told:
                 warnings.simplefilter("always")
-                sharded, whole = pair(lambda: Lookup(kind=kind, sparse=True), 2, example_inputs=(ids,))
+                sharded, whole = pair(
+                    lambda: Lookup(kind=kind, sparse=True), 2, example_inputs=(ids,)
+                )
             assert any("emb: sparse=True" in str(w.message) for w in told)
             for model in (sharded, whole):
                 model(ids).square().sum().backward()
-            close(sharded.emb.weight.grad.full_tensor(), whole.emb.weight.grad.to_dense(), "gradient")
+            close(
+                sharded.emb.weight.grad.full_tensor(), whole.emb.weight.grad.to_dense(), "gradient"
+            )
 
     run_ranks(ranks, 2)

@@ -86,7 +86,8 @@ def test_calls_and_their_operators():
     assert [n.op._schema.name for n in graph.calls[1].nodes] == ["aten::t", "aten::addmm"]
     assert set(graph.params) == {n for n, _ in Net().named_parameters()}
     assert all(
-        graph.params[n].param == n and graph.params[n].shape == tuple(p.shape) for n, p in Net().named_parameters()
+        graph.params[n].param == n and graph.params[n].shape == tuple(p.shape)
+        for n, p in Net().named_parameters()
     )
     assert graph.calls[1].source.startswith("test_trace.py:")
     (out,) = graph.outputs.values()
@@ -143,7 +144,9 @@ def test_what_follows_from_the_inputs_is_read_through_operators():
         lengths = (x != 0).sum(-1)
         return F.embedding(x, w)[:, : int(lengths.max())]
 
-    graph = trace(Plain(f, 8, 4).to("meta"), (torch.tensor([[1, 2, 0, 0], [3, 0, 0, 0]]),), device=CPU)
+    graph = trace(
+        Plain(f, 8, 4).to("meta"), (torch.tensor([[1, 2, 0, 0], [3, 0, 0, 0]]),), device=CPU
+    )
     assert [v.shape for v in graph.outputs.values()] == [(2, 2, 4)]
 
 
@@ -213,7 +216,9 @@ def test_tied_parameters_are_one_value():
 
     graph = trace(Tied(), (torch.arange(4),))
     assert list(graph.params) == ["e.weight"]
-    assert graph.calls[0].inputs[(0, 1)] is graph.calls[1].inputs[(0, 1)] is graph.params["e.weight"]
+    assert (
+        graph.calls[0].inputs[(0, 1)] is graph.calls[1].inputs[(0, 1)] is graph.params["e.weight"]
+    )
 
 
 def test_a_module_that_runs_twice_has_two_runs():

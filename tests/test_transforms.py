@@ -1,5 +1,5 @@
-"""Functional transforms, and operators that no Python code calls in a way that can be intercepted: inside a model they
-get whole tensors; around a split model transforms raise one clear error."""
+"""Functional transforms, and operators that no Python code calls in a way that can be intercepted:
+inside a model they get whole tensors; around a split model transforms raise one clear error."""
 
 import pytest
 import torch
@@ -9,7 +9,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.func import grad, jacrev, jvp, vmap
 
-from quintnet_dt import apply_tensor_parallel, load_checkpoint, plan_tensor_parallel, save_checkpoint
+from quintnet_dt import (
+    apply_tensor_parallel,
+    load_checkpoint,
+    plan_tensor_parallel,
+    save_checkpoint,
+)
 
 
 @torch.jit.script
@@ -26,7 +31,8 @@ class Base(nn.Module):
 
 
 class Vmapped(Base):
-    """A submodule, a shard in the middle of a region, a parameter and a tensor that the function closes over."""
+    """A submodule, a shard in the middle of a region, a parameter and a tensor that the function
+    closes over."""
 
     def forward(self, x):
         h = self.mlp[0](x)
@@ -80,7 +86,10 @@ class Flex(nn.Module):
         self.score_mod, self.mask, self.heads = score_mod, mask, heads
 
     def forward(self, x):
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention  # which imports much
+        from torch.nn.attention.flex_attention import (  # which imports much
+            create_block_mask,
+            flex_attention,
+        )
 
         length, mask = x.shape[1], None
         q, k, v = self.qkv(x).unflatten(-1, (3, 4, 4)).permute(2, 0, 3, 1, 4)
@@ -107,7 +116,10 @@ FLEX = {
     "a mask for all heads": ({"mask": causal, "heads": None}, True),
     "a mask for each head": ({"mask": causal, "heads": 4}, False),
     "scores by head": ({"score_mod": by_head}, False),
-    "scores by place": ({"score_mod": by_place}, False),  # it might read the head: it is not looked into
+    "scores by place": (
+        {"score_mod": by_place},
+        False,
+    ),  # it might read the head: it is not looked into
 }
 
 
@@ -138,7 +150,8 @@ def test_modules_within_cond_are_refused():
             return torch.cond(x.sum() > 0, lambda y: self.net(y), lambda y: -y, (x,))
 
     with pytest.raises(
-        RuntimeError, match=r"net.*: expected a forward that calls its modules itself.*within .*cond in the root"
+        RuntimeError,
+        match=r"net.*: expected a forward that calls its modules itself.*within .*cond in the root",
     ):
         plan_tensor_parallel(Within(), 2, example_inputs=(torch.randn(3, 8),))
 
@@ -156,7 +169,10 @@ def test_a_transform_around_a_split_model_raises_one_clear_error(name):
     def ranks(rank):
         (x,) = make_rows()
         model, whole = pair(Plain, 2, example_inputs=(x,))
-        with pytest.raises(RuntimeError, match=f"the model: expected a plain call.*within {name}.*use torch.autograd"):
+        with pytest.raises(
+            RuntimeError,
+            match=f"the model: expected a plain call.*within {name}.*use torch.autograd",
+        ):
             if name == "torch.autograd.forward_ad":
                 with torch.autograd.forward_ad.dual_level():
                     model(AROUND[name](model, x))
@@ -214,7 +230,9 @@ class Scaled(nn.Module):
 SCRIPTS = {
     "scripted": lambda: torch.jit.script(Swish()),
     "scripted, with weights": lambda: torch.jit.script(Scaled().double()),
-    "several": lambda: torch.jit.script(nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 64)).double()),
+    "several": lambda: torch.jit.script(
+        nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 64)).double()
+    ),
     "traced": lambda: torch.jit.trace(nn.Linear(64, 64).double(), torch.randn(2, 64).double()),
 }
 
@@ -232,12 +250,15 @@ class WithScript(nn.Module):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_script_modules_are_left_whole(name, tmp_path):
-    """Their parameters stay plain tensors, the first rank's on all; what is around them is split; checkpoints have
-    all."""
+    """Their parameters stay plain tensors, the first rank's on all; what is around them is split;
+    checkpoints have all."""
 
     def ranks(rank):
         models = []
-        for seed in 0, rank:  # the second is built otherwise on each rank, and gets the first's weights
+        for seed in (
+            0,
+            rank,
+        ):  # the second is built otherwise on each rank, and gets the first's weights
             torch.manual_seed(seed)
             models.append(WithScript(SCRIPTS[name]).double())
         whole, model = models

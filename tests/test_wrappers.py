@@ -25,7 +25,12 @@ from quintnet_dt import apply_tensor_parallel
 class Block(nn.Module):
     def __init__(self, d=16):
         super().__init__()
-        self.norm, self.up, self.act, self.down = nn.LayerNorm(d), nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d)
+        self.norm, self.up, self.act, self.down = (
+            nn.LayerNorm(d),
+            nn.Linear(d, 4 * d),
+            nn.GELU(),
+            nn.Linear(4 * d, d),
+        )
 
     def forward(self, x):
         return x + self.down(self.act(self.up(self.norm(x))))
@@ -92,15 +97,22 @@ def test_a_wrapper_in_a_sharded_region_is_shown_right_with_what_it_computes():
 
 @pytest.mark.parametrize("kind", ["ddp", "replicate"])
 def test_copies_over_dp(kind):
-    """Each copy has a batch of its own; also in a kind of call that is new, and after the optimizer's steps."""
+    """Each copy has a batch of its own; also in a kind of call that is new, and after the
+    optimizer's steps."""
 
     def ranks(rank):
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
         model, whole = pair(blocks, mesh["tp"], example_inputs=given())
         dp = mesh["dp"]
-        outer = DistributedDataParallel(model, device_mesh=dp) if kind == "ddp" else replicate(model, mesh=dp)
+        outer = (
+            DistributedDataParallel(model, device_mesh=dp)
+            if kind == "ddp"
+            else replicate(model, mesh=dp)
+        )
         optimizers = [torch.optim.SGD(m.parameters(), 0.1) for m in (outer, whole)]
-        batch = torch.randn(2, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        batch = torch.randn(
+            2, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+        )
         mine = batch[dp.get_local_rank()]
         for x in (mine, mine, mine[None]):
             found, expected = outer(x), whole(x)
@@ -115,7 +127,8 @@ def test_copies_over_dp(kind):
 
 
 def test_stages_of_a_pipeline():
-    """Their shapes are learned on uninitialised inputs, which differ between the ranks of a stage."""
+    """Their shapes are learned on uninitialised inputs, which differ between the ranks of a
+    stage."""
 
     def ranks(rank):
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "tp"))
@@ -149,7 +162,9 @@ def test_pruned_or_parametrized(act):
 
         compare(*pair(build, 2, example_inputs=given()), given())
         model = apply_tensor_parallel(blocks().double(), 2, example_inputs=given())
-        with pytest.raises(RuntimeError, match="expected the parameters that were split|DTensor|aten"):
+        with pytest.raises(
+            RuntimeError, match="expected the parameters that were split|DTensor|aten"
+        ):
             act(model[1].up)
             model(*given())
 

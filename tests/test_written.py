@@ -1,5 +1,5 @@
-"""Models as people write them: many small ones, several to a launch, each against the whole model over several
-calls."""
+"""Models as people write them: many small ones, several to a launch, each against the whole model
+over several calls."""
 
 import copy
 from collections import namedtuple
@@ -19,8 +19,8 @@ CASES = {}  # group -> {name: (build, calls, options)}
 
 
 def model(group, given, *calls, local=False):
-    """Register a module class: `given` makes the example inputs, each of `calls` other ones, or (inputs, mode).
-    `local`: some of it computes on shards."""
+    """Register a module class: `given` makes the example inputs, each of `calls` other ones, or
+    (inputs, mode). `local`: some of it computes on shards."""
 
     def add(build):
         CASES.setdefault(group, {})[build.__name__] = (build, (given, *calls), local)
@@ -42,7 +42,9 @@ def run_models(group, n):
                 sharded, whole = pair(build, n, example_inputs=copy.deepcopy(calls[0][0]))
                 assert share_of(sharded) <= 1 / n + 0.1, f"holds {share_of(sharded):.1%}"
                 hows = {e.how for e in sharded.tensor_parallel_plan.entries.values()}
-                assert not local or any(e.units for e in sharded.tensor_parallel_plan.entries.values()), hows
+                assert not local or any(
+                    e.units for e in sharded.tensor_parallel_plan.entries.values()
+                ), hows
                 for i, (given, mode) in enumerate(calls):
                     at = f"call {i}, {mode}"
                     sharded.train(mode == "train"), whole.train(mode == "train")
@@ -54,7 +56,9 @@ def run_models(group, n):
 
 
 @pytest.mark.parametrize("n", [2, 4])
-@pytest.mark.parametrize("group", ["shared", "in_place", "buffers", "parameters", "gradients", "functional"])
+@pytest.mark.parametrize(
+    "group", ["shared", "in_place", "buffers", "parameters", "gradients", "functional"]
+)
 def test_models(group, n):
     run_models(group, n)
 
@@ -80,7 +84,11 @@ def heads(x):
 
 
 def attend(q, k, v, **options):
-    return F.scaled_dot_product_attention(heads(q), heads(k), heads(v), **options).transpose(1, 2).flatten(2)
+    return (
+        F.scaled_dot_product_attention(heads(q), heads(k), heads(v), **options)
+        .transpose(1, 2)
+        .flatten(2)
+    )
 
 
 class Net(nn.Module):
@@ -110,7 +118,9 @@ class SharedByTwoParents(Net):
     def __init__(self):
         inner = nn.Linear(32, 32)
         a = nn.Sequential(nn.Linear(16, 32), nn.GELU(), inner, nn.GELU(), nn.Linear(32, 16))
-        super().__init__(a=a, b=nn.Sequential(nn.Linear(16, 32), nn.Tanh(), inner, nn.Tanh(), nn.Linear(32, 16)))
+        super().__init__(
+            a=a, b=nn.Sequential(nn.Linear(16, 32), nn.Tanh(), inner, nn.Tanh(), nn.Linear(32, 16))
+        )
 
     def forward(self, x):
         return self.b(self.a(x)) + x
@@ -123,13 +133,20 @@ class WeightsUsedOutside(Net):
 
     def forward(self, i):
         x = self.f(self.e(i))
-        return F.linear(x, self.e.weight), x @ self.e.weight.t(), x @ self.c.weight[:8].T + self.c.bias[:8], self.c(x)
+        return (
+            F.linear(x, self.e.weight),
+            x @ self.e.weight.t(),
+            x @ self.c.weight[:8].T + self.c.bias[:8],
+            self.c(x),
+        )
 
 
 @model("shared", IDS, MORE_IDS, local=True)
 class TiedInThreePlaces(Net):
     def __init__(self):
-        super().__init__(a=nn.Embedding(48, 16), b=nn.Embedding(48, 16), h=nn.Linear(16, 48, bias=False), f=mlp())
+        super().__init__(
+            a=nn.Embedding(48, 16), b=nn.Embedding(48, 16), h=nn.Linear(16, 48, bias=False), f=mlp()
+        )
         self.h.weight = self.b.weight = self.a.weight
 
     def forward(self, i):
@@ -141,12 +158,16 @@ class OneDropoutOneActivation(Net):
     """Inside a region and outside of it."""
 
     def __init__(self):
-        parts = dict(qkv=nn.Linear(16, 48), o=nn.Linear(16, 16), up=nn.Linear(16, 32), down=nn.Linear(32, 16))
+        parts = dict(
+            qkv=nn.Linear(16, 48), o=nn.Linear(16, 16), up=nn.Linear(16, 32), down=nn.Linear(32, 16)
+        )
         super().__init__(**parts, drop=nn.Dropout(0.2), act=nn.PReLU())
 
     def forward(self, x):
         q, k, v = map(heads, self.qkv(x).chunk(3, -1))
-        x = x + self.drop(self.o((self.drop((q @ k.mT).softmax(-1)) @ v).transpose(1, 2).flatten(2)))
+        x = x + self.drop(
+            self.o((self.drop((q @ k.mT).softmax(-1)) @ v).transpose(1, 2).flatten(2))
+        )
         return self.act(x + self.drop(self.down(self.drop(self.act(self.up(x))))))
 
 
@@ -207,7 +228,11 @@ class NestedOutputs(Net):
     def forward(self, x):
         h = self.f(x)
         y = self.g(h)
-        return Point(Out(y, (h, h, x, [y, {"k": (y[0], None)}])), {"h": h.view(-1), "x": x}, ("s", 3, None, y.shape[0]))
+        return Point(
+            Out(y, (h, h, x, [y, {"k": (y[0], None)}])),
+            {"h": h.view(-1), "x": x},
+            ("s", 3, None, y.shape[0]),
+        )
 
 
 class Inner(Net):
@@ -223,7 +248,13 @@ def any_way(*names):
     return lambda: {name: torch.randn(2, 16) for name in names}
 
 
-@model("in_place", any_way("x", "scale"), any_way("scale", "x"), any_way("x", "scale", "y", "z"), local=True)
+@model(
+    "in_place",
+    any_way("x", "scale"),
+    any_way("scale", "x"),
+    any_way("x", "scale", "y", "z"),
+    local=True,
+)
 class KeywordsOnly(Net):
     def __init__(self):
         super().__init__(i=Inner(), b=nn.Linear(32, 16), g=mlp())
@@ -300,13 +331,24 @@ class OddParameters(Net):
 
     def __init__(self):
         w, c = torch.randn, partial(torch.randn, dtype=torch.cdouble)
-        super().__init__(w=w(16, 16), s=torch.tensor(1.5), one=w(1), none=torch.zeros(0, 16), c=c(16, 32), d=c(32, 16))
+        super().__init__(
+            w=w(16, 16),
+            s=torch.tensor(1.5),
+            one=w(1),
+            none=torch.zeros(0, 16),
+            c=c(16, 32),
+            d=c(32, 16),
+        )
         self.list = nn.ParameterList([w(16, 32), w(32, 16), w(16)])
         self.dict = nn.ParameterDict({"u": nn.Parameter(w(16, 64)), "v": nn.Parameter(w(64, 16))})
         self.t, self.u = nn.Parameter(w(64, 16).t()), nn.Parameter(w(16, 64).t())
 
     def forward(self, x):
-        x = torch.tanh(x @ self.list[0]) @ self.list[1] + self.list[2] + sum(w.sum() for w in self.list) * 0.01
+        x = (
+            torch.tanh(x @ self.list[0]) @ self.list[1]
+            + self.list[2]
+            + sum(w.sum() for w in self.list) * 0.01
+        )
         x = F.silu(x @ self.dict["u"]) @ self.dict["v"] @ self.w * self.s + self.one
         x = torch.cat([x.flatten(0, -2), self.none])
         z = x.to(self.c.dtype) @ self.c
@@ -317,8 +359,12 @@ class Adapted(Net):
     """Low-rank matrices beside a frozen layer."""
 
     def __init__(self, base):
-        lora = nn.Linear(base.in_features, 4, bias=False), nn.Linear(4, base.out_features, bias=False)
-        super().__init__(base=base.requires_grad_(False), a=lora[0], b=lora[1], drop=nn.Dropout(0.1))
+        lora = nn.Linear(base.in_features, 4, bias=False), nn.Linear(
+            4, base.out_features, bias=False
+        )
+        super().__init__(
+            base=base.requires_grad_(False), a=lora[0], b=lora[1], drop=nn.Dropout(0.1)
+        )
 
     def forward(self, x):
         return self.base(x) + self.b(self.a(self.drop(x))) * 2
@@ -327,10 +373,17 @@ class Adapted(Net):
 @model("parameters", X, Y, (X, "eval"), (Y, "no_grad"), local=True)
 class Adapters(Net):
     def __init__(self):
-        super().__init__(f=nn.Sequential(Adapted(nn.Linear(16, 32)), nn.GELU(), Adapted(nn.Linear(32, 16))), g=mlp())
+        super().__init__(
+            f=nn.Sequential(Adapted(nn.Linear(16, 32)), nn.GELU(), Adapted(nn.Linear(32, 16))),
+            g=mlp(),
+        )
         self.g[0].bias.requires_grad_(False)
         self.v, self.m = nn.Linear(16, 32).requires_grad_(False), nn.Parameter(torch.rand(32))
-        self.A, self.B, self.o = nn.Parameter(torch.randn(4, 16)), nn.Parameter(torch.randn(32, 4)), nn.Linear(32, 16)
+        self.A, self.B, self.o = (
+            nn.Parameter(torch.randn(4, 16)),
+            nn.Parameter(torch.randn(32, 4)),
+            nn.Linear(32, 16),
+        )
 
     def forward(self, x):
         w = self.v.weight + self.B @ self.A
@@ -359,14 +412,22 @@ reparametrized("old spectral_norm", nn.utils.spectral_norm)
 @model("parameters", X, Y)
 class StandardizedAndMasked(Net):
     def __init__(self):
-        super().__init__(a=nn.Linear(16, 32), b=nn.Linear(32, 16), g=torch.randn(32, 1), clipped=torch.tensor(3.0))
+        super().__init__(
+            a=nn.Linear(16, 32),
+            b=nn.Linear(32, 16),
+            g=torch.randn(32, 1),
+            clipped=torch.tensor(3.0),
+        )
         self.register_buffer("mask", (torch.randn(16, 32) > 0).float())
 
     def forward(self, x):
         self.clipped.data.clamp_(max=2)
         w = self.a.weight
         w = (w - w.mean(1, keepdim=True)) / w.std(1, keepdim=True) * self.g
-        return F.linear(F.gelu(F.linear(x, w, self.a.bias)), self.b.weight * self.mask, self.b.bias) * self.clipped
+        return (
+            F.linear(F.gelu(F.linear(x, w, self.a.bias)), self.b.weight * self.mask, self.b.bias)
+            * self.clipped
+        )
 
 
 # ---- gradients that are more than autograd's of the operators
@@ -402,7 +463,11 @@ class Normed(torch.autograd.Function):
 class CustomFunctions(Net):
     def __init__(self):
         super().__init__(
-            f=mlp(), a=nn.Linear(16, 32), b=nn.Linear(32, 16), w=torch.randn(16, 32), v=torch.randn(32, 16)
+            f=mlp(),
+            a=nn.Linear(16, 32),
+            b=nn.Linear(32, 16),
+            w=torch.randn(16, 32),
+            v=torch.randn(32, 16),
         )
 
     def forward(self, x):
@@ -413,7 +478,9 @@ class CustomFunctions(Net):
 @model("gradients", X, Y, (X, "no_grad"))
 class HooksOnTensors(Net):
     def __init__(self):
-        super().__init__(e=nn.Linear(16, 16), a=nn.Linear(16, 32), b=nn.Linear(32, 16), n=nn.LayerNorm(16))
+        super().__init__(
+            e=nn.Linear(16, 16), a=nn.Linear(16, 32), b=nn.Linear(32, 16), n=nn.LayerNorm(16)
+        )
 
     def forward(self, x):
         h = self.n(self.e(x))
@@ -429,7 +496,9 @@ class HooksOnModules(Net):
     def __init__(self):
         super().__init__(e=nn.Linear(16, 16), f=mlp(), g=mlp())
         self.f[0].register_forward_hook(lambda m, args, out: out / out.norm())
-        self.f[2].register_forward_pre_hook(lambda m, args: (args[0] - args[0].mean(-1, keepdim=True),))
+        self.f[2].register_forward_pre_hook(
+            lambda m, args: (args[0] - args[0].mean(-1, keepdim=True),)
+        )
         self.f.register_full_backward_hook(lambda m, grads, out: (grads[0] / grads[0].norm(),))
         self.g[0].register_full_backward_hook(lambda m, grads, out: (grads[0] * out[0].norm(),))
         self.g[2].register_full_backward_pre_hook(lambda m, out: (out[0] / out[0].norm(),))
@@ -442,7 +511,13 @@ class Block(Net):
     """Checkpoints functions of its own, which run again while it does not."""
 
     def __init__(self, reentrant):
-        super().__init__(n=nn.LayerNorm(16), qkv=nn.Linear(16, 48), o=nn.Linear(16, 16), f=mlp(), s=nn.Linear(16, 32))
+        super().__init__(
+            n=nn.LayerNorm(16),
+            qkv=nn.Linear(16, 48),
+            o=nn.Linear(16, 16),
+            f=mlp(),
+            s=nn.Linear(16, 32),
+        )
         self.again = partial(checkpoint, use_reentrant=reentrant)
 
     def first(self, x):
@@ -467,11 +542,15 @@ class Checkpoints(Net):
 
 @model("gradients", X, Y, local=True)
 class Forces(Net):
-    """A gradient taken within the forward, differentiated again; parts without gradients; losses."""
+    """A gradient taken within the forward, differentiated again; parts without gradients;
+    losses."""
 
     def __init__(self):
         super().__init__(
-            f=nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 1)), g=mlp(), t=mlp(), o=nn.Linear(16, 64)
+            f=nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 1)),
+            g=mlp(),
+            t=mlp(),
+            o=nn.Linear(16, 64),
         )
 
     def forward(self, x):
@@ -493,7 +572,9 @@ class Einsums(Net):
 
     def __init__(self, h=4):
         parts = {name: torch.randn(h, 16, 4) / 4 for name in "qkv"}
-        super().__init__(**parts, o=torch.randn(h, 4, 16) / 4, sink=torch.randn(h), scale=torch.ones(h, 1, 1))
+        super().__init__(
+            **parts, o=torch.randn(h, 4, 16) / 4, sink=torch.randn(h), scale=torch.ones(h, 1, 1)
+        )
 
     def forward(self, x):
         q, k, v = (torch.einsum("btd,hde->bthe", x, w) for w in (self.q, self.k, self.v))
@@ -509,7 +590,12 @@ class PositionBiases(Net):
     """A table of relative positions, ALiBi's slopes learned, cosine similarity, grouped queries."""
 
     def __init__(self):
-        super().__init__(qkv=nn.Linear(16, 48), o=nn.Linear(16, 16), table=torch.randn(15, 4), slopes=torch.randn(4))
+        super().__init__(
+            qkv=nn.Linear(16, 48),
+            o=nn.Linear(16, 16),
+            table=torch.randn(15, 4),
+            slopes=torch.randn(4),
+        )
         self.at, self.scale = nn.Embedding(8, 4), nn.Parameter(torch.zeros(4, 1, 1))
         self.gq, self.gkv = nn.Linear(16, 32), nn.Linear(16, 32)
         self.go = nn.Linear(32, 16)
@@ -521,19 +607,26 @@ class PositionBiases(Net):
         s = s + self.table[(far + 7).view(-1)].view(*far.shape, -1).permute(2, 0, 1)
         s = s + self.at(far.clamp(-4, 3) + 4).permute(2, 0, 1) + far * self.slopes[:, None, None]
         x = x + self.o((s.softmax(-1) @ v).transpose(1, 2).flatten(2))
-        q, k, v = (t.unflatten(-1, (-1, 4)).transpose(1, 2) for t in (self.gq(x), *self.gkv(x).chunk(2, -1)))
+        q, k, v = (
+            t.unflatten(-1, (-1, 4)).transpose(1, 2)
+            for t in (self.gq(x), *self.gkv(x).chunk(2, -1))
+        )
         return self.go(
-            F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(2)
+            F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            .transpose(1, 2)
+            .flatten(2)
         )
 
 
 @model("functional", X, Y, local=True)
 class SizesOfItsOwn(Net):
-    """Attention whose head size is computed from the projection's own size, as einops does, and the other way round;
-    heads at the front and in the middle."""
+    """Attention whose head size is computed from the projection's own size, as einops does, and the
+    other way round; heads at the front and in the middle."""
 
     def __init__(self, h=4):
-        super().__init__(q=nn.Linear(16, 32), k=nn.Linear(16, 32), v=nn.Linear(16, 32), o=nn.Linear(32, 16))
+        super().__init__(
+            q=nn.Linear(16, 32), k=nn.Linear(16, 32), v=nn.Linear(16, 32), o=nn.Linear(32, 16)
+        )
         self.h = h
 
     def forward(self, x):
@@ -566,10 +659,17 @@ class Apply(nn.Module):
 class LambdasAndMaps(Net):
     def __init__(self):
         f = nn.Sequential(
-            nn.Linear(16, 32), Apply(torch.tanh), Apply(partial(F.gelu, approximate="tanh")), nn.Linear(32, 16)
+            nn.Linear(16, 32),
+            Apply(torch.tanh),
+            Apply(partial(F.gelu, approximate="tanh")),
+            nn.Linear(32, 16),
         )
-        super().__init__(f=f, g=mlp(), w=torch.randn(4, 16, 8), v=torch.randn(4, 8, 16), mix=torch.randn(3))
-        self.h = nn.Sequential(Apply(lambda x: self.g(x)), Apply(lambda x: x * 2))  # the model's own part
+        super().__init__(
+            f=f, g=mlp(), w=torch.randn(4, 16, 8), v=torch.randn(4, 8, 16), mix=torch.randn(3)
+        )
+        self.h = nn.Sequential(
+            Apply(lambda x: self.g(x)), Apply(lambda x: x * 2)
+        )  # the model's own part
 
     def forward(self, x):
         y = torch.vmap(lambda w, v: torch.tanh(x @ w) @ v)(self.w, self.v)
@@ -579,12 +679,19 @@ class LambdasAndMaps(Net):
 
 @model("functional", X, Y, local=True)
 class ConditionedScan(Net):
-    """A state space, its sizes split unequally, its steps in Python; shift and scale from a condition; a net that makes
-    weights."""
+    """A state space, its sizes split unequally, its steps in Python; shift and scale from a
+    condition; a net that makes weights."""
 
     def __init__(self, i=32, s=4):
-        super().__init__(a=torch.rand(i, s), d=torch.randn(i), x=nn.Linear(i, 2 + 2 * s), dt=nn.Linear(2, i))
-        self.inp, self.out, self.c, self.w = nn.Linear(16, 2 * i), nn.Linear(i, 16), nn.Linear(16, 2 * i), mlp(o=64)
+        super().__init__(
+            a=torch.rand(i, s), d=torch.randn(i), x=nn.Linear(i, 2 + 2 * s), dt=nn.Linear(2, i)
+        )
+        self.inp, self.out, self.c, self.w = (
+            nn.Linear(16, 2 * i),
+            nn.Linear(i, 16),
+            nn.Linear(16, 2 * i),
+            mlp(o=64),
+        )
         self.conv, self.s = nn.Conv1d(i, i, 3, groups=i, padding=2), s
 
     def forward(self, x):
@@ -595,6 +702,9 @@ class ConditionedScan(Net):
         dt, b, c = self.x(x).split([2, self.s, self.s], -1)
         dt, h, out = F.softplus(self.dt(dt)), x.new_zeros(len(x), x.shape[2], self.s), []
         for k in range(x.shape[1]):
-            h = h * torch.exp(-dt[:, k, :, None] * self.a.exp()) + (dt * x)[:, k, :, None] * b[:, k, None]
+            h = (
+                h * torch.exp(-dt[:, k, :, None] * self.a.exp())
+                + (dt * x)[:, k, :, None] * b[:, k, None]
+            )
             out.append((h * c[:, k, None]).sum(-1))
         return self.out((torch.stack(out, 1) + x * self.d) * F.silu(z))

@@ -1,4 +1,5 @@
-"""Models as people write them: mixtures of experts, and forwards that take other paths than the one that was traced."""
+"""Models as people write them: mixtures of experts, and forwards that take other paths than the one
+that was traced."""
 
 import pytest
 import torch
@@ -58,17 +59,25 @@ class ByNonzero(Experts):
 @model("experts", X, Y, local=True)
 class BySorting(Experts):
     def mix(self, x, weights, chosen):
-        order, counts = chosen.flatten().argsort(), torch.bincount(chosen.flatten(), minlength=4).tolist()
+        order, counts = (
+            chosen.flatten().argsort(),
+            torch.bincount(chosen.flatten(), minlength=4).tolist(),
+        )
         parts = x[order // 2].split(counts)
         y = torch.cat([e(t) for e, t in zip(self.experts, parts)])
-        return (torch.empty_like(y).index_copy(0, order, y).view(*chosen.shape, -1) * weights[..., None]).sum(1)
+        return (
+            torch.empty_like(y).index_copy(0, order, y).view(*chosen.shape, -1) * weights[..., None]
+        ).sum(1)
 
 
 @model("experts", X, Y, local=True)
 class InOneTensor(Net):
     def __init__(self):
         super().__init__(
-            gate=nn.Linear(16, 4), up=torch.randn(4, 16, 64) / 4, down=torch.randn(4, 32, 16) / 4, b=torch.randn(4, 16)
+            gate=nn.Linear(16, 4),
+            up=torch.randn(4, 16, 64) / 4,
+            down=torch.randn(4, 32, 16) / 4,
+            b=torch.randn(4, 16),
         )
 
     def forward(self, x):
@@ -76,18 +85,32 @@ class InOneTensor(Net):
         w, chosen = p.topk(2, -1)
         routed = torch.zeros_like(p).scatter(1, chosen, w)
         g, u = torch.bmm(x.reshape(1, -1, 16).expand(4, -1, -1), self.up).chunk(2, -1)
-        y = torch.einsum("te,etd->td", routed, torch.bmm(F.silu(g) * u, self.down) + self.b[:, None])
+        y = torch.einsum(
+            "te,etd->td", routed, torch.bmm(F.silu(g) * u, self.down) + self.b[:, None]
+        )
         h = torch.einsum("td,tkdh->tkh", y, self.up[chosen][..., :32])
-        return torch.einsum("tkh,tkhd,tk->td", F.gelu(h), self.down[chosen], w).view_as(x), p.mean(0).pow(2).sum()
+        return (
+            torch.einsum("tkh,tkhd,tk->td", F.gelu(h), self.down[chosen], w).view_as(x),
+            p.mean(0).pow(2).sum(),
+        )
 
 
 # ---- other paths than the one that was traced
 
 
-@model("paths", X, Y, lambda: (-torch.rand(2, 6, 16),), lambda: (torch.rand(2, 6, 16) * 9,), (X, "no_grad"))
+@model(
+    "paths",
+    X,
+    Y,
+    lambda: (-torch.rand(2, 6, 16),),
+    lambda: (torch.rand(2, 6, 16) * 9,),
+    (X, "no_grad"),
+)
 class Branches(Net):
     def __init__(self):
-        super().__init__(f=mlp(), g=mlp(), a=nn.Linear(16, 32), b=nn.Linear(32, 16), halt=nn.Linear(16, 1))
+        super().__init__(
+            f=mlp(), g=mlp(), a=nn.Linear(16, 32), b=nn.Linear(32, 16), halt=nn.Linear(16, 1)
+        )
         self.layers, self.heads = nn.ModuleList(mlp() for _ in range(3)), nn.ModuleList(
             nn.Linear(16, 8) for _ in range(3)
         )
@@ -106,7 +129,10 @@ class Branches(Net):
 
 
 def flags(**given):
-    return lambda: {"x": torch.randn(2, 5, 16), **{k: v() if callable(v) else v for k, v in given.items()}}
+    return lambda: {
+        "x": torch.randn(2, 5, 16),
+        **{k: v() if callable(v) else v for k, v in given.items()},
+    }
 
 
 @model(
@@ -123,7 +149,8 @@ def flags(**given):
     local=True,
 )
 class Flags(Net):
-    """Attention weights asked for, masks of two kinds, another rank, a route by name, a part that was not reached."""
+    """Attention weights asked for, masks of two kinds, another rank, a route by name, a part that
+    was not reached."""
 
     def __init__(self):
         see = nn.Sequential(nn.Conv2d(3, 16, 4, 4), nn.Flatten(2), nn.Linear(4, 4))

@@ -1,8 +1,10 @@
-"""Which dims are one axis: every operator's rule applied in order, over the factors of each tensor's dims.
+"""Which dims are one axis: every operator's rule applied in order, over the factors of each
+tensor's dims.
 
-A dim of a tensor is a list of factors, outermost first: 512 features may be 8 heads x 64. What remains when the rules
-have merged the factors that are the same are the axes. The idea is that of factor-based sharding rules (Shardy,
-https://openxla.org/shardy) and of named-dimension analysis (TOAST, arXiv 2508.15010).
+A dim of a tensor is a list of factors, outermost first: 512 features may be 8 heads x 64. What
+remains when the rules have merged the factors that are the same are the axes. The idea is that of
+factor-based sharding rules (Shardy, https://openxla.org/shardy) and of named-dimension analysis
+(TOAST, arXiv 2508.15010).
 """
 
 from dataclasses import dataclass, field
@@ -55,7 +57,10 @@ class Axes:
 
     def set(self, value, dims):
         """The dims of an output. If it already has some (an alias), they are unified."""
-        assert [prod(f.size for f in leaves(d)) for d in dims] == list(value.shape), (dims, value.shape)
+        assert [prod(f.size for f in leaves(d)) for d in dims] == list(value.shape), (
+            dims,
+            value.shape,
+        )
         if value.id in self._dims:
             for a, b in zip(self._dims[value.id], dims):
                 unify(a, b)
@@ -77,7 +82,8 @@ class Axes:
         return self._final[value.id]
 
     def steady_within(self, value, dim, factor):
-        """Whether what lies within a factor in a dim has sizes of the model's parameters, and not of an input's."""
+        """Whether what lies within a factor in a dim has sizes of the model's parameters, and not
+        of an input's."""
         if self._sizes is None:
             self._sizes = {f for v in self.graph.params.values() for d in self.final(v) for f in d}
         factors = self.final(value)[dim]
@@ -88,17 +94,20 @@ class Axes:
         e = self.effects[id(node)]
         if isinstance(e.contract, list):
             whole = {v: set(flat(f)) for v, f in e.whole.items()}
-            e = self.effects[id(node)] = Effect(set(flat(e.contract)), whole, e.bias, e.lookup, e.mean)
+            e = self.effects[id(node)] = Effect(
+                set(flat(e.contract)), whole, e.bias, e.lookup, e.mean
+            )
         return e
 
 
 def own_axis(graph, name, dim):
-    """The whole dim of a weight, by itself. It is seen as the calls that use the weight see it: what is added to its
-    output later cannot make both dims of a square weight one."""
+    """The whole dim of a weight, by itself. It is seen as the calls that use the weight see it:
+    what is added to its output later cannot make both dims of a square weight one."""
     alone = Axes(graph, graph.users.get(name, ()))
     return Axis(tuple(alone.final(graph.params[name])[dim]), alone)
 
 
 def lone_axis(size):
-    """A dim's axis where it does not matter what it runs through: that of a weight which is gathered before its use."""
+    """A dim's axis where it does not matter what it runs through: that of a weight which is
+    gathered before its use."""
     return Axis((Factor(size),))

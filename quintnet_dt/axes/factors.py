@@ -1,13 +1,15 @@
-"""Factors: what a dim is made of. Operators say which factors are the same; a union-find merges them, and splits one
-where a view does.
+"""Factors: what a dim is made of. Operators say which factors are the same; a union-find merges
+them, and splits one where a view does.
 
-A factor that `split` or a slice cuts in unequal pieces ([q | k | v]) has factors of its own in each piece."""
+A factor that `split` or a slice cuts in unequal pieces ([q | k | v]) has factors of its own in each
+piece."""
 
 from math import prod
 
 
 class Factor:
-    """A part of a dim, `size` long; merged with others by `unify`, and split in two (outer, inner) by `take`."""
+    """A part of a dim, `size` long; merged with others by `unify`, and split in two (outer, inner)
+    by `take`."""
 
     __slots__ = ("size", "parent", "parts", "pieces", "opaque")
 
@@ -50,15 +52,19 @@ def _cut(leaf, outer):
 
 
 def piece(factors, start, length):
-    """The factors of a part of a dim, which need not divide it; None where that is several factors, or cut
-    elsewhere."""
+    """The factors of a part of a dim, which need not divide it; None where that is several factors,
+    or cut elsewhere."""
     f, *more = leaves(factors)
     if more:
         return None
     if length == f.size:
         return [f]
     if f.pieces is None:
-        f.pieces = [[Factor(size)] if size > 1 else [] for size in (start, length, f.size - start - length) if size]
+        f.pieces = [
+            [Factor(size)] if size > 1 else []
+            for size in (start, length, f.size - start - length)
+            if size
+        ]
     for part in f.pieces:
         size = prod(g.size for g in leaves(part))
         if start + length <= size:
@@ -67,7 +73,8 @@ def piece(factors, start, length):
 
 
 def take(factors, size):
-    """Split a list of factors into (the outer ones that make `size`, the rest), or None if none can be cut there."""
+    """Split a list of factors into (the outer ones that make `size`, the rest), or None if none can
+    be cut there."""
     rest, got = leaves(factors), []
     need = size
     while need > 1:
@@ -95,7 +102,10 @@ def unify(xs, ys):
             b.parent, a.opaque = a, a.opaque or b.opaque
             a.pieces, others = a.pieces or b.pieces, b.pieces
             if others not in (None, a.pieces):
-                same = [[prod(f.size for f in p) for p in map(leaves, cut)] for cut in (a.pieces, others)]
+                same = [
+                    [prod(f.size for f in p) for p in map(leaves, cut)]
+                    for cut in (a.pieces, others)
+                ]
                 a.opaque |= same[0] != same[1]
                 for p, q in zip(a.pieces, others) if not a.opaque else ():
                     unify(p, q)

@@ -1,7 +1,8 @@
-"""What is said of a sharded model: an Axis, a Sharding of parameters, the states of tensors, the Actions on them.
+"""What is said of a sharded model: an Axis, a Sharding of parameters, the states of tensors, the
+Actions on them.
 
-The states of a tensor, seen from one rank: *replicated* (None), *sharded* (the Axis it is a shard of), or `PARTIAL`
-(the ranks' tensors sum to it; `AVERAGED`: their mean is it).
+The states of a tensor, seen from one rank: *replicated* (None), *sharded* (the Axis it is a shard
+of), or `PARTIAL` (the ranks' tensors sum to it; `AVERAGED`: their mean is it).
 """
 
 from dataclasses import dataclass, field
@@ -22,22 +23,26 @@ class LayoutError(Exception):
 
 @dataclass(frozen=True)
 class Axis:
-    """An axis that is sharded: adjacent leaf factors, outermost first: one for an axis of the model, a dim's for a
-    weight's own."""
+    """An axis that is sharded: adjacent leaf factors, outermost first: one for an axis of the
+    model, a dim's for a weight's own."""
 
     factors: tuple
-    axes: object = field(default=None, compare=False, repr=False)  # in which a weight's own axis is found
+    axes: object = field(
+        default=None, compare=False, repr=False
+    )  # in which a weight's own axis is found
 
     @property
     def size(self):
         return prod(f.size for f in self.factors)
 
     def find(self, axes, value):
-        """(dim, outer, inner) of the axis in a value; None where it has none of it; False where it has a part of it or
-        has it twice. In a dim of unequal pieces, each of which has it, outer is a tuple of each piece's (outer, inner),
-        and inner is 0."""
+        """(dim, outer, inner) of the axis in a value; None where it has none of it; False where it
+        has a part of it or has it twice. In a dim of unequal pieces, each of which has it, outer is
+        a tuple of each piece's (outer, inner), and inner is 0."""
         found = [
-            (i, at) for i, dim in enumerate((self.axes or axes).final(value)) if (at := self._within(dim)) is not None
+            (i, at)
+            for i, dim in enumerate((self.axes or axes).final(value))
+            if (at := self._within(dim)) is not None
         ]
         if not found:
             return None
@@ -53,7 +58,11 @@ class Axis:
             elif dim[j].pieces:
                 inside = [self._within(leaves(piece)) for piece in dim[j].pieces]
                 if any(p is not None for p in inside):  # in each of them, or it is no shard
-                    at = len(dim) == 1 and all(inside) and (sum((p[0] if p[1] == 0 else (p,) for p in inside), ()), 0)
+                    at = (
+                        len(dim) == 1
+                        and all(inside)
+                        and (sum((p[0] if p[1] == 0 else (p,) for p in inside), ()), 0)
+                    )
             if at is not None:
                 if found is not None or not at:
                     return False
@@ -64,9 +73,10 @@ class Axis:
 
 @dataclass(frozen=True)
 class Action:
-    """One collective on one tensor: `enter`, `sum`, `mean`, `gather`, `split`, `once`, `shard` (to a DTensor),
-    `exchange`. A sharded dim is outer x `units` x `inner`, or a piece of that kind for each (outer, inner) in a tuple
-    `outer`. `exchange`: of a weight that is stored in its own order, for one whose pieces are split."""
+    """One collective on one tensor: `enter`, `sum`, `mean`, `gather`, `split`, `once`, `shard` (to
+    a DTensor), `exchange`. A sharded dim is outer x `units` x `inner`, or a piece of that kind for
+    each (outer, inner) in a tuple `outer`. `exchange`: of a weight that is stored in its own order,
+    for one whose pieces are split."""
 
     kind: str
     dim: int = 0
@@ -76,10 +86,10 @@ class Action:
 
 
 class Sharding:
-    """What is sharded. `params[name]` is (dim, Axis); an Axis in `through` stays sharded beyond the calls that use the
-    parameter; a parameter in `whole` is gathered before it is used. `outer[name]`: the dim is so many equal pieces,
-    each of them split (a tuple: unequal ones, see `Axis.find`). `loss_parallel`: outputs that are sharded on their last
-    dim stay so.
+    """What is sharded. `params[name]` is (dim, Axis); an Axis in `through` stays sharded beyond the
+    calls that use the parameter; a parameter in `whole` is gathered before it is used.
+    `outer[name]`: the dim is so many equal pieces, each of them split (a tuple: unequal ones, see
+    `Axis.find`). `loss_parallel`: outputs that are sharded on their last dim stay so.
     """
 
     def __init__(self, params=(), through=(), whole=(), outer=(), loss_parallel=False):
@@ -89,8 +99,11 @@ class Sharding:
         self.dear = {}  # what was decided of lines of code before, as Layout has it
 
     def follow(self, names, graph, axes):
-        """Split these parameters too, along the axes that stay sharded through the model, where they have one."""
-        through = dict.fromkeys(axis for _, axis in self.params.values() if axis in self.through)  # every rank's order
+        """Split these parameters too, along the axes that stay sharded through the model, where
+        they have one."""
+        through = dict.fromkeys(
+            axis for _, axis in self.params.values() if axis in self.through
+        )  # every rank's order
         for name in sorted(names):
             for axis in through:
                 at = axis.find(axes, graph.params[name])

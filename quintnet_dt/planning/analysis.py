@@ -9,8 +9,18 @@ LINEAR = set(
     "view _unsafe_view reshape t transpose permute unsqueeze squeeze clone alias detach expand "
     "add sub neg slice select".split()
 )
-FIRST = {"div", "index", "index_select", "sum", "mean", "_to_copy"}  # linear in their first argument
-ADDITIVE = {"add", "sub"}  # only where both are tensors: P + 1 is not the sum of the ranks' (P_r + 1)
+FIRST = {
+    "div",
+    "index",
+    "index_select",
+    "sum",
+    "mean",
+    "_to_copy",
+}  # linear in their first argument
+ADDITIVE = {
+    "add",
+    "sub",
+}  # only where both are tensors: P + 1 is not the sum of the ranks' (P_r + 1)
 
 
 def op_name(op):
@@ -19,14 +29,15 @@ def op_name(op):
 
 
 def linear(node):
-    """Whether a node is linear in all its tensor inputs at once: a sum of partial results may then be taken after
-    it."""
+    """Whether a node is linear in all its tensor inputs at once: a sum of partial results may then
+    be taken after it."""
     name = op_name(node.op)
     return name in LINEAR and (name not in ADDITIVE or len(node.inputs) == 2)
 
 
 def copes(node):
-    """Whether a node surely works on an empty shard: convolutions and norms of nothing fail, or crash."""
+    """Whether a node surely works on an empty shard: convolutions and norms of nothing fail, or
+    crash."""
     return torch.Tag.pointwise in node.op.tags or op_name(node.op) in LINEAR | FIRST | {
         "mm",
         "addmm",
@@ -41,8 +52,8 @@ def aligned_only(node):
 
 
 class Analysis:
-    """One call on a shard of one axis: which inputs must be split, entered or added once, and what comes out; or the
-    reason why it needs the whole."""
+    """One call on a shard of one axis: which inputs must be split, entered or added once, and what
+    comes out; or the reason why it needs the whole."""
 
     def __init__(self, axes, call, axis, state, through):
         self.axes, self.call, self.axis, self.through = axis.axes or axes, call, axis, through
@@ -65,9 +76,17 @@ class Analysis:
         args, kwargs = self.call.args
         given = {**dict(zip(("input", "target", "weight"), args)), **kwargs}
         x, target = given.get("input"), given.get("target")
-        if self.call.name != "cross_entropy" or self.given != {x.id} or target.dtype.is_floating_point:
+        if (
+            self.call.name != "cross_entropy"
+            or self.given != {x.id}
+            or target.dtype.is_floating_point
+        ):
             return False
-        if given.get("weight") is not None or self.axis.find(self.axes, x) != (min(1, len(x.shape) - 1), 1, 1):
+        if given.get("weight") is not None or self.axis.find(self.axes, x) != (
+            min(1, len(x.shape) - 1),
+            1,
+            1,
+        ):
             return False
         self.instead, self.out = x, {v.id: None for v in self.call.outputs.values()}
         return True
@@ -77,7 +96,8 @@ class Analysis:
         return True
 
     def walk(self):
-        """One pass over the nodes; False when another input needs a split, and the pass must be made again."""
+        """One pass over the nodes; False when another input needs a split, and the pass must be
+        made again."""
         sharded = self.given | self.slices
         states = {i: self.axis for i in sharded}
         self.enter, self.once, self.instead, self.out = set(), set(), None, {}
@@ -91,7 +111,9 @@ class Analysis:
                     self.made_of[v.id] = {r.id: r for x in node.inputs for r in self.roots(x)}
             if p_in:
                 same = len({states[v.id] for v in p_in}) == 1
-                if len(p_in) < len(ins) or not same or not linear(node):  # also what is no float adds to a sum
+                if (
+                    len(p_in) < len(ins) or not same or not linear(node)
+                ):  # also what is no float adds to a sum
                     return self.fail("a partial sum is used within")
                 states.update((v.id, states[p_in[0].id]) for v in node.outputs)
                 continue
@@ -158,7 +180,9 @@ class Analysis:
         made = [v for v in self.call.outputs.values() if v.id not in self.external]
         made += [v for n in self.call.nodes if n.mutated for v in n.outputs]
         for v in made:
-            s = None if v.memory.id in self.kept else states.get(v.id)  # a buffer is completed after the call
+            s = (
+                None if v.memory.id in self.kept else states.get(v.id)
+            )  # a buffer is completed after the call
             if s == "unknown":
                 return self.fail("an output loses the axis")
             if s is None and v.trainable and (self.enter or self.once):

@@ -10,8 +10,8 @@ from ..axes.sharding import Axis
 
 @dataclass
 class Candidate:
-    """An axis of the model, tried alone: the parameters it runs through as {name: (dim, outer)}, the calls that touch
-    it, bytes a step."""
+    """An axis of the model, tried alone: the parameters it runs through as {name: (dim, outer)},
+    the calls that touch it, bytes a step."""
 
     axis: Axis
     params: dict
@@ -21,7 +21,9 @@ class Candidate:
 
     def conflicts(self, other):
         """Whether both cannot be sharded: a weight is split once, and a call works on one axis."""
-        return not self.params.keys().isdisjoint(other.params) or not self.indices.isdisjoint(other.indices)
+        return not self.params.keys().isdisjoint(other.params) or not self.indices.isdisjoint(
+            other.indices
+        )
 
     @cached_property
     def indices(self):
@@ -32,7 +34,9 @@ def regions(candidates):
     """Candidates in groups: those of different groups have no weight and no call in common."""
     group_of, groups = {}, {}
     for c in candidates:
-        near = {id(group_of[key]): group_of[key] for key in (*c.params, *c.indices) if key in group_of}
+        near = {
+            id(group_of[key]): group_of[key] for key in (*c.params, *c.indices) if key in group_of
+        }
         group = [c, *(o for g in near.values() for o in g)]
         for i in near:
             del groups[i]
@@ -43,7 +47,8 @@ def regions(candidates):
 
 @dataclass
 class Way:
-    """One weight split alone. `gathered`: it is gathered before its use; else `partners` (biases) are split with it."""
+    """One weight split alone. `gathered`: it is gathered before its use; else `partners` (biases)
+    are split with it."""
 
     dim: int
     axis: Axis

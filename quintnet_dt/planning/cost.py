@@ -1,4 +1,5 @@
-"""What a layout sends, and how to send less: bytes by action, and reductions moved to where there are fewer."""
+"""What a layout sends, and how to send less: bytes by action, and reductions moved to where there
+are fewer."""
 
 from math import fsum
 
@@ -7,8 +8,8 @@ from ..axes.sharding import Action
 
 def cost(graph, layout, n):
     """Bytes that a rank sends in one forward and backward, under ring collectives (as counted in
-    https://arxiv.org/abs/1909.09756): 2 (n-1)/n of the tensor for an all-reduce, (n-1)/n of the whole tensor for a
-    gather.
+    https://arxiv.org/abs/1909.09756): 2 (n-1)/n of the tensor for an all-reduce, (n-1)/n of the
+    whole tensor for a gather.
     """
     seen = {(graph.calls[i].inputs[path].id, tuple(a)) for (i, path), a in layout.uses.items()}
     seen |= {(v, tuple(a)) for v, a in layout.values.items()}
@@ -18,7 +19,9 @@ def cost(graph, layout, n):
         seen |= {(graph.calls[i].inputs[p].id, Action("gather", a.dim)) for p, a in at.items()}
     losses = [(graph.calls[i], a) for i, a in layout.instead.items() if a.kind == "cross_entropy"]
     rows = fsum(max(v.nbytes for v in call.inputs.values()) / a.units for call, a in losses)
-    sent = fsum(action_bytes(graph.values[v], a, n) for v, a in seen)  # rounded once: the same in any order of the set
+    sent = fsum(
+        action_bytes(graph.values[v], a, n) for v, a in seen
+    )  # rounded once: the same in any order of the set
     return sent + 5 * rows * (n - 1) / n
 
 
@@ -33,8 +36,9 @@ def action_bytes(value, action, n):
 
 
 def hoist(graph, layout):
-    """Move `enter` above replicated calls where that sends fewer bytes: two norms of one tensor, each entering a
-    region, cost two reductions below and one above (and those of their small weights)."""
+    """Move `enter` above replicated calls where that sends fewer bytes: two norms of one tensor,
+    each entering a region, cost two reductions below and one above (and those of their small
+    weights)."""
     readers = {}
     for call in graph.calls:
         if call.nodes:
@@ -44,18 +48,29 @@ def hoist(graph, layout):
     enter = Action("enter")
 
     def entered(v):
-        return [(c.index, p) for c, p in readers.get(v.id, ()) if layout.uses.get((c.index, p)) == [enter]]
+        return [
+            (c.index, p)
+            for c, p in readers.get(v.id, ())
+            if layout.uses.get((c.index, p)) == [enter]
+        ]
 
     def movable(call):
-        """The outputs that enter, if all that the call makes does, and nothing else is done with it."""
+        """The outputs that enter, if all that the call makes does, and nothing else is done with
+        it."""
         if call.opaque or not graph.numbered(call, call.module) or call.index in layout.axis_of:
             return []
-        if any((call.index, p) in layout.uses for p in call.inputs) or any(n.mutated for n in call.nodes):
+        if any((call.index, p) in layout.uses for p in call.inputs) or any(
+            n.mutated for n in call.nodes
+        ):
             return []
         ins, outs = call.inputs.values(), {v.id: v for v in call.outputs.values() if v.trainable}
         if any(graph.last_write.get(v.memory.id, -1) >= call.index for v in ins):
             return []
-        if any(i in done for i in outs for done in (kept, {v.id for v in ins}, layout.values, layout.states)):
+        if any(
+            i in done
+            for i in outs
+            for done in (kept, {v.id for v in ins}, layout.values, layout.states)
+        ):
             return []
         all_enter = all(0 < len(readers.get(i, ())) == len(entered(v)) for i, v in outs.items())
         return list(outs.values()) if all_enter else []
@@ -69,13 +84,25 @@ def hoist(graph, layout):
         for x in graph.values:
             if not x.trainable:
                 continue
-            group = {call.index: (call, outs) for call, _ in readers.get(x.id, ()) if (outs := movable(call))}
+            group = {
+                call.index: (call, outs)
+                for call, _ in readers.get(x.id, ())
+                if (outs := movable(call))
+            }
             if not group:
                 continue
             before = reduction([v for _, outs in group.values() for v in outs])
-            new = [v for call, _ in group.values() for v in call.inputs.values() if v.trainable and not entered(v)]
+            new = [
+                v
+                for call, _ in group.values()
+                for v in call.inputs.values()
+                if v.trainable and not entered(v)
+            ]
             after = reduction(new)
-            single = all(len(call.inputs) == 1 and call.name in ("view", "reshape") for call, _ in group.values())
+            single = all(
+                len(call.inputs) == 1 and call.name in ("view", "reshape")
+                for call, _ in group.values()
+            )
             if after < before or (after == before and single):
                 for call, outs in group.values():
                     for v in outs:

@@ -1,8 +1,8 @@
 """Which elements a call takes of its tensors: the numbers in a model's code that index a dim.
 
-That a slice of a shard has the expected length proves nothing: `y[..., 6:12]` of a shard of 9 has length 3, as it
-should, and other rows. So each cut of a dim on shards is compared with the whole forward's, position by position, and
-numbers that were written for the whole dim are translated.
+That a slice of a shard has the expected length proves nothing: `y[..., 6:12]` of a shard of 9 has
+length 3, as it should, and other rows. So each cut of a dim on shards is compared with the whole
+forward's, position by position, and numbers that were written for the whole dim are translated.
 """
 
 from dataclasses import dataclass
@@ -51,7 +51,9 @@ def cut_of(op, args, kwargs, in_shape, out_shapes):
     """The Cut that one of the ATen operators in CUTS makes."""
     name = op_name(op)
     names = [a.name for a in op._schema.arguments]
-    given = {a.name: a.default_value for a in op._schema.arguments} | dict(zip(names, args)) | kwargs
+    given = (
+        {a.name: a.default_value for a in op._schema.arguments} | dict(zip(names, args)) | kwargs
+    )
     dim = given["dim"] % len(in_shape)
     size = in_shape[dim]
     if name == "select":
@@ -75,9 +77,11 @@ def whole_cuts(call):
 
 
 def other_elements(call, local_cuts, axis, axes, n):
-    """Why a call on shards takes other elements than the whole forward's call; "" where every rank takes its own.
+    """Why a call on shards takes other elements than the whole forward's call; "" where every rank
+    takes its own.
 
-    Args: `local_cuts`: Cuts of rank 0's call; `axis`: the Axis that it works on, None if it is replicated.
+    Args: `local_cuts`: Cuts of rank 0's call; `axis`: the Axis that it works on, None if it is
+    replicated.
     """
     expected = whole_cuts(call)
     if [cut.name for _, cut in expected] != [cut.name for cut in local_cuts]:
@@ -86,15 +90,21 @@ def other_elements(call, local_cuts, axis, axes, n):
         at = None if axis is None else axis.find(axes, node.inputs[0])
         if not at or at[0] != whole.dim:
             if whole != local:
-                return f"{whole.name} takes {local.parts} of dim {whole.dim} on shards, not {whole.parts}"
+                return (
+                    f"{whole.name} takes {local.parts} of dim {whole.dim} on shards, not"
+                    f" {whole.parts}"
+                )
         elif not _own_parts(node, whole, local, at, axis, axes, n):
-            return f"{whole.name} takes {local.parts} of a shard, which are not those that it has of {whole.parts}"
+            return (
+                f"{whole.name} takes {local.parts} of a shard, which are not those that it has of"
+                f" {whole.parts}"
+            )
     return ""
 
 
 def _own_parts(node, whole, local, at, axis, axes, n):
-    """Whether each rank's parts of its shard are its shards of the whole's parts, where the dim that is cut is
-    sharded."""
+    """Whether each rank's parts of its shard are its shards of the whole's parts, where the dim
+    that is cut is sharded."""
     sizes = chunk_sizes(axis.size, n)
     if len(set(sizes)) > 1 or len(whole.parts) != len(local.parts):
         return False  # numbers that suit one rank's length suit no other's
@@ -103,14 +113,18 @@ def _own_parts(node, whole, local, at, axis, axes, n):
         if theirs.step != 1 or mine.step != 1 or not out_at or out_at[0] != at[0]:
             return False
         for rank in range(n):
-            wanted = [(theirs.start + start, length) for start, length in segments(out_at, axis.size, rank, n)]
+            wanted = [
+                (theirs.start + start, length)
+                for start, length in segments(out_at, axis.size, rank, n)
+            ]
             if _taken(segments(at, axis.size, rank, n), mine) != wanted:
                 return False
     return True
 
 
 def segments(at, units, rank, n):
-    """[(start, length), ...]: where one rank's part of a sharded dim lies in the whole dim. `at` as `Axis.find`."""
+    """[(start, length), ...]: where one rank's part of a sharded dim lies in the whole dim. `at` as
+    `Axis.find`."""
     _, outer, inner = at
     sizes = chunk_sizes(units, n)
     before, mine = sum(sizes[:rank]), sizes[rank]
@@ -148,7 +162,8 @@ def _joined(found):
 
 
 def indexed_dims(call):
-    """{path of an integer in (args, kwargs): the dim of the first argument that it indexes} of a call in INDEXING."""
+    """{path of an integer in (args, kwargs): the dim of the first argument that it indexes} of a
+    call in INDEXING."""
     args, kwargs = call.args
     if not args or not hasattr(args[0], "shape"):
         return {}
@@ -189,8 +204,8 @@ def _is_int(x):
 
 
 def bounds(call, given, axis, axes, n):
-    """{path: Bound} of the numbers with which a call indexes a sharded dim: as they are, and as they would be of a
-    shard. `given`: its (args, kwargs) on shards."""
+    """{path: Bound} of the numbers with which a call indexes a sharded dim: as they are, and as
+    they would be of a shard. `given`: its (args, kwargs) on shards."""
     at = None if axis is None else axis.find(axes, call.args[0][0])
     if not at:
         return {}
@@ -200,7 +215,8 @@ def bounds(call, given, axis, axes, n):
 
 
 def _of_shard(x, size, n):
-    """A number that indexes a dim of `size`, for a shard of it; one beyond its ends is beyond the shard's."""
+    """A number that indexes a dim of `size`, for a shard of it; one beyond its ends is beyond the
+    shard's."""
     return x // n if abs(x) < size and x % n == 0 else x
 
 

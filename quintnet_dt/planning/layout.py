@@ -1,8 +1,9 @@
-"""Given which axes are sharded: the state of every tensor, and the collectives that make every call right.
+"""Given which axes are sharded: the state of every tensor, and the collectives that make every call
+right.
 
-Gradients follow by one rule: the gradient of a tensor sums over every axis it does not have. So a replicated tensor
-that enters a call which works on a shard gets a partial gradient there, and the action `enter` (identity forward,
-all-reduce backward) sums it.
+Gradients follow by one rule: the gradient of a tensor sums over every axis it does not have. So a
+replicated tensor that enters a call which works on a shard gets a partial gradient there, and the
+action `enter` (identity forward, all-reduce backward) sums it.
 """
 
 from dataclasses import dataclass, field, replace
@@ -16,26 +17,30 @@ from .analysis import FIRST, Analysis, linear, op_name
 
 @dataclass
 class Layout:
-    """What `lay_out` found. `uses[(call index, path)]`, `values[value id]` and `root[path]` are the actions on an
-    argument of a call, on a value where it is made, and on an output of the model."""
+    """What `lay_out` found. `uses[(call index, path)]`, `values[value id]` and `root[path]` are the
+    actions on an argument of a call, on a value where it is made, and on an output of the model."""
 
     uses: dict = field(default_factory=dict)
     values: dict = field(default_factory=dict)
     root: dict = field(default_factory=dict)
     states: dict = field(default_factory=dict)  # value id -> state as its call makes it
-    # Call index -> Action: what on_shard.py runs in its place, and where its shard lies in the whole.
+    # Call index -> Action: what on_shard.py runs in its place, and where its shard lies in the
+    # whole.
     instead: dict = field(default_factory=dict)
     # Call index -> {path: Action}: buffers that the call updates, on its part of them.
     kept: dict = field(default_factory=dict)
     axis_of: dict = field(default_factory=dict)  # call index -> Axis that it works on a shard of
     blockers: list = field(default_factory=list)  # calls that needed something gathered
-    dear: dict = field(default_factory=dict)  # (module path, call's name, line) -> whether it is dearer on shards
+    dear: dict = field(
+        default_factory=dict
+    )  # (module path, call's name, line) -> whether it is dearer on shards
     # Path of an object that keeps tensors -> {place: Action} of those that are shards.
     shards: dict = field(default_factory=dict)
 
 
 def lay_out(graph, axes, sharding, calls=None):
-    """Walk the calls in order (all, or some whose other values are replicated). Returns Layout; raises LayoutError."""
+    """Walk the calls in order (all, or some whose other values are replicated). Returns Layout;
+    raises LayoutError."""
     return _Pass(graph, axes, sharding).run(graph.calls if calls is None else calls)
 
 
@@ -50,8 +55,14 @@ class _Pass:
             if name in graph.params:
                 v, outer = graph.params[name], sharding.outer.get(name, 1)
                 self.now[v.id] = axis
-                if name not in sharding.whole and type(outer) is int and (axis.find(axes, v) or ())[:2] != (dim, outer):
-                    raise LayoutError(f"{name} lies otherwise in memory than its axis does in it", axis=axis)
+                if (
+                    name not in sharding.whole
+                    and type(outer) is int
+                    and (axis.find(axes, v) or ())[:2] != (dim, outer)
+                ):
+                    raise LayoutError(
+                        f"{name} lies otherwise in memory than its axis does in it", axis=axis
+                    )
         self.gathered = {graph.params[name].id for name in sharding.whole if name in graph.params}
         for i, action in graph.given.items():
             self.now[i] = self.layout.states[i] = self.given_axis(graph.values[i], action)
@@ -64,16 +75,27 @@ class _Pass:
             state = self.now.get(v.id)
             if state is not None and state is not PARTIAL:
                 whole = [self.action("gather", v, state)]
-                if self.sharding.loss_parallel and (whole[0].dim, whole[0].outer) == (len(v.shape) - 1, 1):
+                if self.sharding.loss_parallel and (whole[0].dim, whole[0].outer) == (
+                    len(v.shape) - 1,
+                    1,
+                ):
                     self.layout.root[path] = [replace(whole[0], kind="shard")]
-                elif self.use_count[v.id] == 1 and v.producer is not None and v.id not in self.graph.made_in_place:
+                elif (
+                    self.use_count[v.id] == 1
+                    and v.producer is not None
+                    and v.id not in self.graph.made_in_place
+                ):
                     self.layout.values[v.id] = whole
                 else:
                     self.layout.root[path] = whole
         for v in self.graph.stored:
             if self.layout.states.get(v.id) is not None:
                 call = self.graph.calls[v.producer]
-                raise LayoutError("something keeps what would be a shard", call, self.layout.axis_of.get(call.index))
+                raise LayoutError(
+                    "something keeps what would be a shard",
+                    call,
+                    self.layout.axis_of.get(call.index),
+                )
         for v in self.graph.seen.values():
             if self.now.get(v.id) not in (None, PARTIAL) and v.id not in self.gathered:
                 raise LayoutError("a hook sees what would be a shard", axis=self.now[v.id])
@@ -89,9 +111,15 @@ class _Pass:
         """The axis of a shard that was kept from an earlier call."""
         factors = self.axes.final(v)[action.dim]
         for i, j in combinations(range(len(factors) + 1), 2):
-            if (prod(f.size for f in factors[:i]), prod(f.size for f in factors[i:j])) == (action.outer, action.units):
+            if (prod(f.size for f in factors[:i]), prod(f.size for f in factors[i:j])) == (
+                action.outer,
+                action.units,
+            ):
                 return Axis(tuple(factors[i:j]))
-        raise LayoutError(f"a shard kept from an earlier call, of shape {v.shape}, is used in another way than there")
+        raise LayoutError(
+            f"a shard kept from an earlier call, of shape {v.shape}, is used in another way than"
+            " there"
+        )
 
     def action(self, kind, value, axis):
         dim, outer, inner = axis.find(self.axes, value)
@@ -121,7 +149,9 @@ class _Pass:
                 self.use(call, path, self.weight_gather(v))
             elif v.param and isinstance(self.sharding.outer.get(v.param), tuple):
                 found = self.action("exchange", v, state[v.id])
-                parts = found.outer if isinstance(found.outer, tuple) else ((found.outer, found.inner),)
+                parts = (
+                    found.outer if isinstance(found.outer, tuple) else ((found.outer, found.inner),)
+                )
                 self.use(call, path, replace(found, outer=parts, inner=0))
         state = {i: None if i in self.gathered else s for i, s in state.items()}
         active = [s for s in dict.fromkeys(state.values()) if s is not None and s is not PARTIAL]
@@ -141,8 +171,12 @@ class _Pass:
             return
         if call.opaque:
             raise LayoutError(call.opaque, call, active[0])
-        for axis in sorted(active, key=lambda a: -size(inputs[i] for i, s in state.items() if s == a)):
-            given = {i: s if s == axis else None for i, s in state.items()}  # the others are gathered
+        for axis in sorted(
+            active, key=lambda a: -size(inputs[i] for i, s in state.items() if s == a)
+        ):
+            given = {
+                i: s if s == axis else None for i, s in state.items()
+            }  # the others are gathered
             effect = Analysis(self.axes, call, axis, given, self.sharding.through).solve()
             reason = effect.reason or self.dearer(call, effect, inputs, given)
             if not reason:
@@ -150,7 +184,9 @@ class _Pass:
             self.layout.blockers.append((call, reason))
         for path, v in call.inputs.items():
             if state[v.id] in active and (reason or state[v.id] != axis):
-                if v.param and isinstance(self.sharding.outer.get(v.param), tuple):  # as it is stored, not exchanged
+                if v.param and isinstance(
+                    self.sharding.outer.get(v.param), tuple
+                ):  # as it is stored, not exchanged
                     self.layout.uses[call.index, path] = [self.weight_gather(v)]
                 else:
                     self.use(call, path, self.action("gather", v, state[v.id]))
@@ -171,8 +207,8 @@ class _Pass:
         self.outputs(call, effect.out)
 
     def use(self, call, path, action):
-        """An action on an argument. The call gets another tensor, so a write that comes later would miss the
-        model's."""
+        """An action on an argument. The call gets another tensor, so a write that comes later would
+        miss the model's."""
         v = call.inputs[path]
         if self.graph.last_write.get(v.memory.id, -1) >= call.index:
             axis = self.now.get(v.id) or self.layout.axis_of.get(call.index)
@@ -180,8 +216,9 @@ class _Pass:
         self.layout.uses.setdefault((call.index, path), []).append(action)
 
     def dearer(self, call, effect, inputs, given):
-        """Why a call is not worth running on shards, though it could: what it needs split is larger than they are. One
-        line of code is decided once, and as on the path that a forward leaves, which what ran must be the same on."""
+        """Why a call is not worth running on shards, though it could: what it needs split is larger
+        than they are. One line of code is decided once, and as on the path that a forward leaves,
+        which what ran must be the same on."""
         shards = [inputs[i] for i, s in given.items() if s is not None]
         split = [inputs[i] for i in effect.slices if inputs[i].differentiable]
         if any(v.param for v in shards) or not split:
@@ -192,12 +229,16 @@ class _Pass:
         return "its other inputs are larger than its shards" if dear else ""
 
     def defers(self, call, state, inputs):
-        """Whether the call can run on partial results and its output be summed instead: the paths of the replicated
-        factors that it scales them by (small ones: their gradients are partial), or None."""
+        """Whether the call can run on partial results and its output be summed instead: the paths
+        of the replicated factors that it scales them by (small ones: their gradients are partial),
+        or None."""
         if (
             call.opaque
             or not self.graph.numbered(call, call.module)
-            or any(s is PARTIAL and (self.use_count.get(i) != 1 or i in self.graph.seen) for i, s in state.items())
+            or any(
+                s is PARTIAL and (self.use_count.get(i) != 1 or i in self.graph.seen)
+                for i, s in state.items()
+            )
         ):
             return None
         summed, scales = {i for i, s in state.items() if s is PARTIAL}, set()
@@ -209,7 +250,9 @@ class _Pass:
             if len(mine) == 1 and (
                 op_name(node.op) == "mul" or op_name(node.op) in FIRST and node.inputs[0] is mine[0]
             ):
-                if any(v.nbytes * 4 > mine[0].nbytes or i not in inputs for i, v in factors.items()):
+                if any(
+                    v.nbytes * 4 > mine[0].nbytes or i not in inputs for i, v in factors.items()
+                ):
                     return None
                 out = node.outputs[0]
                 if out.dtype.itemsize < mine[0].dtype.itemsize:
@@ -236,7 +279,12 @@ class _Pass:
             if state is AVERAGED:
                 self.layout.values.setdefault(v.id, []).append(Action("mean"))
                 self.now[v.id] = None
-            elif state is None or state is PARTIAL or state in self.sharding.through or v.id in self.graph.made_of:
+            elif (
+                state is None
+                or state is PARTIAL
+                or state in self.sharding.through
+                or v.id in self.graph.made_of
+            ):
                 self.now[v.id] = state
             else:  # a weight's own axis ends here
                 self.layout.values.setdefault(v.id, []).append(self.action("gather", v, state))

@@ -1,4 +1,5 @@
-"""The forwards that were shown right, by signature. A call with a new one is traced and shown before it runs, once."""
+"""The forwards that were shown right, by signature. A call with a new one is traced and shown
+before it runs, once."""
 
 import copy
 import weakref
@@ -30,8 +31,8 @@ VARIANTS = 16  # paths of one kind of call that are kept
 
 
 class Paths:
-    """Lists of programs by (module path, signature), for the module that a user calls: the model, or a part of it by
-    itself.
+    """Lists of programs by (module path, signature), for the module that a user calls: the model,
+    or a part of it by itself.
 
     `defaults`: programs of modules that no traced forward reached.
     """
@@ -46,16 +47,23 @@ class Paths:
         self.numbers = {}  # (module path, kind) -> the first numbers that such calls were given
         self.known = {}
         self.changes = {}  # module path -> attributes that a forward of this module changes
-        self.first = {}  # module path -> those attributes at the first call: as when they were planned
-        self.moded = {"": moded(model)}  # module path -> the modules within that compute otherwise in training
+        self.first = (
+            {}
+        )  # module path -> those attributes at the first call: as when they were planned
+        self.moded = {
+            "": moded(model)
+        }  # module path -> the modules within that compute otherwise in training
         for given, programs in known.items():
-            self.known[self.key_of("", given, state=self.state("", model))] = [completed(defaults, programs)]
+            self.known[self.key_of("", given, state=self.state("", model))] = [
+                completed(defaults, programs)
+            ]
             self.changes[""] = programs[""].changes
 
     def programs(self, path, owners, module, args, kwargs, compiled=False):
-        """The programs for this call of `module`; raises RuntimeError where it cannot be shown right, ValueError where
-        ranks make different calls or are given different batches. `compiled`: by torch.compile, of which models ask and
-        then take other paths. All ranks compare their batches, and all learn, or none does."""
+        """The programs for this call of `module`; raises RuntimeError where it cannot be shown
+        right, ValueError where ranks make different calls or are given different batches.
+        `compiled`: by torch.compile, of which models ask and then take other paths. All ranks
+        compare their batches, and all learn, or none does."""
         look_around(path, args, kwargs)
         given = signature(module, args, kwargs)
         state = self.state(path, module)
@@ -64,8 +72,13 @@ class Paths:
         self.grad = torch.is_grad_enabled()
         try:
             same = (path, compiled, *state, *given)
-            calls, new = self.in_step.call(key, given.shapes, same, (path, module, args, kwargs), key not in self.known)
-            self.first_of_kind, self.fresh = calls == 0, calls < CHECKED  # a wrong sampler shows in them
+            calls, new = self.in_step.call(
+                key, given.shapes, same, (path, module, args, kwargs), key not in self.known
+            )
+            self.first_of_kind, self.fresh = (
+                calls == 0,
+                calls < CHECKED,
+            )  # a wrong sampler shows in them
             if self.fresh and self.mesh.size() > 1:
                 self.check((args, kwargs), key)
         except Apart as e:
@@ -81,8 +94,8 @@ class Paths:
         return self.known[key][0]
 
     def state(self, path, module):
-        """Which modules compute otherwise than the rest, and what an earlier forward has left in attributes, where
-        one does; empty if nothing."""
+        """Which modules compute otherwise than the rest, and what an earlier forward has left in
+        attributes, where one does; empty if nothing."""
         if path not in self.moded:
             self.moded[path] = moded(module)
         return (*modes(module, self.moded[path]), *self.left(path, module))
@@ -96,8 +109,8 @@ class Paths:
         return () if self.first.setdefault(path, now) == now else now
 
     def check(self, batch, key):
-        """Raise ValueError where the ranks were given different batches. A pipeline's first call of a kind may be
-        one on uninitialised inputs."""
+        """Raise ValueError where the ranks were given different batches. A pipeline's first call of
+        a kind may be one on uninitialised inputs."""
         try:
             check_batch(batch, self.mesh)
         except ValueError:
@@ -112,7 +125,8 @@ class Paths:
         self.moded.clear()
 
     def forget(self, key):
-        """The numbers of a call that other ranks did not make are not among the first of its kind."""
+        """The numbers of a call that other ranks did not make are not among the first of its
+        kind."""
         kind, numbers = key
         if key not in self.known and numbers in self.numbers[kind]:
             self.numbers[kind].remove(numbers)
@@ -144,8 +158,9 @@ class Paths:
         return new
 
     def key_of(self, path, given, compiled=False, state=()):
-        """Under which key the programs of a call with this Signature are known. After some values of its numbers, any
-        other is one: what a call computes with a number that indexes shards is checked as it runs."""
+        """Under which key the programs of a call with this Signature are known. After some values
+        of its numbers, any other is one: what a call computes with a number that indexes shards is
+        checked as it runs."""
         kind = (path, given.kind, compiled, *state)
         known = self.numbers.setdefault(kind, [])
         if given.numbers not in known and len(known) < VALUES:
@@ -153,19 +168,23 @@ class Paths:
         return kind, given.numbers if given.numbers in known else None
 
     def random(self, path, module, programs):
-        """Whether the ranks need one random state: this call may draw random numbers, or one may sample from its
-        outputs."""
+        """Whether the ranks need one random state: this call may draw random numbers, or one may
+        sample from its outputs."""
         if self.fresh or not torch.is_grad_enabled():
             return True
-        return programs[path].random if self.reached(path, programs) and path in programs else module.training
+        return (
+            programs[path].random
+            if self.reached(path, programs) and path in programs
+            else module.training
+        )
 
     def reached(self, path, programs):
         """Whether the forward that programs were shown for ran a module."""
         return programs.get(path) is not self.defaults.get(path)
 
     def variants(self, *call):
-        """Other programs for this call, whose forward has turned out to take another path than the one that was shown:
-        those that are known, then one learned from this call itself."""
+        """Other programs for this call, whose forward has turned out to take another path than the
+        one that was shown: those that are known, then one learned from this call itself."""
         known = self.known[self.key]  # the modes may have changed within the forward
         for programs in list(known):
             known.remove(programs)  # the latest is tried first
@@ -186,7 +205,8 @@ class Paths:
         names = {id(m._parameters.get(attr)): name for name, at in owners.items() for m, attr in at}
         if added := [inner for inner, p in named_parameters(module) if id(p) not in names]:
             raise RuntimeError(
-                f"{', '.join(added[:5])}: expected the parameters that were split, found others: {AGAIN}"
+                f"{', '.join(added[:5])}: expected the parameters that were split, found others:"
+                f" {AGAIN}"
             )
         names = {inner: names[id(p)] for inner, p in named_parameters(module)}
         device = device_of(module)
@@ -197,9 +217,9 @@ class Paths:
             if not any(opaque(x) for _, x in leaves((args, kwargs))):
                 raise
             raise RuntimeError(
-                f"{path or type(module).__name__} was given an object whose tensors do not fit its forward; if they "
-                "are this rank's shards from an earlier call (a key-value cache?), give it that object as that call "
-                f"left it: {e}"
+                f"{path or type(module).__name__} was given an object whose tensors do not fit its"
+                " forward; if they are this rank's shards from an earlier call (a key-value"
+                f" cache?), give it that object as that call left it: {e}"
             ) from e
         axes = Axes(graph)
         entries = {inner: self.plan[name] for inner, name in names.items()}
@@ -208,20 +228,26 @@ class Paths:
             sharding = sharding_of(plan, graph, axes)
             if self.key in self.known:  # another path of such a call
                 sharding.dear = self.known[self.key][0][path].dear
-            programs = settle(Planner(graph, axes, plan.tp_size), module, args, kwargs, device, sharding)[2]
+            programs = settle(
+                Planner(graph, axes, plan.tp_size), module, args, kwargs, device, sharding
+            )[2]
         except LayoutError as e:
             raise RuntimeError(
-                f"{path or type(module).__name__} was called in a way that was not traced before, and it cannot be "
-                f"shown right on shards: {e}"
+                f"{path or type(module).__name__} was called in a way that was not traced before,"
+                f" and it cannot be shown right on shards: {e}"
             ) from e
 
         def renamed(program):
             params = {names[inner]: actions for inner, actions in program.params.items()}
-            optional, written = ({names[inner] for inner in x} for x in (program.optional, program.written))
+            optional, written = (
+                {names[inner] for inner in x} for x in (program.optional, program.written)
+            )
             return replace(program, params=params, optional=optional, written=written)
 
         known = self.changes.get(path, [])
-        self.changes[path] = names_changed = known + [key for key in programs[""].changes if key not in known]
+        self.changes[path] = names_changed = known + [
+            key for key in programs[""].changes if key not in known
+        ]
         if names_changed and not known:
             self.first[path] = (len(names_changed), *kinds_at(module, names_changed))
         context, places = hooks_on(module).context, {}
@@ -232,13 +258,20 @@ class Paths:
             module
         ):  # where they were when they were split; a shared one has its first place
             h = hooks_on(m)
-            places[inner] = h.path if h is not None and h.context is context else ".".join(filter(None, (path, inner)))
-        return completed(self.defaults, {places[inner]: renamed(p) for inner, p in programs.items()})
+            places[inner] = (
+                h.path
+                if h is not None and h.context is context
+                else ".".join(filter(None, (path, inner)))
+            )
+        return completed(
+            self.defaults, {places[inner]: renamed(p) for inner, p in programs.items()}
+        )
 
 
 def completed(defaults, programs):
-    """Programs of one forward, with the default ones of modules that it did not reach. A module that it reached shows
-    its parameters that nobody read too, whole, for another path through its code."""
+    """Programs of one forward, with the default ones of modules that it did not reach. A module
+    that it reached shows its parameters that nobody read too, whole, for another path through its
+    code."""
     read = {name for program in programs.values() for name in program.params}
     found = {**defaults, **programs}
     for path, default in defaults.items():
@@ -251,13 +284,17 @@ def completed(defaults, programs):
 
 
 def shared_axis(name, entry, graph, axes, alone):
-    """The axis of a weight that is split alone, which a bias is split along with: in all calls that use it. `alone`:
-    call index -> {parameter: its axis} so far."""
+    """The axis of a weight that is split alone, which a bias is split along with: in all calls that
+    use it. `alone`: call index -> {parameter: its axis} so far."""
     calls, v = indices(graph.users.get(name, ())), graph.params[name]
     if len(entry.shape) != 1 or not calls:
         return None
     for p, axis in alone.get(min(calls), {}).items():
-        if calls <= indices(graph.users[p]) and (at := axis.find(axes, v)) and at[1] == entry.pieces:
+        if (
+            calls <= indices(graph.users[p])
+            and (at := axis.find(axes, v))
+            and at[1] == entry.pieces
+        ):
             return axis
     return None
 
@@ -272,10 +309,18 @@ def sharding_of(plan, graph, axes):
         if e.units:
             for factors in spans([dim]):
                 for i, j in combinations(range(len(factors) + 1), 2):
-                    found = Axis(tuple(factors[i:j])) if divides(factors[i:j], plan.tp_size) else None
+                    found = (
+                        Axis(tuple(factors[i:j])) if divides(factors[i:j], plan.tp_size) else None
+                    )
                     at = found and found.find(axes, graph.params[name])
-                    if at and axis is None and (at[1] != 1 if e.how == EXCHANGED else at[1] == e.pieces):
-                        axis, sharding.outer[name] = found, (at[1:],) if e.how == EXCHANGED and at[2] else at[1]
+                    if (
+                        at
+                        and axis is None
+                        and (at[1] != 1 if e.how == EXCHANGED else at[1] == e.pieces)
+                    ):
+                        axis, sharding.outer[name] = found, (
+                            (at[1:],) if e.how == EXCHANGED and at[2] else at[1]
+                        )
         if axis is not None:
             sharding.through.add(axis)
         else:
@@ -283,7 +328,11 @@ def sharding_of(plan, graph, axes):
                 sharding.whole.add(name)
             axis, sharding.outer[name] = shared_axis(name, e, graph, axes, alone), e.pieces
             if axis is None:
-                axis = lone_axis(e.shape[e.dim]) if name in sharding.whole else own_axis(graph, name, e.dim)
+                axis = (
+                    lone_axis(e.shape[e.dim])
+                    if name in sharding.whole
+                    else own_axis(graph, name, e.dim)
+                )
             for call in graph.users.get(name, ()):
                 alone.setdefault(call.index, {})[name] = axis
         sharding.params[name] = (e.dim, axis)

@@ -1,5 +1,5 @@
-"""Which axes to shard: each is tried alone, its bytes counted; the best that do not conflict are taken, then
-weights."""
+"""Which axes to shard: each is tried alone, its bytes counted; the best that do not conflict are
+taken, then weights."""
 
 from functools import cached_property
 from itertools import combinations, groupby
@@ -17,21 +17,26 @@ from .prove import prove
 
 # Weights are split until those left whole hold no more than this share of all elements.
 NEGLIGIBLE = 0.02
-# One weight with more than this share is always split: an embedding that is little beside seventy billion others is a
-# gigabyte still.
+# One weight with more than this share is always split: an embedding that is little beside seventy
+# billion others is a gigabyte still.
 VOCABULARY = 0.005
-# Where the calls that use a weight read more tensors than this, it is split alone only to be gathered.
+# Where the calls that use a weight read more tensors than this, it is split alone only to be
+# gathered.
 CROWDED = 256
 # Up to so many axes that stand in each other's way, every choice among them is tried.
 EXHAUSTIVE = 10
 
 
 class Planner:
-    """Chooses a Sharding over `n` ranks for one traced forward. `fixed[name]` is a user's dim (None: replicate).
-    `contiguous`: a rank holds one block of a weight, also where equal pieces of it are split."""
+    """Chooses a Sharding over `n` ranks for one traced forward. `fixed[name]` is a user's dim
+    (None: replicate). `contiguous`: a rank holds one block of a weight, also where equal pieces of
+    it are split."""
 
     def __init__(self, graph, axes, n, fixed=None, loss_parallel=False, contiguous=False):
-        self.fixed = {**dict.fromkeys(graph.rewritten), **(fixed or {})}  # what the forward writes to stays whole
+        self.fixed = {
+            **dict.fromkeys(graph.rewritten),
+            **(fixed or {}),
+        }  # what the forward writes to stays whole
         self.graph, self.axes, self.n = graph, axes, n
         self.loss_parallel, self.contiguous = loss_parallel, contiguous
         self.params = graph.params
@@ -39,14 +44,20 @@ class Planner:
         self._alone = {}
         self.touch, self.users = {}, graph.users
         total, rest, self.small = sum(map(self.numel, self.params)), 0, set()
-        for numel, names in groupby(sorted(self.params, key=self.numel), self.numel):  # repeated layers are alike
+        for numel, names in groupby(
+            sorted(self.params, key=self.numel), self.numel
+        ):  # repeated layers are alike
             names = list(names)
             rest += numel * len(names)
             if rest > NEGLIGIBLE * total or numel >= VOCABULARY * total:
                 break
             self.small.update(names)
         for call in graph.calls:
-            values = [*call.inputs.values(), *call.outputs.values(), *(v for n in call.nodes for v in n.outputs)]
+            values = [
+                *call.inputs.values(),
+                *call.outputs.values(),
+                *(v for n in call.nodes for v in n.outputs),
+            ]
             for v in {v.id: v for v in values}.values() if call.nodes else ():
                 for f in dict.fromkeys(f for dim in axes.final(v) for f in flat(dim)):
                     self.touch.setdefault(f, {})[call.index] = call
@@ -61,11 +72,15 @@ class Planner:
     # Axes that run through the model.
 
     def candidates(self):
-        found = {}  # adjacent factors -> parameters with them: one that n divides, or as many as it takes
+        found = (
+            {}
+        )  # adjacent factors -> parameters with them: one that n divides, or as many as it takes
         for name, v in self.params.items():
             for dim in spans(self.axes.final(v)):
                 for i, j in combinations(range(len(dim) + 1), 2):
-                    if divides(dim[i:j], self.n) and not (j - i > 1 and divides(dim[i : j - 1], self.n)):
+                    if divides(dim[i:j], self.n) and not (
+                        j - i > 1 and divides(dim[i : j - 1], self.n)
+                    ):
                         found.setdefault(tuple(dim[i:j]), []).append(name)
         for factors, names in found.items():
             axis, params = Axis(factors), {}
@@ -75,7 +90,9 @@ class Planner:
                 if at and of_inputs and at[0] in self._cut_by_numbers.get(name, ()):
                     continue  # a table of positions, of which another input takes other rows
                 if at and (name not in self.fixed or self.fixed[name] == at[0]):
-                    params[name] = at[0], ((at[1], at[2]),) if self.contiguous and at[1] != 1 and at[2] else at[1]
+                    params[name] = at[0], (
+                        ((at[1], at[2]),) if self.contiguous and at[1] != 1 and at[2] else at[1]
+                    )
             if sum(map(self.numel, params)):
                 touched = {i: c for f in factors for i, c in self.touch.get(f, {}).items()}
                 calls = [c for _, c in sorted(touched.items())]
@@ -101,11 +118,17 @@ class Planner:
     @cached_property
     def crowded(self):
         """Index of each call that reads very many parameters -> how many."""
-        return {c.index: len({v.param for v in c.inputs.values()}) for c in self.graph.calls if len(c.inputs) > CROWDED}
+        return {
+            c.index: len({v.param for v in c.inputs.values()})
+            for c in self.graph.calls
+            if len(c.inputs) > CROWDED
+        }
 
     def weigh(self, candidate):
         """Whether a candidate can be laid out, taken alone; counts its bytes."""
-        if any(self.crowded.get(call.index, 0) > 8 * len(candidate.params) for call in candidate.calls):
+        if any(
+            self.crowded.get(call.index, 0) > 8 * len(candidate.params) for call in candidate.calls
+        ):
             return False  # an axis of few of the many weights that one call reads
         if self.graph.unsteady and self._common_module(candidate.calls) in self.graph.unsteady:
             self.note(candidate.params, "its axis runs through a module whose forward reads values")
@@ -116,7 +139,9 @@ class Planner:
                 params.pop(p, None)
             split = {p: (d, candidate.axis) for p, (d, _) in params.items()}
             outer = {p: o for p, (_, o) in params.items() if o != 1}
-            sharding = Sharding(split, {candidate.axis}, outer=outer, loss_parallel=self.loss_parallel)
+            sharding = Sharding(
+                split, {candidate.axis}, outer=outer, loss_parallel=self.loss_parallel
+            )
             try:
                 layout = lay_out(self.graph, self.axes, sharding, candidate.calls)
             except LayoutError as e:
@@ -140,12 +165,19 @@ class Planner:
             if self.weigh(c) and c.bytes <= self._apart(c.params):
                 found.append(c)
             elif c.bytes:
-                self.note(c.params, f"sharded through the model, its axis would send {c.bytes:.0f} bytes a step")
+                self.note(
+                    c.params,
+                    f"sharded through the model, its axis would send {c.bytes:.0f} bytes a step",
+                )
         return found
 
     def _gathered_weights(self, layout):
         """The split weights that calls need whole, themselves or what is made of them."""
-        gathered = [self.graph.calls[i].inputs[p].id for (i, p), a in layout.uses.items() if a[0].kind == "gather"]
+        gathered = [
+            self.graph.calls[i].inputs[p].id
+            for (i, p), a in layout.uses.items()
+            if a[0].kind == "gather"
+        ]
         return set().union(*(self.graph.made_of.get(v, ()) for v in gathered))
 
     def _common_module(self, calls):
@@ -168,13 +200,17 @@ class Planner:
         return sharding
 
     def _apart(self, params):
-        """Bytes a step if each of these weights is split alone; those that would stay whole send none."""
+        """Bytes a step if each of these weights is split alone; those that would stay whole send
+        none."""
         sent = (self.alone(p).bytes for p in params if p not in self.small)
-        return fsum(b for b in sent if b != float("inf"))  # rounded once: the same in any order of a set
+        return fsum(
+            b for b in sent if b != float("inf")
+        )  # rounded once: the same in any order of a set
 
     def _best(self, region):
-        """Of candidates that stand in each other's way, those that send the fewest bytes, counting the weights left as
-        split alone: all choices tried where the region is small, else the cheapest for each element first."""
+        """Of candidates that stand in each other's way, those that send the fewest bytes, counting
+        the weights left as split alone: all choices tried where the region is small, else the
+        cheapest for each element first."""
         region = sorted(region, key=lambda c: (c.bytes / c.elements, -c.elements))
         if len(region) > EXHAUSTIVE:
             chosen = []
@@ -184,7 +220,9 @@ class Planner:
         everything = {p for c in region for p in c.params}
 
         def total(chosen):
-            return sum(c.bytes for c in chosen) + self._apart(everything - {p for c in chosen for p in c.params})
+            return sum(c.bytes for c in chosen) + self._apart(
+                everything - {p for c in chosen for p in c.params}
+            )
 
         choices = [[]]
         for c in region:
@@ -194,7 +232,8 @@ class Planner:
     # Weights that no axis took.
 
     def alone(self, name, taken=()):
-        """The cheapest Way to split one weight; one that sends infinitely many bytes where there is none."""
+        """The cheapest Way to split one weight; one that sends infinitely many bytes where there is
+        none."""
         if not taken and name in self._alone:
             return self._alone[name]
         v = self.params[name]
@@ -220,13 +259,21 @@ class Planner:
         if of_inputs or not axis.find(self.axes, v):
             return gathered
         partners = {}
-        for x in (x for call in calls for x in call.inputs.values() if x.param and len(x.shape) == 1):
-            free = x.param not in taken and x.param not in self.fixed and indices(self.users[x.param]) <= indices(calls)
+        for x in (
+            x for call in calls for x in call.inputs.values() if x.param and len(x.shape) == 1
+        ):
+            free = (
+                x.param not in taken
+                and x.param not in self.fixed
+                and indices(self.users[x.param]) <= indices(calls)
+            )
             if free and (at := axis.find(self.axes, x)) and at[1] == 1:
                 partners[x.param] = 0
         try:
             split = {p: (d, axis) for p, d in {name: dim, **partners}.items()}
-            layout = lay_out(self.graph, self.axes, Sharding(split, loss_parallel=self.loss_parallel), calls)
+            layout = lay_out(
+                self.graph, self.axes, Sharding(split, loss_parallel=self.loss_parallel), calls
+            )
         except LayoutError as e:
             gathered.why = str(e)
             return gathered
@@ -235,7 +282,9 @@ class Planner:
             return gathered
         way = Way(dim, axis, cost(self.graph, layout, self.n), False, partners)
         square = Axis(tuple(self.axes.final(v)[dim])).find(self.axes, v) is False
-        if square and way.bytes > gathered.bytes:  # one that mixes places, with few weights for its activations
+        if (
+            square and way.bytes > gathered.bytes
+        ):  # one that mixes places, with few weights for its activations
             gathered.why = "split, it would send more"
             return gathered
         return way
@@ -248,8 +297,12 @@ class Planner:
                 continue
             way = self.alone(name, sharding.params)
             busy = any(call.index in used_by for call in self.users.get(name, ()))
-            if way.axis is None or (busy and not way.gathered and len(self.params[name].shape) == 1):
-                continue  # a row-parallel layer's bias: split, it would break the axis that runs through there
+            if way.axis is None or (
+                busy and not way.gathered and len(self.params[name].shape) == 1
+            ):
+                # a row-parallel layer's bias: split, it would break the axis that runs through
+                # there
+                continue
             for p, d in {name: way.dim, **way.partners}.items():
                 sharding.params[p] = (d, way.axis)
             if way.gathered:
@@ -258,10 +311,12 @@ class Planner:
 
 
 def settle(planner, model, args, kwargs, device=None, sharding=None):
-    """A Sharding that is proven for the traced forward, and what runs it: (Sharding, Layout, programs).
+    """A Sharding that is proven for the traced forward, and what runs it: (Sharding, Layout,
+    programs).
 
-    Axes that cannot be shown right are given up; at the end every split weight is gathered before its use, which is
-    right on any path. With a given `sharding` (of an applied plan) the parameters keep their placements.
+    Axes that cannot be shown right are given up; at the end every split weight is gathered before
+    its use, which is right on any path. With a given `sharding` (of an applied plan) the parameters
+    keep their placements.
     """
     graph, axes, n = planner.graph, planner.axes, planner.n
     banned, fixed = set(), sharding is not None
@@ -269,9 +324,15 @@ def settle(planner, model, args, kwargs, device=None, sharding=None):
     while True:
         try:
             layout = hoist(graph, lay_out(graph, axes, sharding))
-            if sharding.whole == sharding.params.keys() and not graph.given:  # it computes as the whole model does
+            if (
+                sharding.whole == sharding.params.keys() and not graph.given
+            ):  # it computes as the whole model does
                 return sharding, layout, compile_programs(graph, layout)
-            return sharding, layout, prove(model, args, kwargs, graph, axes, layout, sharding, n, device)
+            return (
+                sharding,
+                layout,
+                prove(model, args, kwargs, graph, axes, layout, sharding, n, device),
+            )
         except LayoutError as first:
             known = len(banned)
             for e in (first, *first.others):

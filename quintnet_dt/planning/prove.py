@@ -1,9 +1,10 @@
 """The proof: the forward run again on one rank's shapes, call by call beside the whole one.
 
-With the programs installed on a ghost whose parameters have their local shapes, the forward must make the same calls in
-the same order with the same scalar arguments, and every tensor must be exactly the shard that the layout says. A scale
-computed from a sharded dim's size differs, and is caught; a size written into the code (`view(b, s, 8, 64)`) is caught
-and replaced, and then shown in the same way.
+With the programs installed on a ghost whose parameters have their local shapes, the forward must
+make the same calls in the same order with the same scalar arguments, and every tensor must be
+exactly the shard that the layout says. A scale computed from a sharded dim's size differs, and is
+caught; a size written into the code (`view(b, s, 8, 64)`) is caught and replaced, and then shown in
+the same way.
 """
 
 import torch
@@ -32,9 +33,12 @@ from .sizes import SIZES, groups_at, localise, width
 
 
 def prove(model, args, kwargs, graph, axes, layout, sharding, n, device=None):
-    """Show that the layout is right for this forward, or raise LayoutError. Returns the programs that do it."""
+    """Show that the layout is right for this forward, or raise LayoutError. Returns the programs
+    that do it."""
     found = Found()
-    for _ in range(3):  # what is found in one run is part of the programs that the next one shows right
+    for _ in range(
+        3
+    ):  # what is found in one run is part of the programs that the next one shows right
         programs = compile_programs(graph, layout, found)
         checker = _Checker(graph, axes, layout, n, found)
         try:
@@ -87,7 +91,9 @@ class _Checker(Recorder):
         self.axes, self.layout, self.n = axes, layout, n
         self.at, self.readings, self.failed = 0, {}, []
         self.found = found  # what programs must do beside, of earlier runs and of this one
-        self.changed = self.pinned = False  # whether this one found some: that alters the forward; that does not
+        self.changed = self.pinned = (
+            False  # whether this one found some: that alters the forward; that does not
+        )
         self.cuts = []  # Cuts of the present call
         for i, result, _ in graph.readings:
             self.readings.setdefault(i, []).append(result)
@@ -97,7 +103,8 @@ class _Checker(Recorder):
         return silence.depth > 0
 
     def error(self, reason):
-        """A LayoutError of the sharded axis nearest to the present call: in its module, else in those around it."""
+        """A LayoutError of the sharded axis nearest to the present call: in its module, else in
+        those around it."""
         call = self.whole[self.at] if self.at < len(self.whole) else None
         near = sorted(self.layout.axis_of, key=lambda i: (i > self.at, abs(i - self.at)))
         for module in call.module.chain() if call is not None else ():
@@ -107,7 +114,8 @@ class _Checker(Recorder):
         return LayoutError(reason, call)
 
     def note(self, reason, go_on=True):
-        """An axis that fails. The run goes on where it can, as if it had not, so that it finds all that do."""
+        """An axis that fails. The run goes on where it can, as if it had not, so that it finds all
+        that do."""
         error = self.error(reason)
         if error.axis is None or not go_on:
             raise error
@@ -135,13 +143,28 @@ class _Checker(Recorder):
         made = {v.id for v in call.inputs.values()}
         expected = {p: self.local_shape(v) for p, v in call.outputs.items() if v.id not in made}
         axis = self.layout.axis_of.get(call.index)
-        if axis is not None and not chunk_sizes(axis.size, self.n)[-1] and not all(map(copes, call.nodes)):
-            self.note("the last rank would hold nothing of the axis, which this operator cannot work on")
+        if (
+            axis is not None
+            and not chunk_sizes(axis.size, self.n)[-1]
+            and not all(map(copes, call.nodes))
+        ):
+            self.note(
+                "the last rank would hold nothing of the axis, which this operator cannot work on"
+            )
         if axis is not None and any(aligned_only(node) for node in call.nodes):
-            sizes = chunk_sizes(axis.size, self.n)  # its backward wants rows of 16 bytes of each of its tensors
-            found = [(v, axis.find(self.axes, v)) for v in (*call.inputs.values(), *call.outputs.values())]
-            if any(at and width(at) * size * v.dtype.itemsize % 16 for v, at in found for size in sizes):
-                self.note("a rank's rows would not be of multiples of 16 bytes, which this operator wants")
+            sizes = chunk_sizes(
+                axis.size, self.n
+            )  # its backward wants rows of 16 bytes of each of its tensors
+            found = [
+                (v, axis.find(self.axes, v))
+                for v in (*call.inputs.values(), *call.outputs.values())
+            ]
+            if any(
+                at and width(at) * size * v.dtype.itemsize % 16 for v, at in found for size in sizes
+            ):
+                self.note(
+                    "a rank's rows would not be of multiples of 16 bytes, which this operator wants"
+                )
         self._call = call
         try:
             out = self.shown(call, func, args, kwargs, expected, axis)
@@ -152,13 +175,18 @@ class _Checker(Recorder):
         return out
 
     def shown(self, call, func, args, kwargs, expected, axis):
-        """Run a call as it is given, else with its numbers translated; note where neither is right."""
-        given = bounds(call, (args, kwargs), axis, self.axes, self.n) if call.name in INDEXING else {}
+        """Run a call as it is given, else with its numbers translated; note where neither is
+        right."""
+        given = (
+            bounds(call, (args, kwargs), axis, self.axes, self.n) if call.name in INDEXING else {}
+        )
         if _draws(call):
             args, kwargs = self.in_order(call, args, kwargs)
         out, found, reason = self.attempt(call, func, args, kwargs, expected, axis)
         taken = {path: Bound(b.given, b.given) for path, b in given.items()}
-        if reason or call.name == "group_norm":  # whose result has one shape for any number of groups
+        if (
+            reason or call.name == "group_norm"
+        ):  # whose result has one shape for any number of groups
             divided, multiplied = localise(call, args, kwargs, expected, self.n)
             local = {path: b.local for path, b in given.items() if b.local != b.given}
             if divided or multiplied or local:
@@ -182,7 +210,9 @@ class _Checker(Recorder):
         if found == expected:
             return out
         kind = {"dtype": call.outputs[()].dtype, "device": call.outputs[()].device}
-        return torch.empty(expected[()], **kind, requires_grad=call.outputs[()].differentiable).clone()
+        return torch.empty(
+            expected[()], **kind, requires_grad=call.outputs[()].differentiable
+        ).clone()
 
     def attempt(self, call, func, args, kwargs, expected, axis):
         """(What a call gives, its shapes, why that is not right)."""
@@ -194,13 +224,15 @@ class _Checker(Recorder):
             return None, None, f"expected shapes {list(expected.values())} on shards, found {e}"
         found = {p: tuple(t.shape) for p, t in tensors(out) if p in expected}
         if found != expected:
-            reason = f"expected shapes {list(expected.values())} on shards, found {list(found.values())}"
+            reason = (
+                f"expected shapes {list(expected.values())} on shards, found {list(found.values())}"
+            )
             return out, found, reason
         return out, found, other_elements(call, self.cuts, axis, self.axes, self.n)
 
     def in_order(self, call, args, kwargs):
-        """The arguments of a call that draws random numbers, which it does in the order of memory: its input gets the
-        whole forward's order, which a collective may have changed."""
+        """The arguments of a call that draws random numbers, which it does in the order of memory:
+        its input gets the whole forward's order, which a collective may have changed."""
         if not call.inputs:
             return args, kwargs
         whole, (path, local) = next(iter(call.inputs.values())), next(tensors((args, kwargs)))
@@ -214,7 +246,11 @@ class _Checker(Recorder):
     def other_scalars(self, call, args, kwargs, axis):
         """Why the scalar arguments of a call differ from the whole forward's; "" where they may."""
         groups = groups_at(call, args)
-        at = None if axis is None or call.name not in INDEXING else axis.find(self.axes, call.args[0][0])
+        at = (
+            None
+            if axis is None or call.name not in INDEXING
+            else axis.find(self.axes, call.args[0][0])
+        )
         places = {path for path, dim in indexed_dims(call).items() if dim == at[0]} if at else ()
         for (path, now), (_, then) in zip(leaves((args, kwargs)), leaves(call.args)):
             if not isinstance(now, (int, float, complex)) or now == then:
@@ -240,11 +276,14 @@ class _Checker(Recorder):
                 return self.compute(func, args, kwargs)
         out = self.compute(func, args, kwargs)
         if self._call is not None and op_name(func) in CUTS:
-            self.cuts.append(cut_of(func, args, kwargs, args[0].shape, [t.shape for _, t in tensors((out,))]))
+            self.cuts.append(
+                cut_of(func, args, kwargs, args[0].shape, [t.shape for _, t in tensors((out,))])
+            )
         return out
 
     def reading(self):
-        """What the whole forward read here: within the call, since its operators on real tensors may be others."""
+        """What the whole forward read here: within the call, since its operators on real tensors
+        may be others."""
         if not self.readings.get(self.at):
             raise self.error("reads other values on shards")
         return self.readings[self.at].pop(0)

@@ -21,8 +21,8 @@ _BACKWARDS = {"grad", "backward"}
 
 
 class _Calls(threading.local, TorchFunctionMode):
-    """Runs the programs of single calls. One mode, of which every thread has its own; each module that has some pushes
-    a frame."""
+    """Runs the programs of single calls. One mode, of which every thread has its own; each module
+    that has some pushes a frame."""
 
     def __init__(self):
         super().__init__()
@@ -39,22 +39,28 @@ class _Calls(threading.local, TorchFunctionMode):
         try:
             names = frame.program.names
             if not failed and names is not None and frame.number != len(names):
-                self.change(frame.context, Ends(), f"it was {names[frame.number]} then, and is none now", frame)
+                self.change(
+                    frame.context,
+                    Ends(),
+                    f"it was {names[frame.number]} then, and is none now",
+                    frame,
+                )
         finally:
             self.frames.pop()
             if not self.frames:
                 self.__exit__(None, None, None)
 
     def start(self, context, path):
-        """A module starts. If the forward that was shown did not reach it while calls are counted, this is another
-        path."""
+        """A module starts. If the forward that was shown did not reach it while calls are counted,
+        this is another path."""
         frame = next((f for f in reversed(self.frames) if f.program.names is not None), None)
         if frame is not None and frame.context is context:
             self.change(context, Starts(path), f"now {path} runs, which did not run then", frame)
 
     def change(self, context, event, what, frame=None):
-        """The forward takes another path than the one that was shown: `event` comes next. Go on with programs shown for
-        this path, if what has run so far is the same in them. `what`: the difference, `frame`: where it was met."""
+        """The forward takes another path than the one that was shown: `event` comes next. Go on
+        with programs shown for this path, if what has run so far is the same in them. `what`: the
+        difference, `frame`: where it was met."""
         outside = not isinstance(event, Calls)  # torch takes the mode off while it handles a call
         if context.compiled or self.backwards:
             refuse(frame, what)
@@ -65,7 +71,9 @@ class _Calls(threading.local, TorchFunctionMode):
             with put_back(context):
                 programs, running = other_programs(context, event)
             if programs is not None:
-                frames = [f for f in frames if f.context is not context] + go_on(context, programs, running)
+                frames = [f for f in frames if f.context is not context] + go_on(
+                    context, programs, running
+                )
                 return
         finally:
             self.frames, silence.depth = frames, depth
@@ -74,8 +82,8 @@ class _Calls(threading.local, TorchFunctionMode):
         refuse(frame, what)
 
     def backward(self, func, *args, **kwargs):
-        """Run a backward within a forward. Checkpoints run modules again in it, by the programs in force: they have
-        frames of their own, and are no part of the path that the forward takes."""
+        """Run a backward within a forward. Checkpoints run modules again in it, by the programs in
+        force: they have frames of their own, and are no part of the path that the forward takes."""
         logs = [(frame.context.log, len(frame.context.log)) for frame in self.frames]
         frames, self.frames = self.frames, []
         self.backwards += 1
@@ -110,7 +118,9 @@ class _Calls(threading.local, TorchFunctionMode):
         if name in _BACKWARDS and not torch.compiler.is_compiling():
             func = partial(self.backward, func)
         frame = watching(self.frames)
-        expected = frame is None or is_next(frame.program, frame.number, name, args, kwargs, compiling(frame.context))
+        expected = frame is None or is_next(
+            frame.program, frame.number, name, args, kwargs, compiling(frame.context)
+        )
         if name == "detach" and by_torch():
             return func(*args, **kwargs)
         if not expected:
@@ -132,7 +142,9 @@ class _Calls(threading.local, TorchFunctionMode):
             return func(*args, **kwargs)
         whole = (args, kwargs)
         if call.kept:
-            args, kwargs = replace(whole, {p: context.act([a], lookup(whole, p)) for p, a in call.kept.items()})
+            args, kwargs = replace(
+                whole, {p: context.act([a], lookup(whole, p)) for p, a in call.kept.items()}
+            )
         args, kwargs = context.apply((args, kwargs), call.inputs, call.fixed)
         if call.divided or call.multiplied:
             n = comm_ops.group_size(context.group)
@@ -167,20 +179,23 @@ def _in_order(args, kwargs, order):
 
 
 def resize(obj, divided, multiplied, n, where):
-    """Divide the sizes at some paths by n, and multiply those at others; a negative one stands for what is left, and
-    does already."""
+    """Divide the sizes at some paths by n, and multiply those at others; a negative one stands for
+    what is left, and does already."""
     sizes = {p: lookup(obj, p) for p in divided}
     odd = [x for x in sizes.values() if not isinstance(x, int) or x > 0 and x % n]
     if odd:
         where = getattr(where, "path", where)
-        raise RuntimeError(f"{where}: expected sizes that {n} ranks divide, as when it was traced, found {odd}")
+        raise RuntimeError(
+            f"{where}: expected sizes that {n} ranks divide, as when it was traced, found {odd}"
+        )
     new = {p: x if x < 0 else x // n for p, x in sizes.items()}
     new |= {p: lookup(obj, p) * n for p in multiplied}
     return replace(obj, new)
 
 
 def _gather_buffers(context, whole, parts, at):
-    """Write what a call made of the parts of buffers into the whole ones: those that are alike in one collective."""
+    """Write what a call made of the parts of buffers into the whole ones: those that are alike in
+    one collective."""
     with quiet(), torch.no_grad():
         alike = {}
         for p, a in at.items():

@@ -1,15 +1,17 @@
 """The change of path in the middle of a forward.
 
-A forward that was shown right may take another path than the one that was traced: a branch on a value, a loop of
-another length, a module that is called under a condition. It shows where a module starts, ends or makes a call that the
-programs in force do not expect. What has run so far cannot be undone, so the forward may go on only by programs which
-would have done the very same up to here. The context's log says what was done: modules that started, the calls that
-were counted with what was done around each, modules that ended.
+A forward that was shown right may take another path than the one that was traced: a branch on a
+value, a loop of another length, a module that is called under a condition. It shows where a module
+starts, ends or makes a call that the programs in force do not expect. What has run so far cannot be
+undone, so the forward may go on only by programs which would have done the very same up to here.
+The context's log says what was done: modules that started, the calls that were counted with what
+was done around each, modules that ended.
 
-`again` replays that log against other programs: of a path that is known, then of one that is learned from this call.
-Where each module would have been treated alike at its borders, and each call been the same with the same actions around
-it, it gives the frames of the modules that are running, each at the number of the call that it is at by those programs.
-`go_on` puts them in force. Where no programs fit, the call raises.
+`again` replays that log against other programs: of a path that is known, then of one that is
+learned from this call. Where each module would have been treated alike at its borders, and each
+call been the same with the same actions around it, it gives the frames of the modules that are
+running, each at the number of the call that it is at by those programs. `go_on` puts them in force.
+Where no programs fit, the call raises.
 """
 
 from ..utils import lookup
@@ -35,12 +37,15 @@ def difference(program, number, name):
     was = program.names[number] if number < len(program.names) else "none"
     if was != name:
         return f"it was {was} then, and is {name} now"
-    return f"{name} has other arguments than then (one that was None, a flag, a dim, a number that indexes shards)"
+    return (
+        f"{name} has other arguments than then (one that was None, a flag, a dim, a number that"
+        " indexes shards)"
+    )
 
 
 def other_programs(context, event):
-    """(Programs for the path that the forward takes, the frames of what runs by them); (None, None) where there are
-    none. `event` is what comes next."""
+    """(Programs for the path that the forward takes, the frames of what runs by them); (None, None)
+    where there are none. `event` is what comes next."""
     for programs in context.paths.variants(*context.call) if context.call else ():
         frames = again(context, programs, event)
         if frames is not None:
@@ -49,8 +54,8 @@ def other_programs(context, event):
 
 
 def again(context, programs, event):
-    """The frames of the modules that are running, had the call so far gone by other programs, and were `event` next;
-    None where they would have done something else."""
+    """The frames of the modules that are running, had the call so far gone by other programs, and
+    were `event` next; None where they would have done something else."""
     frames = []
     for past in context.log:
         if isinstance(past, Started):
@@ -99,12 +104,15 @@ def _may_come(context, programs, frames, event):
         return reached and (event.module is None or programs[event.path].fits(event.module))
     if isinstance(event, Calls):
         frame = watching(frames)
-        return frame is None or is_next(frame.program, frame.number, event.name, event.args, event.kwargs)
+        return frame is None or is_next(
+            frame.program, frame.number, event.name, event.args, event.kwargs
+        )
     return _at_end(frames[-1])
 
 
 def go_on(context, programs, frames):
-    """Run on by other programs, from these frames of the running modules; returns those that stay on calls' stack."""
+    """Run on by other programs, from these frames of the running modules; returns those that stay
+    on calls' stack."""
     context.programs, staying = programs, []
     if programs[context.call[0]].random:  # nothing was drawn so far, or they share one already
         context.share_random()
@@ -121,9 +129,15 @@ def go_on(context, programs, frames):
 
 
 def refuse(frame, what):
-    """Raise RuntimeError for a path that has not been shown. `what`: the difference, `frame`: where it was met."""
-    where = "the model" if frame is None else f"{frame.path or 'the model'}: call {frame.number} of its forward"
+    """Raise RuntimeError for a path that has not been shown. `what`: the difference, `frame`: where
+    it was met."""
+    where = (
+        "the model"
+        if frame is None
+        else f"{frame.path or 'the model'}: call {frame.number} of its forward"
+    )
     raise RuntimeError(
-        f"{where}: {what}: it took another path than when the forward was traced, which has not been shown right "
-        "on shards. Give apply_tensor_parallel example_inputs that take this path"
+        f"{where}: {what}: it took another path than when the forward was traced, which has not"
+        " been shown right on shards. Give apply_tensor_parallel example_inputs that take this"
+        " path"
     )

@@ -14,26 +14,35 @@ from ..tracing.ghost import user_hooks_of_all
 from ..utils import lookup, quiet, replace
 
 AGAIN = (
-    "the model was changed since (adapters added or merged?); call apply_tensor_parallel on it again, which keeps what "
-    "is split"
+    "the model was changed since (adapters added or merged?); call apply_tensor_parallel on it"
+    " again, which keeps what is split"
 )
 
 
 class Context:
-    """What the hooks of one model share: the mesh, and which programs are in force. A copy of it shares the mesh."""
+    """What the hooks of one model share: the mesh, and which programs are in force. A copy of it
+    shares the mesh."""
 
     def __init__(self, mesh=None, group=None):
         self.mesh, self._group = mesh, group if mesh is None else comm_ops.group_of(mesh)
         self.hooks = []  # every ModuleHooks
-        self.hooks_of_all = user_hooks_of_all()  # that were registered for every module when it was split
+        self.hooks_of_all = (
+            user_hooks_of_all()
+        )  # that were registered for every module when it was split
         self._programs = {}
-        self.compiled = False  # whether a part of the call ran compiled, which the log does not tell of
-        self.recomputing = False  # a backward runs, in which checkpoints find the programs of their forward
+        self.compiled = (
+            False  # whether a part of the call ran compiled, which the log does not tell of
+        )
+        self.recomputing = (
+            False  # a backward runs, in which checkpoints find the programs of their forward
+        )
         self.weights, self.structures = None, None  # Weights, Structures
         self.paths, self.call = None, None  # Paths; the call that the user made, while it runs
         self.log = []  # what it has done so far: Started, Called, Ended
         self.forward = object()  # the one that runs
-        self.holders = []  # weak references to the tensors that keep what an action made of them in it
+        self.holders = (
+            []
+        )  # weak references to the tensors that keep what an action made of them in it
         # How many modules have run; such numbers of which it is known that no module was changed.
         self.ran, self.counts = 0, set()
         self.random_is_shared = False  # in the forward that runs
@@ -87,14 +96,16 @@ class Context:
         }
 
     def check_hooks(self):
-        """Refuse hooks on all modules that the user registered since the split: they would see shards."""
+        """Refuse hooks on all modules that the user registered since the split: they would see
+        shards."""
         new = [h for h in user_hooks_of_all() if all(h is not known for known in self.hooks_of_all)]
         if new and self.mesh.size() > 1:
             name = getattr(new[0], "__qualname__", type(new[0]).__name__)
             raise RuntimeError(
-                f"{name}: a hook was registered for all modules since the model was split "
-                "(torch.nn.modules.module.register_module_forward_hook?), and would see this rank's shards: register "
-                "it before apply_tensor_parallel, which then keeps whole what it sees, or remove it before the call"
+                f"{name}: a hook was registered for all modules since the model was split"
+                " (torch.nn.modules.module.register_module_forward_hook?), and would see this"
+                " rank's shards: register it before apply_tensor_parallel, which then keeps whole"
+                " what it sees, or remove it before the call"
             )
 
     def share_random(self):
@@ -117,10 +128,11 @@ class Context:
         return DTensor.from_local(x, self.mesh, [Shard(a.dim)], run_check=False)
 
     def apply(self, obj, at, fixed=(), depth=-1):
-        """Apply `at[path]` to the tensor at each path of a nested argument. A tensor that several calls of one forward
-        read is communicated once, unless it changes. Whether it does is asked of its version; where none is kept
-        (inference mode, compiled code), only one whose path is in `fixed` is communicated once. Compiled code keeps
-        results in the list of the forward that reads them, at a depth of `running`."""
+        """Apply `at[path]` to the tensor at each path of a nested argument. A tensor that several
+        calls of one forward read is communicated once, unless it changes. Whether it does is asked
+        of its version; where none is kept (inference mode, compiled code), only one whose path is
+        in `fixed` is communicated once. Compiled code keeps results in the list of the forward that
+        reads them, at a depth of `running`."""
         if not at:
             return obj
         with quiet():
@@ -128,10 +140,17 @@ class Context:
             for path, actions in at.items():
                 x = lookup(obj, path)
                 if not isinstance(x, torch.Tensor):
-                    wanted = f"a tensor at {path} of a module's inputs or outputs, as in the forward that was traced"
+                    wanted = (
+                        f"a tensor at {path} of a module's inputs or outputs, as in the forward"
+                        " that was traced"
+                    )
                     raise RuntimeError(f"expected {wanted}, found {type(x).__name__}")
                 if compiling(self):
-                    kept = self.running[depth].kept if path in fixed and len(self.running) >= -depth else None
+                    kept = (
+                        self.running[depth].kept
+                        if path in fixed and len(self.running) >= -depth
+                        else None
+                    )
                     changes[path] = self.once(actions, x, kept)
                 elif x.is_inference() and path not in fixed:
                     changes[path] = self.act(actions, x)
@@ -140,8 +159,8 @@ class Context:
             return replace(obj, changes)
 
     def remembered(self, actions, x):
-        """The actions on a tensor, done once in a forward while it does not change. The result is kept with the tensor,
-        so that it lives no longer."""
+        """The actions on a tensor, done once in a forward while it does not change. The result is
+        kept with the tensor, so that it lives no longer."""
         version = 0 if x.is_inference() else x._version
         key = (actions, version, torch.is_grad_enabled())
         kept = getattr(x, "_tp_kept", None)
@@ -154,8 +173,9 @@ class Context:
         return y
 
     def forget(self):
-        """A forward has ended: what it remembered is not of the next. (The result of an action refers to the tensor
-        that keeps it, through the autograd graph, where Python's garbage collector does not see it.)"""
+        """A forward has ended: what it remembered is not of the next. (The result of an action
+        refers to the tensor that keeps it, through the autograd graph, where Python's garbage
+        collector does not see it.)"""
         self.forward = object()
         for holder in self.holders:
             if (x := holder()) is not None:
@@ -175,7 +195,8 @@ class Context:
 
 
 class _AddOnce(torch.autograd.Function):
-    """y = x on rank 0 and 0 elsewhere; dx = dy: an addend of a sum over ranks. dy is replicated, so dx is too."""
+    """y = x on rank 0 and 0 elsewhere; dx = dy: an addend of a sum over ranks. dy is replicated, so
+    dx is too."""
 
     @staticmethod
     def forward(ctx, x, first):
@@ -188,7 +209,8 @@ class _AddOnce(torch.autograd.Function):
 
 
 class _OfOne(torch.autograd.Function):
-    """y = x, as rank 0 holds it; the ranks' x are equal. Its gradient counts once: the adjoint of `_AddOnce`."""
+    """y = x, as rank 0 holds it; the ranks' x are equal. Its gradient counts once: the adjoint of
+    `_AddOnce`."""
 
     @staticmethod
     def forward(ctx, x, first):
@@ -201,8 +223,8 @@ class _OfOne(torch.autograd.Function):
 
 
 def _parts(x, a, group, whole):
-    """View a dim as (outer, units, inner), where outer is not 1; give the dim of the units and each rank's length of
-    it."""
+    """View a dim as (outer, units, inner), where outer is not 1; give the dim of the units and each
+    rank's length of it."""
     units = comm_ops.chunk_sizes(a.units, comm_ops.group_size(group))
     mine = a.units if whole else units[comm_ops.group_rank(group)]
     if a.outer == 1:
@@ -215,7 +237,9 @@ def _along(collective, whole):
     def act(x, a, group):
         if isinstance(a.outer, tuple):  # piece by piece
             n = sum(outer * inner for outer, inner in a.outer)
-            parts = x.split([x.shape[a.dim] // n * outer * inner for outer, inner in a.outer], a.dim)
+            parts = x.split(
+                [x.shape[a.dim] // n * outer * inner for outer, inner in a.outer], a.dim
+            )
             cut = [dataclasses.replace(a, outer=outer, inner=inner) for outer, inner in a.outer]
             return torch.cat([act(part, piece, group) for part, piece in zip(parts, cut)], a.dim)
         x, dim, sizes, outer = _parts(x, a, group, whole)

@@ -9,7 +9,12 @@ from ..tracing.ghost import hooks_of, passed, put_last, user_hooks
 from .hooks import ModuleHooks
 from .structure import hooks_on, parameter_owners
 
-OUR_ID = -2  # of the hooks' handles: the same in every module, for torch.compile guards it; torch counts its own from 0
+OUR_ID = (
+    -2
+    # of the hooks' handles: the same in every module, for torch.compile guards it;
+    # torch counts its own
+    # from 0
+)
 
 _ids = threading.Lock()  # torch's counter is one for all threads
 

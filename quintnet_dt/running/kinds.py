@@ -1,6 +1,8 @@
-"""What a call was shown right for, beside the shapes of its tensors: which arguments are there, and what they choose.
+"""What a call was shown right for, beside the shapes of its tensors: which arguments are there, and
+what they choose.
 
-An attribute that is set later (class weights, a dim, dropout) changes a call that is made under the same name.
+An attribute that is set later (class weights, a dim, dropout) changes a call that is made under the
+same name.
 """
 
 import inspect
@@ -15,10 +17,10 @@ TENSOR, INTEGER, NUMBER = "tensor", "integer", "number"
 
 @dataclass(frozen=True)
 class CallKind:
-    """`arguments`: the kinds of (args, kwargs), as `kinds` gives them. `dims`: ((argument, ...path), a number that
-    names a dim). `named`: of a function that is written in Python, the kind of each of its parameters by name, those
-    left out too: torch.compile sees such a call as the user wrote it, a torch-function mode as the function passes it
-    on."""
+    """`arguments`: the kinds of (args, kwargs), as `kinds` gives them. `dims`: ((argument,
+    ...path), a number that names a dim). `named`: of a function that is written in Python, the kind
+    of each of its parameters by name, those left out too: torch.compile sees such a call as the
+    user wrote it, a torch-function mode as the function passes it on."""
 
     arguments: tuple
     dims: tuple
@@ -69,8 +71,14 @@ def call_kind(func, args, kwargs, dims):
         return found
     values = {name: p.default for name, p in takes.items()} | dict(zip(takes, args)) | kwargs
     names = list(takes)
-    at_dims = {path[0] if isinstance(path[0], str) else names[path[0]]: x for path, x in pinned if len(path) == 1}
-    named = tuple((n, Dim(at_dims[n]) if n in at_dims else kind(values[n])) for n in takes if n in values)
+    at_dims = {
+        path[0] if isinstance(path[0], str) else names[path[0]]: x
+        for path, x in pinned
+        if len(path) == 1
+    }
+    named = tuple(
+        (n, Dim(at_dims[n]) if n in at_dims else kind(values[n])) for n in takes if n in values
+    )
     return replace(found, named=named, defaults=tuple(p.default for p in takes.values()))
 
 
@@ -83,8 +91,8 @@ def kinds(args, kwargs):
 
 
 def kind(x):
-    """What an argument is: of a tensor that it is one, of a number whether it is zero, of other constants their
-    value."""
+    """What an argument is: of a tensor that it is one, of a number whether it is zero, of other
+    constants their value."""
     return _KINDS.get(type(x), _other)(x)
 
 

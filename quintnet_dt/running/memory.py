@@ -8,7 +8,8 @@ def dims_in_memory(shape, strides):
 
 
 def is_contiguous(shape, strides):
-    """Whether a tensor's elements lie in memory in the order of its dims, with nothing between them."""
+    """Whether a tensor's elements lie in memory in the order of its dims, with nothing between
+    them."""
     expected = 1
     for size, stride in zip(shape[::-1], strides[::-1]):
         if size > 1 and stride != expected:
@@ -18,7 +19,8 @@ def is_contiguous(shape, strides):
 
 
 def laid_out(x, order):
-    """The same tensor, dense, with its dims in this order in memory; those that are not named lie innermost."""
+    """The same tensor, dense, with its dims in this order in memory; those that are not named lie
+    innermost."""
     order = [*order, *(d for d in range(x.dim()) if d not in order)]
     back = [order.index(d) for d in range(x.dim())]
     return x.permute(order).contiguous().permute(back)

@@ -1,4 +1,5 @@
-"""What is run instead of calls that cannot run on a shard: dropout, a lookup of rows, cross entropy over classes."""
+"""What is run instead of calls that cannot run on a shard: dropout, a lookup of rows, cross entropy
+over classes."""
 
 from dataclasses import replace
 
@@ -9,30 +10,38 @@ from .. import comm_ops
 
 
 def on_shard(context, action, func, args, kwargs, order=None):
-    """Run a call on this rank's shard, which lies in the whole as `action` says. `order`: of its dims in memory in the
-    whole model, where that differs."""
+    """Run a call on this rank's shard, which lies in the whole as `action` says. `order`: of its
+    dims in memory in the whole model, where that differs."""
     if action.kind == "dropout":
         return _drop_out(context, action, order, func, *args, **kwargs)
     return _INSTEAD[action.kind](context, action, func, *args, **kwargs)
 
 
 def _drop_out(context, action, order, func, x, *rest, **kwargs):
-    """This rank's part of the whole tensor's mask: results and random states are those of the whole model."""
+    """This rank's part of the whole tensor's mask: results and random states are those of the whole
+    model."""
     with torch.no_grad():
         sizes = comm_ops.chunk_sizes(action.units, comm_ops.group_size(context.group))
         shape = list(x.shape)
-        shape[action.dim] = shape[action.dim] // sizes[comm_ops.group_rank(context.group)] * action.units
+        shape[action.dim] = (
+            shape[action.dim] // sizes[comm_ops.group_rank(context.group)] * action.units
+        )
         if order is None:
-            order = sorted(range(x.dim()), key=x.stride, reverse=True)  # a mask is drawn in the order of memory
+            order = sorted(
+                range(x.dim()), key=x.stride, reverse=True
+            )  # a mask is drawn in the order of memory
         order = [*order, *(d for d in range(x.dim()) if d not in order)]
-        ones = x.new_ones([shape[d] for d in order]).permute([order.index(d) for d in range(x.dim())])
+        ones = x.new_ones([shape[d] for d in order]).permute(
+            [order.index(d) for d in range(x.dim())]
+        )
         mask = context.act([replace(action, kind="split")], func(ones, *rest, **kwargs))
     inplace = kwargs.get("inplace", len(rest) > 2 and rest[2])
     return x.mul_(mask) if inplace else x * mask
 
 
 def _mine(context, action, ids):
-    """Which of the ids in [0, action.units) are elsewhere, and this rank's counted from its first (others are 0)."""
+    """Which of the ids in [0, action.units) are elsewhere, and this rank's counted from its first
+    (others are 0)."""
     sizes = comm_ops.chunk_sizes(action.units, comm_ops.group_size(context.group))
     rank = comm_ops.group_rank(context.group)
     ids = ids - sum(sizes[:rank])
@@ -41,7 +50,8 @@ def _mine(context, action, ids):
 
 
 def _look_up(context, action, func, input, weight, padding_idx=None, *args, **kwargs):
-    """An embedding of which this rank has some rows: zeros for the others, so that the ranks' results sum to the whole.
+    """An embedding of which this rank has some rows: zeros for the others, so that the ranks'
+    results sum to the whole.
 
     input: ids of any shape, in [0, rows); weight: (this rank's rows, d); returns (*input.shape, d).
     """
@@ -67,10 +77,12 @@ def _cross_entropy(
     reduction="mean",
     label_smoothing=0.0,
 ):
-    """The cross entropy of logits of which this rank has some classes (Megatron-LM, arXiv 1909.08053, section 3): the
-    ranks exchange a maximum, a sum of exponentials and the target's logit for each row, and not the logits.
+    """The cross entropy of logits of which this rank has some classes (Megatron-LM, arXiv
+    1909.08053, section 3): the ranks exchange a maximum, a sum of exponentials and the target's
+    logit for each row, and not the logits.
 
-    input: (N, this rank's classes, ...) or (this rank's classes); target: (N, ...) or (), class indices.
+    input: (N, this rank's classes, ...) or (this rank's classes); target: (N, ...) or (), class
+    indices.
     """
     x = input.movedim(min(1, input.dim() - 1), -1)
     x = x.float() if x.dtype.itemsize < 4 else x
@@ -80,7 +92,9 @@ def _cross_entropy(
     ignored = target == ignore_index
     absent, ids, _ = _mine(context, action, target.masked_fill(ignored, 0))
     own = x.gather(-1, ids.unsqueeze(-1)).squeeze(-1).masked_fill(absent, 0)
-    total, own = comm_ops.all_reduce(x.exp().sum(-1), context.group), comm_ops.all_reduce(own, context.group)
+    total, own = comm_ops.all_reduce(x.exp().sum(-1), context.group), comm_ops.all_reduce(
+        own, context.group
+    )
     loss = total.log() - own
     if label_smoothing:
         mean = comm_ops.all_reduce(x.sum(-1), context.group) / action.units

@@ -12,7 +12,9 @@ class Frame:
 
     context: Any
     program: Program
-    of: Any  # what has its path, which is read for errors alone: torch.compile would make each block's code its own
+    # what has its path, which is read for errors alone: torch.compile would make each block's code
+    # its own
+    of: Any
     compiled: bool = False  # its Python code runs within a function given to torch.compile
     number: int = 0  # of the call that comes next
 
@@ -83,7 +85,8 @@ class Ends:
 
 
 def watching(frames):
-    """The Frame in which a call is counted: of the innermost module whose calls are its own, if they are watched."""
+    """The Frame in which a call is counted: of the innermost module whose calls are its own, if
+    they are watched."""
     for frame in reversed(frames):
         if not frame.program.aside:
             return frame if frame.program.names is not None else None

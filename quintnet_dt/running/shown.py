@@ -11,7 +11,8 @@ from ..utils import quiet
 
 
 class _Writable(torch.autograd.Function):
-    """y = x, in the same memory, which may be written to: autograd refuses that of a view made by a Function."""
+    """y = x, in the same memory, which may be written to: autograd refuses that of a view made by a
+    Function."""
 
     @staticmethod
     def forward(ctx, x):
@@ -29,8 +30,8 @@ def writable(x):
 
 
 class Shown(NamedTuple):
-    """A parameter that is shown: what was there before, and the tensor; the DTensor, and its local tensor that it is
-    made of."""
+    """A parameter that is shown: what was there before, and the tensor; the DTensor, and its local
+    tensor that it is made of."""
 
     owner: nn.Module
     attr: str
@@ -50,8 +51,8 @@ def show(owner, attr, tensor):
 
 
 def _tell(owner, attr, tensor):
-    """A module that notes what its attributes are set to, as nn.LSTM does in a list, is told. Its parameters stay in
-    their order."""
+    """A module that notes what its attributes are set to, as nn.LSTM does in a list, is told. Its
+    parameters stay in their order."""
     params = owner._parameters
     later = list(params)[list(params).index(attr) + 1 :]
     del params[attr]
@@ -75,7 +76,8 @@ def hide(shown):
 
 
 def keep_data(param, local):
-    """What a forward assigned to the `.data` of a parameter's local tensor is the parameter's own."""
+    """What a forward assigned to the `.data` of a parameter's local tensor is the parameter's
+    own."""
     with quiet():
         kept = param.detach()
         kept = kept.to_local() if isinstance(kept, DTensor) else kept
@@ -83,16 +85,17 @@ def keep_data(param, local):
             return
         if (kept.shape, kept.dtype) != (local.shape, local.dtype):
             raise RuntimeError(
-                f"expected `.data` of a parameter to stay {tuple(kept.shape)}, {kept.dtype} in a forward that assigns "
-                f"it, found {tuple(local.shape)}, {local.dtype}: write to it in place, or use another tensor"
+                f"expected `.data` of a parameter to stay {tuple(kept.shape)}, {kept.dtype} in a"
+                f" forward that assigns it, found {tuple(local.shape)}, {local.dtype}: write to it"
+                " in place, or use another tensor"
             )
         kept.data.copy_(local.detach())
 
 
 @contextlib.contextmanager
 def put_back(context):
-    """While a forward runs, for as long as something looks at the model itself: its parameters as they are between
-    forwards."""
+    """While a forward runs, for as long as something looks at the model itself: its parameters as
+    they are between forwards."""
     shown = [s for running in context.running for s in running.shown]
     for s in reversed(shown):
         hide(s)

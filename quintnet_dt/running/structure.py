@@ -11,7 +11,8 @@ class Hooks:
 
 
 class _Registrations:
-    """How many modules have become another's in this process: where it is the same, no model has changed."""
+    """How many modules have become another's in this process: where it is the same, no model has
+    changed."""
 
     def __init__(self):
         self.count, self.handle = 0, None
@@ -34,12 +35,16 @@ def hooks_on(module):
 
 
 def changed_modules(module, context, prefix=""):
-    """Paths of the modules that were added, removed or replaced since the split, in a model or its part at `prefix`.
-    One that was moved, into a wrapper say, is still there."""
+    """Paths of the modules that were added, removed or replaced since the split, in a model or its
+    part at `prefix`. One that was moved, into a wrapper say, is still there."""
     now = {p: hooks_on(m) for p, m in module.named_modules(prefix=prefix)}
     there = {id(h) for h in now.values()}
     added = [p for p, h in now.items() if h is None or h.context is not context]
-    then = (h for h in context.hooks if not prefix or h.path == prefix or h.path.startswith(f"{prefix}."))
+    then = (
+        h
+        for h in context.hooks
+        if not prefix or h.path == prefix or h.path.startswith(f"{prefix}.")
+    )
     return added + [h.path for h in then if id(h) not in there and h.path not in added]
 
 
@@ -50,7 +55,8 @@ def structure_of(module, prefix=""):
 
 
 class Structures:
-    """The modules of a split model and of those of its parts that were called, as its calls were shown right with."""
+    """The modules of a split model and of those of its parts that were called, as its calls were
+    shown right with."""
 
     def __init__(self, model):
         registrations.watch()
@@ -58,8 +64,8 @@ class Structures:
         self.known = {"": structure_of(model)}
 
     def check(self, module, context, prefix):
-        """Before a call of the user's: if modules have become others' since the last, each kind of call is shown right
-        anew before it runs."""
+        """Before a call of the user's: if modules have become others' since the last, each kind of
+        call is shown right anew before it runs."""
         if self.looked_at.get(prefix, self.split_at) == registrations.count:
             return
         self.looked_at[prefix] = registrations.count
@@ -70,21 +76,24 @@ class Structures:
         context.paths.forget_all()
 
     def changed(self, module, context, prefix):
-        """Paths of the modules that were changed since the last `check`: within a forward, or taken off unseen."""
+        """Paths of the modules that were changed since the last `check`: within a forward, or taken
+        off unseen."""
         if structure_of(module, prefix) == self.known.get(prefix):
             return []
         return changed_modules(module, context, prefix)
 
 
 def pass_added(module):
-    """Mark the modules that were added since the split and have no hooks: what they call is their caller's."""
+    """Mark the modules that were added since the split and have no hooks: what they call is their
+    caller's."""
     for m in modules(module):
         if hooks_on(m) is None:
             vars(m)[PASSED] = True
 
 
 def parameter_owners(model):
-    """Parameter name (the first of tied ones) -> [(module, attribute), ...] for every place that holds it."""
+    """Parameter name (the first of tied ones) -> [(module, attribute), ...] for every place that
+    holds it."""
     names = {id(p): n for n, p in named_parameters(model)}
     owners = {}
     for module in modules(model):

@@ -1,4 +1,5 @@
-"""Whether a split model's weights were changed from outside in ways that DTensor loses, or that ranks do not share."""
+"""Whether a split model's weights were changed from outside in ways that DTensor loses, or that
+ranks do not share."""
 
 import warnings
 from typing import NamedTuple
@@ -13,8 +14,8 @@ SAMPLE = 8  # elements of a parameter that are looked at
 
 
 class Mark(NamedTuple):
-    """How a parameter was when it was last looked at. `.data = t` gives a DTensor another storage, and its local tensor
-    stays as it was."""
+    """How a parameter was when it was last looked at. `.data = t` gives a DTensor another storage,
+    and its local tensor stays as it was."""
 
     param: DTensor
     storage: torch.UntypedStorage
@@ -35,17 +36,27 @@ class Weights:
         for name, at in self.owners.items():
             module, attr = at[0]
             p = module._parameters.get(attr)
-            if isinstance(p, DTensor) and p.device_mesh == self.mesh and p.device.type != "meta" and p.numel():
+            if (
+                isinstance(p, DTensor)
+                and p.device_mesh == self.mesh
+                and p.device.type != "meta"
+                and p.numel()
+            ):
                 yield name, p
 
     @undisturbed
     def check_assigned(self):
-        """Raise RuntimeError where `p.data = t` was done to a parameter since it was last looked at, and lost; warn
-        where it may have been."""
+        """Raise RuntimeError where `p.data = t` was done to a parameter since it was last looked
+        at, and lost; warn where it may have been."""
         lost, perhaps = [], []
         for name, p in self.present():
             old, new = self.marks.get(name), _mark(p)
-            if old is None or old.param is not p or new.storage is old.storage or new.local is not old.local:
+            if (
+                old is None
+                or old.param is not p
+                or new.storage is old.storage
+                or new.local is not old.local
+            ):
                 self.marks[name] = new
             elif torch.equal(old.sample, new.sample):
                 lost.append(name)
@@ -54,20 +65,23 @@ class Weights:
                 perhaps.append(name)
         if lost:
             raise RuntimeError(
-                f"{_some(lost)}: expected values to be copied into a DTensor, found `.data` assigned, which changes "
-                "nothing (DTensor keeps its local tensor): with torch.no_grad(): p.copy_(values)"
+                f"{_some(lost)}: expected values to be copied into a DTensor, found `.data`"
+                " assigned, which changes nothing (DTensor keeps its local tensor): with"
+                " torch.no_grad(): p.copy_(values)"
             )
         if perhaps and not self.warned:
             self.warned = True
             warnings.warn(
-                f"{_some(perhaps)}: `.data` was assigned since the last call. `p.data += t` works; `p.data = t` "
-                "changes nothing, as DTensor keeps its local tensor: with torch.no_grad(): p.copy_(t)"
+                f"{_some(perhaps)}: `.data` was assigned since the last call. `p.data += t` works;"
+                " `p.data = t` changes nothing, as DTensor keeps its local tensor: with"
+                " torch.no_grad(): p.copy_(t)"
             )
 
     @undisturbed
     def check_shared(self):
-        """Raise RuntimeError, on every rank, where replicated parameters differ between ranks (initialised after the
-        split, say); warn where all ranks' shards are the same random numbers. One small exchange; on every rank."""
+        """Raise RuntimeError, on every rank, where replicated parameters differ between ranks
+        (initialised after the split, say); warn where all ranks' shards are the same random
+        numbers. One small exchange; on every rank."""
         present = list(self.present())
         if not present or self.mesh.size() == 1:
             return
@@ -79,14 +93,16 @@ class Weights:
         names = [name for name, _ in present]
         if apart := [n for n, same, whole in zip(names, alike, replicated) if whole and not same]:
             raise RuntimeError(
-                f"{_some(apart)}: expected the same values on every rank of the tp group, found others: initialise "
-                "before apply_tensor_parallel, or with materialize(model, init) from the meta device"
+                f"{_some(apart)}: expected the same values on every rank of the tp group, found"
+                " others: initialise before apply_tensor_parallel, or with materialize(model,"
+                " init) from the meta device"
             )
         suspects = zip(names, alike, varied, replicated)
         if twins := [n for n, same, random, whole in suspects if same and random and not whole]:
             warnings.warn(
-                f"{_some(twins)}: every rank's shard begins with the same numbers, as after torch.nn.init on the split "
-                "model with one seed: initialise before apply_tensor_parallel, or with materialize(model, init)"
+                f"{_some(twins)}: every rank's shard begins with the same numbers, as after"
+                " torch.nn.init on the split model with one seed: initialise before"
+                " apply_tensor_parallel, or with materialize(model, init)"
             )
 
 

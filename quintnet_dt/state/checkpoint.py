@@ -1,8 +1,9 @@
-"""Sharded checkpoints of a training run: each rank writes and reads its own part, any layout loads what any other
-saved.
+"""Sharded checkpoints of a training run: each rank writes and reads its own part, any layout loads
+what any other saved.
 
-A checkpoint is a folder (see folder.py) of what torch.distributed.checkpoint writes (`*.distcp`, `.metadata`; it can
-load them too), and `state.pt` for all that is no tensor of the model or the optimizer.
+A checkpoint is a folder (see folder.py) of what torch.distributed.checkpoint writes (`*.distcp`,
+`.metadata`; it can load them too), and `state.pt` for all that is no tensor of the model or the
+optimizer.
 """
 
 import io
@@ -19,7 +20,16 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from ..agreement import random_state, set_random_state
 from ..together import gather, together
-from .contents import check_fit, collect, copied, model_state, name_of, optimizer_to_fill, packed, plain
+from .contents import (
+    check_fit,
+    collect,
+    copied,
+    model_state,
+    name_of,
+    optimizer_to_fill,
+    packed,
+    plain,
+)
 from .dcp import Item, LoadPlanner, Reader, SavePlanner
 from .folder import INDEX, STATE, begin, checksum, finish, marked, remove, saving, write_file
 from .given import check_model, check_optimizer, path_of
@@ -30,23 +40,28 @@ from .opened import opened
 def save_checkpoint(path, model, optimizer=None, *, extra=None, async_=False):
     """Save a model, its optimizer and the ranks' random state; called on every rank.
 
-    Atomic: killed at any moment, `load_checkpoint(path)` finds this checkpoint or the one before it. All ranks must see
-    the same file system.
+    Atomic: killed at any moment, `load_checkpoint(path)` finds this checkpoint or the one before
+    it. All ranks must see the same file system.
 
     Args:
-        path: the checkpoint's folder, or a link to one. A checkpoint that is there is replaced (files that you put into
+        path: the checkpoint's folder, or a link to one. A checkpoint that is there is replaced
+        (files that you put into
             it stay there); anything else is left alone, with an error.
-        model: sharded by `apply_tensor_parallel`, by FSDP2 on top of it, or plain. What its `state_dict` holds is
+        model: sharded by `apply_tensor_parallel`, by FSDP2 on top of it, or plain. What its
+        `state_dict` holds is
             saved.
         optimizer: a torch.optim.Optimizer of the model's parameters.
-        extra: what else the run needs, the same on every rank (rank 0's is saved): numbers, strings, tensors, in lists
+        extra: what else the run needs, the same on every rank (rank 0's is saved): numbers,
+        strings, tensors, in lists
             and dicts, such as the step and the `state_dict` of a scheduler.
-        async_: copy everything now, and write while training goes on; call the result's `result()` before the next
+        async_: copy everything now, and write while training goes on; call the result's `result()`
+        before the next
             save.
 
-    Returns: None, or with `async_` a concurrent.futures.Future, whose `result()` raises what went wrong.
-    Raises: ValueError, TypeError, OSError, RuntimeError, on every rank, also when only one failed; what was there
-    before is then as it was.
+    Returns: None, or with `async_` a concurrent.futures.Future, whose `result()` raises what went
+    wrong.
+    Raises: ValueError, TypeError, OSError, RuntimeError, on every rank, also when only one failed;
+    what was there before is then as it was.
     """
     group = None
     with together(group):
@@ -58,10 +73,15 @@ def save_checkpoint(path, model, optimizer=None, *, extra=None, async_=False):
     if not async_:
         return _write(path, items, state, group)
     with together(group):
-        items = {name: Item(i.path, i.shape, i.dtype, [copied(c) for c in i.chunks]) for name, i in items.items()}
+        items = {
+            name: Item(i.path, i.shape, i.dtype, [copied(c) for c in i.chunks])
+            for name, i in items.items()
+        }
         state = torch.load(io.BytesIO(packed(state)), weights_only=True)  # a copy
     if dist.is_initialized():
-        group = dist.new_group(backend="gloo")  # the thread's collectives must not meet those of the training
+        group = dist.new_group(
+            backend="gloo"
+        )  # the thread's collectives must not meet those of the training
     pool = ThreadPoolExecutor(1, "save_checkpoint")
     future = pool.submit(_write, path, items, state, group)
     pool.shutdown(wait=False)
@@ -69,17 +89,20 @@ def save_checkpoint(path, model, optimizer=None, *, extra=None, async_=False):
 
 
 def load_checkpoint(path, model, optimizer=None):
-    """Load what `save_checkpoint` saved, in this or any other layout, bit for bit; called on every rank.
+    """Load what `save_checkpoint` saved, in this or any other layout, bit for bit; called on every
+    rank.
 
-    Everything is checked before anything is changed: the files against their checksums, names, shapes and dtypes
-    against the model's. No code that a checkpoint may hold is run. The random state is restored too: each rank gets
-    that of the ranks with its data-parallel index.
+    Everything is checked before anything is changed: the files against their checksums, names,
+    shapes and dtypes against the model's. No code that a checkpoint may hold is run. The random
+    state is restored too: each rank gets that of the ranks with its data-parallel index.
 
-    A save that runs meanwhile does no harm: what is loaded is one checkpoint, or an error is raised.
+    A save that runs meanwhile does no harm: what is loaded is one checkpoint, or an error is
+    raised.
 
     Args: as for `save_checkpoint`. The optimizer may be new, its groups hold the same parameters.
     Returns: `extra`.
-    Raises: FileNotFoundError, TypeError, ValueError, RuntimeError, on every rank, also when only one failed.
+    Raises: FileNotFoundError, TypeError, ValueError, RuntimeError, on every rank, also when only
+    one failed.
     """
     with together():
         path = _checked(path, model, optimizer)
@@ -101,7 +124,11 @@ def _checked(path, model, optimizer):
 def _dp_leader(model):
     """The first rank of this rank's tp group: what is random is the same in all of it."""
     mesh = getattr(plain(model), "tensor_parallel_mesh", None)
-    return int(mesh.mesh.min()) if mesh is not None else dist.get_rank() if dist.is_initialized() else 0
+    return (
+        int(mesh.mesh.min())
+        if mesh is not None
+        else dist.get_rank() if dist.is_initialized() else 0
+    )
 
 
 def _restore_random(model, saved):
@@ -125,14 +152,20 @@ def _write(path, items, state, group):
         with together(group):
             if not marked(temporary, path, token):
                 raise FileNotFoundError(
-                    f"{temporary}: expected the folder that rank 0 made, found none: all ranks must save to one file "
-                    "system, by the same path"
+                    f"{temporary}: expected the folder that rank 0 made, found none: all ranks must"
+                    " save to one file system, by the same path"
                 )
         _dcp(
-            dcp.save, items, storage_writer=dcp.FileSystemWriter(temporary), planner=SavePlanner(), process_group=group
+            dcp.save,
+            items,
+            storage_writer=dcp.FileSystemWriter(temporary),
+            planner=SavePlanner(),
+            process_group=group,
         )
         with together(group):
-            sums = _sums([*temporary.glob(f"__{rank}_*")] + [temporary / STATE, temporary / INDEX] * first)
+            sums = _sums(
+                [*temporary.glob(f"__{rank}_*")] + [temporary / STATE, temporary / INDEX] * first
+            )
         files = {name: found for sums in gather(sums, group) for name, found in sums.items()}
         with together(group):
             if first:
@@ -156,7 +189,8 @@ def _sums(files):
 
 
 def _dcp(function, *args, **kwargs):
-    """Call torch.distributed.checkpoint. Its exception is no Exception, and is raised on every rank with the ranks'."""
+    """Call torch.distributed.checkpoint. Its exception is no Exception, and is raised on every rank
+    with the ranks'."""
     alone = not dist.is_initialized()
     try:
         with warnings.catch_warnings():
@@ -164,8 +198,12 @@ def _dcp(function, *args, **kwargs):
                 warnings.filterwarnings("ignore", "torch.distributed is disabled")
             function(*args, no_dist=alone, **kwargs)
     except CheckpointException as e:
-        failed = "; ".join(f"rank {rank}: {type(x).__name__}: {x}" for rank, (x, _) in e.failures.items())
-        raise RuntimeError(f"the checkpoint failed: {failed}") from next(iter(e.failures.values()))[0]
+        failed = "; ".join(
+            f"rank {rank}: {type(x).__name__}: {x}" for rank, (x, _) in e.failures.items()
+        )
+        raise RuntimeError(f"the checkpoint failed: {failed}") from next(iter(e.failures.values()))[
+            0
+        ]
 
 
 # ---- reading
@@ -177,14 +215,23 @@ def _load(checkpoint, model, optimizer):
     with together():  # only now: what a damaged file is read as, is no matter
         index, state = _index(checkpoint), _state(checkpoint)
         saved, path = index.state_dict_metadata, checkpoint.path
-        items = {name_of(("model", k)): Item.of(("model", k), t) for k, t in model_state(model)[0].items()}
+        items = {
+            name_of(("model", k)): Item.of(("model", k), t)
+            for k, t in model_state(model)[0].items()
+        }
         check_fit(path, items, saved, {n for n in saved if n.startswith("model.")})
         new_state, groups = {}, None
         if optimizer is not None:
-            optimizer_items, new_state, groups = optimizer_to_fill(path, model, optimizer, saved, state["optimizer"])
+            optimizer_items, new_state, groups = optimizer_to_fill(
+                path, model, optimizer, saved, state["optimizer"]
+            )
             items |= optimizer_items
         if wrong := [found for n in items if (found := faults(index, n, checkpoint.files))]:
-            raise ValueError("\n  ".join([f"{path / INDEX}: {len(wrong)} of its tensors are not whole:", *wrong[:20]]))
+            raise ValueError(
+                "\n  ".join(
+                    [f"{path / INDEX}: {len(wrong)} of its tensors are not whole:", *wrong[:20]]
+                )
+            )
     _dcp(dcp.load, items, storage_reader=Reader(checkpoint, index), planner=LoadPlanner())
     if optimizer is not None:
         optimizer.state.clear()
@@ -201,7 +248,9 @@ def _index(checkpoint):
     try:
         return read_index(checkpoint.read(INDEX))
     except ValueError as e:
-        raise ValueError(f"{checkpoint.path / INDEX}: expected the index of a checkpoint: {e}") from e
+        raise ValueError(
+            f"{checkpoint.path / INDEX}: expected the index of a checkpoint: {e}"
+        ) from e
 
 
 def _state(checkpoint):

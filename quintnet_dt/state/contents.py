@@ -22,11 +22,15 @@ def plain(model):
 
 
 def model_state(model):
-    """(tensors, other objects) by name. FSDP2 reshards here, so that the model's parameters are then its shards."""
+    """(tensors, other objects) by name. FSDP2 reshards here, so that the model's parameters are
+    then its shards."""
     state = plain(model).state_dict()
     found = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
     if meta := [k for k, v in found.items() if v.device.type == "meta"]:
-        raise ValueError(f"{', '.join(meta[:5])}: expected storage, found the meta device: materialize the model first")
+        raise ValueError(
+            f"{', '.join(meta[:5])}: expected storage, found the meta device: materialize the model"
+            " first"
+        )
     return found, {k: v for k, v in state.items() if k not in found}
 
 
@@ -44,11 +48,17 @@ def collect(model, optimizer):
                 if isinstance(v, torch.Tensor):
                     found["optimizer", "state", names[id(p)], k] = v
                 if isinstance(v, DTensor) and v.shape != p.shape:
-                    what = f"{k} of shape {tuple(v.shape)} for {names[id(p)]} of shape {tuple(p.shape)}"
-                    raise ValueError(
-                        f"{type(optimizer).__name__}: expected a state of the parameter's shape, found {what}"
+                    what = (
+                        f"{k} of shape {tuple(v.shape)} for {names[id(p)]} of shape"
+                        f" {tuple(p.shape)}"
                     )
-        groups = [{**g, "params": [names[id(p)] for p in g["params"]]} for g in optimizer.param_groups]
+                    raise ValueError(
+                        f"{type(optimizer).__name__}: expected a state of the parameter's shape,"
+                        f" found {what}"
+                    )
+        groups = [
+            {**g, "params": [names[id(p)] for p in g["params"]]} for g in optimizer.param_groups
+        ]
         rest["optimizer"] = {"state": state, "groups": groups}
     return {name_of(path): Item.of(path, t) for path, t in found.items()}, rest
 
@@ -58,7 +68,10 @@ def names_of(model, optimizer):
     names = {id(p): name for name, p in plain(model).named_parameters()}
     if any(id(p) not in names for g in optimizer.param_groups for p in g["params"]):
         expected = "expected an optimizer of the model's parameters, found one with others"
-        raise ValueError(f"{type(optimizer).__name__}: {expected}: make it after apply_tensor_parallel and fully_shard")
+        raise ValueError(
+            f"{type(optimizer).__name__}: {expected}: make it after apply_tensor_parallel and"
+            " fully_shard"
+        )
     return names
 
 
@@ -70,7 +83,8 @@ def packed(state):
     """`state` as bytes that torch.load reads without running code."""
     if any(isinstance(t, DTensor) for _, t in tensors(state["extra"])):
         raise TypeError(
-            "extra: expected whole tensors, found a DTensor: save what is sharded in a checkpoint of its own"
+            "extra: expected whole tensors, found a DTensor: save what is sharded in a checkpoint"
+            " of its own"
         )
     buffer = io.BytesIO()
     torch.save(state, buffer)
@@ -78,8 +92,8 @@ def packed(state):
         torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
     except UnpicklingError as e:
         raise TypeError(
-            "extra, or the state of a module or optimizer: expected numbers, strings, tensors, lists and dicts, "
-            f"found something else: {e}"
+            "extra, or the state of a module or optimizer: expected numbers, strings, tensors,"
+            f" lists and dicts, found something else: {e}"
         ) from e
     return buffer.getvalue()
 
@@ -117,12 +131,21 @@ def optimizer_to_fill(path, model, optimizer, saved, kept):
     mine = {names[id(p)] for g in optimizer.param_groups for p in g["params"]}
     if mine != options.keys():
         differ = ", ".join(sorted(mine ^ options.keys())[:5])
-        raise ValueError(f"{path}: expected an optimizer of the same parameters, found one that differs in {differ}")
+        raise ValueError(
+            f"{path}: expected an optimizer of the same parameters, found one that differs in"
+            f" {differ}"
+        )
     items, state, groups = {}, {}, []
     for group in optimizer.param_groups:
-        found = [{k: v for k, v in options[names[id(p)]].items() if k != "params"} for p in group["params"]]
+        found = [
+            {k: v for k, v in options[names[id(p)]].items() if k != "params"}
+            for p in group["params"]
+        ]
         if any(f != found[0] for f in found):
-            raise ValueError(f"{path}: expected the parameters of one group to have been in groups alike: {found[0]}")
+            raise ValueError(
+                f"{path}: expected the parameters of one group to have been in groups alike:"
+                f" {found[0]}"
+            )
         groups.append(found[0] if found else {})
         for p in group["params"]:
             name = names[id(p)]
@@ -136,8 +159,8 @@ def optimizer_to_fill(path, model, optimizer, saved, kept):
 
 
 def _empty(p, key, like, options):
-    """A tensor of a parameter's state, to be filled: laid out as the parameter, or a scalar where torch.optim keeps
-    it."""
+    """A tensor of a parameter's state, to be filled: laid out as the parameter, or a scalar where
+    torch.optim keeps it."""
     dtype = like.properties.dtype
     if like.size == p.shape and key != "step":
         return torch.zeros_like(p, dtype=dtype, requires_grad=False)

@@ -1,8 +1,10 @@
-"""torch.distributed.checkpoint on chunks: it writes and reads the blocks of a tensor that a rank holds.
+"""torch.distributed.checkpoint on chunks: it writes and reads the blocks of a tensor that a rank
+holds.
 
-It does not place fused pieces (`_StridedShard`) by itself, unpickles a checkpoint's index with nothing barred, and
-opens files by their path, whatever was put there meanwhile; that is mended here and in index.py, at its points of
-extension. What is written is its own format: `torch.distributed.checkpoint.load` reads it.
+It does not place fused pieces (`_StridedShard`) by itself, unpickles a checkpoint's index with
+nothing barred, and opens files by their path, whatever was put there meanwhile; that is mended here
+and in index.py, at its points of extension. What is written is its own format:
+`torch.distributed.checkpoint.load` reads it.
 """
 
 import contextlib
@@ -12,8 +14,19 @@ from dataclasses import dataclass
 import torch
 from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemReader
 from torch.distributed.checkpoint.filesystem import FileSystem
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, StorageMeta, TensorProperties
-from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from .chunks import chunks
@@ -21,7 +34,8 @@ from .chunks import chunks
 
 @dataclass
 class Item:
-    """A tensor to save or to fill: its path in the nested state dict, its whole shape, and this rank's chunks of it."""
+    """A tensor to save or to fill: its path in the nested state dict, its whole shape, and this
+    rank's chunks of it."""
 
     path: tuple
     shape: torch.Size
@@ -53,7 +67,9 @@ class SavePlanner(DefaultSavePlanner):
             WriteItem(
                 MetadataIndex(name, torch.Size(c.offsets)),
                 WriteItemType.SHARD,
-                tensor_data=TensorWriteData(_placed(c), TensorProperties(dtype=item.dtype), item.shape),
+                tensor_data=TensorWriteData(
+                    _placed(c), TensorProperties(dtype=item.dtype), item.shape
+                ),
             )
             for name, item in self.state_dict.items()
             for c in item.chunks
@@ -73,7 +89,10 @@ class LoadPlanner(DefaultLoadPlanner):
 
     def create_local_plan(self):
         saved, items = self.metadata.state_dict_metadata, self.state_dict.items()
-        reads = [create_read_items_for_chunk_list(n, saved[n], list(map(_placed, item.chunks))) for n, item in items]
+        reads = [
+            create_read_items_for_chunk_list(n, saved[n], list(map(_placed, item.chunks)))
+            for n, item in items
+        ]
         return LoadPlan(sum(reads, []))
 
     def lookup_tensor(self, index):
@@ -95,7 +114,9 @@ class Reader(FileSystemReader):
 
     def prepare_local_plan(self, plan):
         """Before any rank has read: this one has all files that it will."""
-        self.checkpoint.keep(sorted({self.storage_data[item.storage_index].relative_path for item in plan.items}))
+        self.checkpoint.keep(
+            sorted({self.storage_data[item.storage_index].relative_path for item in plan.items})
+        )
         return plan
 
 

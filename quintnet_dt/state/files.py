@@ -1,7 +1,7 @@
 """Files of safetensors: headers, indices, and where in a file the bytes of a block of a tensor are.
 
-The format (https://github.com/huggingface/safetensors#format): the length of the header in 8 bytes, the header as JSON,
-{name: {dtype, shape, data_offsets}}, the bytes.
+The format (https://github.com/huggingface/safetensors#format): the length of the header in 8 bytes,
+the header as JSON, {name: {dtype, shape, data_offsets}}, the bytes.
 """
 
 import json
@@ -14,7 +14,10 @@ from pathlib import Path
 
 import torch
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # the names that transformers looks for
+SINGLE, INDEX = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+)  # the names that transformers looks for
 DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -50,29 +53,41 @@ def entries_of(source):
     """name -> Entry of a file, an index, or a folder."""
     if source.is_dir():
         files = [source / n for n in (SINGLE, INDEX) if (source / n).is_file()]
-        files = files or list(source.glob("*.safetensors.index.json")) or list(source.glob("*.safetensors"))
+        files = (
+            files
+            or list(source.glob("*.safetensors.index.json"))
+            or list(source.glob("*.safetensors"))
+        )
         if not files or len(files) > 1 and files[0].name != SINGLE:
             what = f"{SINGLE}, {INDEX}, or one other .safetensors file or index in {source}"
-            raise FileNotFoundError(f"expected {what}, found {sorted(f.name for f in files) or 'none'}")
+            raise FileNotFoundError(
+                f"expected {what}, found {sorted(f.name for f in files) or 'none'}"
+            )
         source = files[0]
     if not source.is_file():
-        raise FileNotFoundError(f"expected a safetensors file, an index of such, or a folder with one: no {source}")
+        raise FileNotFoundError(
+            f"expected a safetensors file, an index of such, or a folder with one: no {source}"
+        )
     if source.suffix != ".json":
         return header_of(source)
     try:
         index = dict(json.loads(source.read_text())["weight_map"])
         files = {name: header_of(source.parent / name) for name in sorted(set(index.values()))}
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f"{source}: expected an index of safetensors files, found something else: {e!r}") from e
+        raise ValueError(
+            f"{source}: expected an index of safetensors files, found something else: {e!r}"
+        ) from e
     absent = [n for n, file in index.items() if n not in files[file]]
     if absent:
-        raise ValueError(f"{source}: expected what it lists in its files, found none of {', '.join(absent)}")
+        raise ValueError(
+            f"{source}: expected what it lists in its files, found none of {', '.join(absent)}"
+        )
     return {n: files[file][n] for n, file in index.items()}
 
 
 def header_of(path):
-    """name -> Entry of one file. Raises ValueError, as safetensors itself does, unless the header's tensors fill the
-    rest of the file exactly."""
+    """name -> Entry of one file. Raises ValueError, as safetensors itself does, unless the header's
+    tensors fill the rest of the file exactly."""
     try:
         with open(path, "rb") as f:
             size = os.fstat(f.fileno()).st_size
@@ -84,8 +99,13 @@ def header_of(path):
         spans = {name: _span(name, e, size - 8 - length) for name, e in header.items()}
         _check_filled(spans, size - 8 - length)
     except (ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError) as e:
-        raise ValueError(f"{path}: expected a whole safetensors file, found another, or a part of one: {e!r}") from e
-    return {name: Entry(path, dtype, shape, 8 + length + start) for name, (start, _, dtype, shape) in spans.items()}
+        raise ValueError(
+            f"{path}: expected a whole safetensors file, found another, or a part of one: {e!r}"
+        ) from e
+    return {
+        name: Entry(path, dtype, shape, 8 + length + start)
+        for name, (start, _, dtype, shape) in spans.items()
+    }
 
 
 def _without_doubles(pairs):
@@ -98,15 +118,26 @@ def _without_doubles(pairs):
 
 
 def _check_metadata(metadata):
-    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+    if not isinstance(metadata, dict) or not all(
+        isinstance(text, str) for text in metadata.values()
+    ):
         raise ValueError(f"a __metadata__ that is no map of texts: {metadata!r}")
 
 
 def _span(name, entry, room):
     """(start, end, dtype, shape) of a tensor, in the bytes after the header."""
-    (start, end), shape, dtype = entry["data_offsets"], tuple(entry["shape"]), DTYPES.get(entry["dtype"])
+    (start, end), shape, dtype = (
+        entry["data_offsets"],
+        tuple(entry["shape"]),
+        DTYPES.get(entry["dtype"]),
+    )
     whole = all(type(n) is int and n >= 0 for n in (start, end, *shape))
-    if dtype is None or not whole or not start <= end <= room or end - start != prod(shape) * dtype.itemsize:
+    if (
+        dtype is None
+        or not whole
+        or not start <= end <= room
+        or end - start != prod(shape) * dtype.itemsize
+    ):
         raise ValueError(f"{name} of {entry} in a file of {room} bytes after its header")
     return start, end, dtype, shape
 
@@ -116,7 +147,11 @@ def _check_filled(spans, room):
     filled, last = 0, "the header"
     for name, (start, end, *_) in sorted(spans.items(), key=lambda span: span[1][:2]):
         if start != filled:
-            what = "overlaps with" if start < filled else f"begins {start - filled} bytes after the end of"
+            what = (
+                "overlaps with"
+                if start < filled
+                else f"begins {start - filled} bytes after the end of"
+            )
             raise ValueError(f"{name} {what} {last}")
         filled, last = end, name
     if filled != room:
@@ -129,7 +164,11 @@ def start_file(path, held):
     # The widest dtypes first: else some tensors begin at odd bytes, which readers refuse.
     for name, t in sorted(held.items(), key=lambda x: -x[1].dtype.itemsize):
         start, end = end, end + t.nbytes
-        header[name] = {"dtype": NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [start, end]}
+        header[name] = {
+            "dtype": NAMES[t.dtype],
+            "shape": list(t.shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as f:
@@ -145,11 +184,14 @@ def pieces(offsets, block, most):
         return
     rows = max(1, most * block.shape[dim] // block.numel())
     for i, part in enumerate(block.split(rows, dim)):
-        yield from pieces((*offsets[:dim], offsets[dim] + i * rows, *offsets[dim + 1 :]), part, most)
+        yield from pieces(
+            (*offsets[:dim], offsets[dim] + i * rows, *offsets[dim + 1 :]), part, most
+        )
 
 
 def runs(shape, offsets, block):
-    """(where each contiguous run of a block begins in a tensor, in the block's order; their length), in elements."""
+    """(where each contiguous run of a block begins in a tensor, in the block's order; their
+    length), in elements."""
     last = max((d for d, n in enumerate(shape) if block[d] != n), default=0)
     strides = [prod(shape[d + 1 :]) for d in range(len(shape))]
     outer = [range(o * s, (o + n) * s, s) for o, s, n in zip(offsets, strides, block[:last])]

@@ -1,8 +1,9 @@
 """The folder of a checkpoint: complete or not there.
 
-It is written beside its place, as `<name>.saving-<token>`, and renamed when all is in it; what was there before is
-`<name>.old-<token>` for that moment. Both hold a file that says so: a folder without it is the user's, whatever its
-name, and is neither read nor touched. `manifest.json` holds the size and checksum of every other file.
+It is written beside its place, as `<name>.saving-<token>`, and renamed when all is in it; what was
+there before is `<name>.old-<token>` for that moment. Both hold a file that says so: a folder
+without it is the user's, whatever its name, and is neither read nor touched. `manifest.json` holds
+the size and checksum of every other file.
 """
 
 import contextlib
@@ -12,11 +13,14 @@ import re
 import zlib
 
 MANIFEST, STATE, INDEX = "manifest.json", "state.pt", ".metadata"
-MARK = ".quintnet_dt.json"  # which checkpoint a folder belongs to, and the token of the save that made or set it aside
+# which checkpoint a folder belongs to, and the token of the save that made or set it aside
+MARK = ".quintnet_dt.json"
 BLOCK = 1 << 24  # bytes read at once for a checksum
 TRIES = 3  # of a reader that comes between the two renames of a save
 
-_OURS = re.compile(r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|state\.pt|manifest\.json|\.quintnet_dt\.json")
+_OURS = re.compile(
+    r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|state\.pt|manifest\.json|\.quintnet_dt\.json"
+)
 
 
 def saving(path, token):
@@ -35,7 +39,8 @@ def mark(folder, path, token):
 
 
 def marked(folder, path, token):
-    """Whether a folder is one that this library made, for the checkpoint at a path, in the save of a token."""
+    """Whether a folder is one that this library made, for the checkpoint at a path, in the save of
+    a token."""
     try:
         return json.loads((folder / MARK).read_bytes()) == {"checkpoint": path.name, "save": token}
     except (OSError, ValueError):
@@ -76,8 +81,8 @@ def finish(path, token, files):
     for name, (size, _) in files.items():
         if not (temporary / name).is_file() or (temporary / name).stat().st_size != size:
             raise FileNotFoundError(
-                f"{temporary / name}: expected a file of {size} bytes that another rank wrote, found none: all ranks "
-                "must save to one file system"
+                f"{temporary / name}: expected a file of {size} bytes that another rank wrote,"
+                " found none: all ranks must save to one file system"
             )
     manifest = {"version": 1, "save": token, "files": files}
     write_file(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
@@ -132,7 +137,9 @@ def retire(old, path):
 def _tokens(path):
     """Of the saves that have left something beside a path."""
     name = re.compile(re.escape(path.name) + r"\.(?:saving|old)-([0-9a-f]{16})")
-    return sorted({found[1] for entry in path.parent.iterdir() if (found := name.fullmatch(entry.name))})
+    return sorted(
+        {found[1] for entry in path.parent.iterdir() if (found := name.fullmatch(entry.name))}
+    )
 
 
 def write_file(path, data):
@@ -162,14 +169,17 @@ def checksum(file):
 
 
 def complete(path):
-    """The complete checkpoint at a path: there, or still beside it where a save was killed as it put it there."""
+    """The complete checkpoint at a path: there, or still beside it where a save was killed as it
+    put it there."""
     if path.exists():
         return path
     for token in _tokens(path) if path.parent.is_dir() else ():
         temporary, old = saving(path, token), aside(path, token)
         if marked(temporary, path, token) and marked(old, path, token) and _complete(temporary):
             return temporary
-    raise FileNotFoundError(f"{path}: expected a checkpoint that save_checkpoint made, found nothing{_beside(path)}")
+    raise FileNotFoundError(
+        f"{path}: expected a checkpoint that save_checkpoint made, found nothing{_beside(path)}"
+    )
 
 
 def _complete(folder):
@@ -180,7 +190,11 @@ def _beside(path):
     """What a user may have expected to be loaded."""
     names = sorted(entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else []
     half = [f"; {n} is a half-written one" for n in names if n.startswith(f"{path.name}.saving")]
-    old = [f"; {n} is there, load it by its own name" for n in names if n.startswith(f"{path.name}.old")]
+    old = [
+        f"; {n} is there, load it by its own name"
+        for n in names
+        if n.startswith(f"{path.name}.old")
+    ]
     return "".join([*half, *old])
 
 

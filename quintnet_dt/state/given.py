@@ -1,4 +1,5 @@
-"""What the functions of state are given: checked before anything else, with what was expected and what was found."""
+"""What the functions of state are given: checked before anything else, with what was expected and
+what was found."""
 
 import os
 from pathlib import Path
@@ -14,7 +15,9 @@ def check_model(model):
 
 def check_optimizer(optimizer):
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"optimizer: expected a torch.optim.Optimizer or None, found {_what(optimizer)}")
+        raise TypeError(
+            f"optimizer: expected a torch.optim.Optimizer or None, found {_what(optimizer)}"
+        )
 
 
 def check_function(name, function):
@@ -49,4 +52,8 @@ def _what(x):
         return "None"
     if isinstance(x, type):
         return f"the class {x.__name__}"
-    return f"a {type(x).__name__}, {x!r}" if isinstance(x, (str, int, float)) else f"a {type(x).__name__}"
+    return (
+        f"a {type(x).__name__}, {x!r}"
+        if isinstance(x, (str, int, float))
+        else f"a {type(x).__name__}"
+    )

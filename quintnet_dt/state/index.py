@@ -1,5 +1,5 @@
-"""The index of a checkpoint (`.metadata`): read without running any code that it may hold, and checked to lead to every
-element of what is to be loaded, exactly once."""
+"""The index of a checkpoint (`.metadata`): read without running any code that it may hold, and
+checked to lead to every element of what is to be loaded, exactly once."""
 
 import io
 import pickle
@@ -25,12 +25,20 @@ class _Unpickler(pickle.Unpickler):
     """Knows the classes that the index of a checkpoint is made of, and no others."""
 
     def find_class(self, module, name):
-        known = module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype))
+        known = module == "torch" and (
+            name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)
+        )
         of_index = getattr(dcp_metadata, name, None) if module == dcp_metadata.__name__ else None
         known = known or isinstance(of_index, type) and of_index.__module__ == module
-        known = known or module.startswith("pathlib") and name in ("PosixPath", "PurePosixPath", "WindowsPath")
+        known = (
+            known
+            or module.startswith("pathlib")
+            and name in ("PosixPath", "PurePosixPath", "WindowsPath")
+        )
         if not known and (module, name) not in _OTHERS:
-            raise pickle.UnpicklingError(f"expected the index of a checkpoint, found {module}.{name} in it")
+            raise pickle.UnpicklingError(
+                f"expected the index of a checkpoint, found {module}.{name} in it"
+            )
         return super().find_class(module, name)
 
 
@@ -41,7 +49,8 @@ _OTHERS = {
 
 
 def faults(index, name, files):
-    """What is wrong with a tensor in an index, None where every element of it is in one of the files, once."""
+    """What is wrong with a tensor in an index, None where every element of it is in one of the
+    files, once."""
     saved = index.state_dict_metadata.get(name)
     if not isinstance(saved, TensorStorageMetadata):
         return f"{name}: expected a tensor, found {type(saved).__name__}"
@@ -51,15 +60,21 @@ def faults(index, name, files):
     for offsets, _ in blocks:
         place = index.storage_data.get(MetadataIndex(name, torch.Size(offsets)))
         if place is None or place.relative_path not in files:
-            return f"{name}: expected its block at {offsets} in a file of the checkpoint, found it in none"
+            return (
+                f"{name}: expected its block at {offsets} in a file of the checkpoint, found it in"
+                " none"
+            )
         if not 0 <= place.offset <= place.offset + place.length <= files[place.relative_path][0]:
-            return f"{name}: expected its block at {offsets} within {place.relative_path}, found it beyond its end"
+            return (
+                f"{name}: expected its block at {offsets} within {place.relative_path}, found it"
+                " beyond its end"
+            )
     return None
 
 
 def not_exact(shape, blocks):
-    """Why blocks [(offsets, sizes), ...] are not a tensor of a shape together, each element in one of them; else
-    None."""
+    """Why blocks [(offsets, sizes), ...] are not a tensor of a shape together, each element in one
+    of them; else None."""
     for offsets, sizes in blocks:
         inside = all(o >= 0 and s >= 0 and o + s <= n for o, s, n in zip(offsets, sizes, shape))
         if not inside or not len(offsets) == len(sizes) == len(shape):
@@ -72,8 +87,8 @@ def not_exact(shape, blocks):
 
 
 def _overlap(blocks):
-    """The offsets of two blocks that overlap. Each is compared with those that reach as far along the dim on which they
-    begin at most places."""
+    """The offsets of two blocks that overlap. Each is compared with those that reach as far along
+    the dim on which they begin at most places."""
     dims = range(len(blocks[0][0])) if blocks else ()
     dim = max(dims, key=lambda d: len({offsets[d] for offsets, _ in blocks}), default=None)
     if dim is None:

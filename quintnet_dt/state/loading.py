@@ -1,4 +1,5 @@
-"""`load_state_dict` of a split model: whole tensors are placed as its parameters are, each rank taking its share."""
+"""`load_state_dict` of a split model: whole tensors are placed as its parameters are, each rank
+taking its share."""
 
 import torch
 from torch import nn
@@ -10,8 +11,8 @@ from ..running.structure import hooks_on
 from .chunks import chunks
 
 ELSEWHERE = (
-    "what torch.save(model.state_dict()) writes is one rank's own part: load each rank's own file in the same layout, "
-    "or use save_checkpoint, or export_safetensors for the whole model"
+    "what torch.save(model.state_dict()) writes is one rank's own part: load each rank's own file"
+    " in the same layout, or use save_checkpoint, or export_safetensors for the whole model"
 )
 
 
@@ -23,13 +24,17 @@ def place_on_load(module):
 
 
 def _place(module, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
-    """Replace whole tensors in a state dict by DTensors, for the parameters that a module itself holds. Shapes that
-    differ are left to torch, which reports them with their keys."""
+    """Replace whole tensors in a state dict by DTensors, for the parameters that a module itself
+    holds. Shapes that differ are left to torch, which reports them with their keys."""
     for hook in module._load_state_dict_pre_hooks.values():
         if is_fsdp(hook):  # it comes after this one: what a forward left gathered is sharded again
             hook()
-    params = {prefix + name: (name, p) for name, p in module._parameters.items() if isinstance(p, DTensor)}
-    given = {key: state_dict[key] for key in params if isinstance(state_dict.get(key), torch.Tensor)}
+    params = {
+        prefix + name: (name, p) for name, p in module._parameters.items() if isinstance(p, DTensor)
+    }
+    given = {
+        key: state_dict[key] for key in params if isinstance(state_dict.get(key), torch.Tensor)
+    }
     _refuse_broadcast(given, params)
     assign = local_metadata.get("assign_to_params_buffers", False)
     for key, value in given.items():
@@ -48,8 +53,8 @@ def _place(module, state_dict, prefix, local_metadata, strict, missing, unexpect
 
 
 def placed(whole, like, own_dtype=False):
-    """This rank's share of a whole tensor, as a DTensor that is laid out like another one; of the whole's dtype, or of
-    the other's."""
+    """This rank's share of a whole tensor, as a DTensor that is laid out like another one; of the
+    whole's dtype, or of the other's."""
     device = like.device_mesh.device_type if like.is_meta and own_dtype else like.device
     dtype = whole.dtype if own_dtype else like.dtype
     share = torch.empty_like(like.detach(), dtype=dtype, device=device)
@@ -85,10 +90,12 @@ def _misplaced(value, p, assign):
 
 def _refuse_broadcast(given, params):
     """torch fills `_StridedShard` parameters wrongly from a broadcast and tells nobody."""
-    fused = [k for k in given if isinstance(params[k][1].placements[-1], _StridedShard)]  # FSDP2's own are not the last
+    fused = [
+        k for k in given if isinstance(params[k][1].placements[-1], _StridedShard)
+    ]  # FSDP2's own are not the last
     if fused and broadcasting():
         raise RuntimeError(
-            f"set_model_state_dict(broadcast_from_rank0=True) has filled {', '.join(fused[:5])} wrongly: torch cannot "
-            "place fused pieces; use load_checkpoint or load_safetensors, leave broadcast_from_rank0 out, or give "
-            "apply_tensor_parallel contiguous=True"
+            f"set_model_state_dict(broadcast_from_rank0=True) has filled {', '.join(fused[:5])}"
+            " wrongly: torch cannot place fused pieces; use load_checkpoint or load_safetensors,"
+            " leave broadcast_from_rank0 out, or give apply_tensor_parallel contiguous=True"
         )

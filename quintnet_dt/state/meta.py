@@ -1,5 +1,5 @@
-"""Start a model that was built on the meta device: each rank makes its shards only, with the values of the whole
-model."""
+"""Start a model that was built on the meta device: each rank makes its shards only, with the values
+of the whole model."""
 
 import torch
 import torch.distributed as dist
@@ -16,12 +16,15 @@ from .given import check_device, check_function, check_model
 
 
 def materialize(model, init=None, *, device=None):
-    """Give every parameter and buffer of a model that is on the meta device its memory and its first values, in place.
+    """Give every parameter and buffer of a model that is on the meta device its memory and its
+    first values, in place.
 
-    `init(module)` is called on each module, children first, as `model.apply(init)` does. It sees the model's tensors
-    whole: those that it touches are whole for that long, then each rank keeps its shards. So the values are, bit for
-    bit, those of the whole model, started by `whole.to_empty(device=...).apply(init)` from rank 0's random state (which
-    every rank is given first), and the memory at its peak is the shards and the largest module. Tensors that are not on
+    `init(module)` is called on each module, children first, as `model.apply(init)` does. It sees
+    the model's tensors
+    whole: those that it touches are whole for that long, then each rank keeps its shards. So the
+    values are, bit for bit, those of the whole model, started by
+    `whole.to_empty(device=...).apply(init)` from rank 0's random state (which every rank is given
+    first), and the memory at its peak is the shards and the largest module. Tensors that are not on
     meta keep their values. Ties stay ties. It works under FSDP2 too.
 
         with torch.device("meta"):
@@ -29,29 +32,35 @@ def materialize(model, init=None, *, device=None):
         materialize(apply_tensor_parallel(model, tp_size=4))
 
     Args:
-        model: an nn.Module, before or after apply_tensor_parallel and fully_shard. Every rank of the world must make
+        model: an nn.Module, before or after apply_tensor_parallel and fully_shard. Every rank of
+        the world must make
             the call.
-        init: by default the `_init_weights` of the module or of the nearest one around it (that of transformers'
-            models, with its order), and where there is none or it leaves the module's own tensors alone, the module's
-            `reset_parameters()`.
+        init: by default the `_init_weights` of the module or of the nearest one around it (that of
+        transformers'
+            models, with its order), and where there is none or it leaves the module's own tensors
+            alone, the module's `reset_parameters()`.
         device: of the values; that of the mesh, or the CPU, by default.
 
     Returns: the model. Its parameters are new objects: make optimizers afterwards.
-    Raises: TypeError, ValueError for what is no model, function or device, or is on meta on some ranks only;
-    RuntimeError that lists the parameters and buffers that `init` did not write. What `init` raises on one rank, raises
-    on all. The model is then as it was.
+    Raises: TypeError, ValueError for what is no model, function or device, or is on meta on some
+    ranks only; RuntimeError that lists the parameters and buffers that `init` did not write. What
+    `init` raises on one rank, raises on all. The model is then as it was.
     """
     with together():
         check_model(model)
         check_function("init", init)
         places = Places(model)
         device = check_device(device) or torch.device(places.device())
-        holders = {m for m in model.modules() if any(t.is_meta for t in (*m.parameters(), *m.buffers()))}
+        holders = {
+            m for m in model.modules() if any(t.is_meta for t in (*m.parameters(), *m.buffers()))
+        }
     started = gather(bool(holders))
     if not all(started):
         if any(started):
             ranks = [rank for rank, meta in enumerate(started) if not meta]
-            raise ValueError(f"model: expected one on the meta device on every rank, found none on ranks {ranks}")
+            raise ValueError(
+                f"model: expected one on the meta device on every rank, found none on ranks {ranks}"
+            )
         return model
     _same_random_state(device)
     try:
@@ -66,11 +75,16 @@ def materialize(model, init=None, *, device=None):
                     whole.keep(module)
 
             model.apply(step)
-            left = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if id(t) in whole.unset]
+            left = [
+                n
+                for n, t in (*model.named_parameters(), *model.named_buffers())
+                if id(t) in whole.unset
+            ]
             if left:
                 raise RuntimeError(
-                    f"expected init to write every element of every parameter and buffer, found {len(left)} that it "
-                    f"did not: {', '.join(left)}; give an init(module) that does"
+                    "expected init to write every element of every parameter and buffer, found"
+                    f" {len(left)} that it did not: {', '.join(left)}; give an init(module) that"
+                    " does"
                 )
     except BaseException:
         places.undo()
@@ -79,10 +93,14 @@ def materialize(model, init=None, *, device=None):
 
 
 class Places:
-    """The parameters and buffers of a model, and the modules that hold each, so that ties stay ties."""
+    """The parameters and buffers of a model, and the modules that hold each, so that ties stay
+    ties."""
 
     def __init__(self, model):
-        self.tensors, self.at = {}, {}  # (module, attribute) -> tensor; its id -> [(module, attribute), ...]
+        self.tensors, self.at = (
+            {},
+            {},
+        )  # (module, attribute) -> tensor; its id -> [(module, attribute), ...]
         self.replaced = []
         for module in model.modules():
             for name, t in own(module):
@@ -91,10 +109,14 @@ class Places:
 
     def device(self):
         """The device type of the mesh that the model is on, that of the CPU where it is on none."""
-        return next((t.device_mesh.device_type for t in self.tensors.values() if isinstance(t, DTensor)), "cpu")
+        return next(
+            (t.device_mesh.device_type for t in self.tensors.values() if isinstance(t, DTensor)),
+            "cpu",
+        )
 
     def fill(self, old, values):
-        """Let `values` take the place of `old`, as a parameter if that is one. Returns what is now there."""
+        """Let `values` take the place of `old`, as a parameter if that is one. Returns what is now
+        there."""
         new = values
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(values, requires_grad=old.requires_grad)
@@ -117,12 +139,17 @@ class Places:
 
 def own(module):
     """[(attribute, tensor), ...] of the parameters and buffers that a module itself holds."""
-    return [(n, t) for table in (module._parameters, module._buffers) for n, t in table.items() if t is not None]
+    return [
+        (n, t)
+        for table in (module._parameters, module._buffers)
+        for n, t in table.items()
+        if t is not None
+    ]
 
 
 class _Whole(TorchFunctionMode):
-    """Within it, torch's functions see a model's tensors whole; `keep` then stores what was written to those on
-    meta."""
+    """Within it, torch's functions see a model's tensors whole; `keep` then stores what was written
+    to those on meta."""
 
     def __init__(self, places, device):
         super().__init__()
@@ -136,7 +163,9 @@ class _Whole(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         given = args, kwargs or {}
-        args, kwargs = replace(given, {p: self.whole(t) for p, t in tensors(given) if id(t) in self.places.at})
+        args, kwargs = replace(
+            given, {p: self.whole(t) for p, t in tensors(given) if id(t) in self.places.at}
+        )
         return func(*args, **kwargs)
 
     def whole(self, t):
@@ -172,18 +201,25 @@ class _Whole(TorchFunctionMode):
                     setattr(m, name, t)
                     if now.shape != t.shape:
                         found = f"expected the shape {tuple(t.shape)}, found {tuple(now.shape)}"
-                        raise ValueError(f"init put another tensor in the place of {type(m).__name__}.{name}: {found}")
+                        raise ValueError(
+                            f"init put another tensor in the place of {type(m).__name__}.{name}:"
+                            f" {found}"
+                        )
                     self.seen[id(t)] = t, now.detach().to(self.device, t.dtype), -1
         for t, whole, _ in self.seen.values():
             if id(t) in self.ours and self.written(t):
                 self.unset.discard(id(t))
                 for c in chunks(t):
-                    c.tensor.copy_(whole[tuple(slice(o, o + n) for o, n in zip(c.offsets, c.tensor.shape))])
+                    c.tensor.copy_(
+                        whole[tuple(slice(o, o + n) for o, n in zip(c.offsets, c.tensor.shape))]
+                    )
         self.seen.clear()
 
 
 def _has_nan(t):
-    return (t.dtype.is_floating_point or t.dtype.is_complex) and t.dtype.itemsize > 1  # max knows no float8
+    return (
+        t.dtype.is_floating_point or t.dtype.is_complex
+    ) and t.dtype.itemsize > 1  # max knows no float8
 
 
 def _own_init(model, whole):

@@ -1,5 +1,5 @@
-"""A checkpoint that is being read: held open, so that all that is read of it is of one save, whatever a save that runs
-beside puts in its place meanwhile."""
+"""A checkpoint that is being read: held open, so that all that is read of it is of one save,
+whatever a save that runs beside puts in its place meanwhile."""
 
 import contextlib
 import functools
@@ -48,7 +48,10 @@ class Opened:
             raise ValueError(self._expected(e)) from e
 
     def _expected(self, found):
-        return f"{self.path}: expected a checkpoint with a {MANIFEST}, as save_checkpoint makes, found {found}"
+        return (
+            f"{self.path}: expected a checkpoint with a {MANIFEST}, as save_checkpoint makes, found"
+            f" {found}"
+        )
 
     def _open(self, name):
         return open(name, "rb", opener=functools.partial(os.open, dir_fd=self.folder))
@@ -63,8 +66,8 @@ class Opened:
             return self._open(name)
         except FileNotFoundError as e:
             raise FileNotFoundError(
-                f"{self.path / name}: expected a file of the checkpoint, found none: it was damaged, or replaced by a "
-                "save while it was read"
+                f"{self.path / name}: expected a file of the checkpoint, found none: it was"
+                " damaged, or replaced by a save while it was read"
             ) from e
 
     def keep(self, names):
@@ -100,7 +103,8 @@ class Opened:
 
 @contextlib.contextmanager
 def opened(path):
-    """Around what reads the checkpoint at a path, on every rank: the same save's on all of them, as an `Opened`."""
+    """Around what reads the checkpoint at a path, on every rank: the same save's on all of them, as
+    an `Opened`."""
     for _ in range(TRIES):
         with together():
             found = _open(path)
@@ -112,8 +116,8 @@ def opened(path):
         finally:
             found.close()
     raise RuntimeError(
-        f"{path}: expected one checkpoint on all ranks, found that they read different ones: it is being saved again "
-        "and again, or ranks see different file systems"
+        f"{path}: expected one checkpoint on all ranks, found that they read different ones: it is"
+        " being saved again and again, or ranks see different file systems"
     )
 
 

@@ -12,12 +12,12 @@ from .given import check_model
 
 @contextlib.contextmanager
 def whole_shapes(model):
-    """Within it, plain parameters of the whole shapes (with no memory and no values: all NaN) stand for the DTensors of
-    a split model.
+    """Within it, plain parameters of the whole shapes (with no memory and no values: all NaN) stand
+    for the DTensors of a split model.
 
-    For libraries that add modules to it: peft makes adapters for the local shape where it finds a DTensor in a Linear.
-    Afterwards the DTensors are back, wherever their stand-ins have been moved, with the stand-ins' requires_grad;
-    apply_tensor_parallel then splits what was added.
+    For libraries that add modules to it: peft makes adapters for the local shape where it finds a
+    DTensor in a Linear. Afterwards the DTensors are back, wherever their stand-ins have been moved,
+    with the stand-ins' requires_grad; apply_tensor_parallel then splits what was added.
 
         with whole_shapes(model):
             model = peft.get_peft_model(model, config)
@@ -31,7 +31,12 @@ def whole_shapes(model):
         for attr, p in module._parameters.items():
             if isinstance(p, DTensor):
                 if id(p) not in real:
-                    nan = torch.full((), torch.nan if p.dtype.is_floating_point else 0, dtype=p.dtype, device=p.device)
+                    nan = torch.full(
+                        (),
+                        torch.nan if p.dtype.is_floating_point else 0,
+                        dtype=p.dtype,
+                        device=p.device,
+                    )
                     real[id(p)] = nn.Parameter(nan.expand(p.shape), p.requires_grad), p
                 module._parameters[attr] = real[id(p)][0]
     try:

@@ -1,5 +1,5 @@
-"""What a forward changes of its modules' attributes: something kept at the first call, say. The next call may then take
-another path."""
+"""What a forward changes of its modules' attributes: something kept at the first call, say. The
+next call may then take another path."""
 
 import torch
 from torch import nn
@@ -10,7 +10,8 @@ _OURS = {*vars(nn.Module()), "_tp_later", "tensor_parallel_plan", "tensor_parall
 
 
 def attributes(model):
-    """{(module path, attribute): kind} of what modules keep, but for parameters and what torch itself keeps."""
+    """{(module path, attribute): kind} of what modules keep, but for parameters and what torch
+    itself keeps."""
     found = {}
     for path, module in named_modules(model):
         for name, x in (*vars(module).items(), *module._buffers.items()):
@@ -35,7 +36,8 @@ def kinds_at(model, keys):
 
 
 def kind_of(x):
-    """What may decide a path through a forward: whether something is there, of what type; a number's value does not."""
+    """What may decide a path through a forward: whether something is there, of what type; a
+    number's value does not."""
     if isinstance(x, torch.Tensor):
         return "tensor", x.dtype, x.dim()
     if x is None or isinstance(x, (bool, str)):

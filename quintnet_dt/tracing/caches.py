@@ -1,4 +1,5 @@
-"""What a model's code keeps by functools.lru_cache: no fake tensor must stay there, and no copy share it."""
+"""What a model's code keeps by functools.lru_cache: no fake tensor must stay there, and no copy
+share it."""
 
 import contextlib
 import functools
@@ -12,7 +13,8 @@ _Cache = type(functools.lru_cache(lambda: None))
 
 
 def unshare(model, copied):
-    """Methods with a cache that a deep copy's modules share with the original's: made its own, without a cache."""
+    """Methods with a cache that a deep copy's modules share with the original's: made its own,
+    without a cache."""
     for module, twin in zip(modules(model), modules(copied)):
         for name, cached in vars(module).items():
             if isinstance(cached, _Cache) and inspect.ismethod(cached.__wrapped__):
@@ -21,8 +23,8 @@ def unshare(model, copied):
 
 @contextlib.contextmanager
 def forgotten(model):
-    """What runs inside adds nothing to the caches in the code of the model's classes and their files: those that it
-    adds to are cleared."""
+    """What runs inside adds nothing to the caches in the code of the model's classes and their
+    files: those that it adds to are cleared."""
     before = {cache: cache.cache_info().misses for cache in _caches(model)}
     try:
         yield
@@ -34,9 +36,16 @@ def forgotten(model):
 
 def _caches(model):
     classes = {
-        c for kind in {type(m) for m in modules(model)} for c in kind.__mro__ if not c.__module__.startswith("torch.")
+        c
+        for kind in {type(m) for m in modules(model)}
+        for c in kind.__mro__
+        if not c.__module__.startswith("torch.")
     }
-    files = {id(f): f for c in classes if (f := sys.modules.get(c.__module__)) is not None and c is not object}
+    files = {
+        id(f): f
+        for c in classes
+        if (f := sys.modules.get(c.__module__)) is not None and c is not object
+    }
     for x in (x for owner in (*classes, *files.values()) for x in list(vars(owner).values())):
         x = getattr(x, "__func__", x) if isinstance(x, (staticmethod, classmethod)) else x
         if isinstance(x, _Cache):

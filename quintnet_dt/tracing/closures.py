@@ -1,8 +1,9 @@
-"""Functions that a model keeps, and that reach its modules by other ways than `self`: of a copy of the model they must
-reach the copy's.
+"""Functions that a model keeps, and that reach its modules by other ways than `self`: of a copy of
+the model they must reach the copy's.
 
-`copy.deepcopy` takes a function as it is, with the live modules in its closure (minGPT keeps a lambda over its MLP's
-layers), in its defaults (`lambda x, m=m: ...`) or among its globals (a script's own `model`).
+`copy.deepcopy` takes a function as it is, with the live modules in its closure (minGPT keeps a
+lambda over its MLP's layers), in its defaults (`lambda x, m=m: ...`) or among its globals (a
+script's own `model`).
 """
 
 import copy
@@ -16,8 +17,8 @@ from ..utils import leaves, opaque
 
 
 def rebind(model, copied, memo):
-    """Give the copy of a model functions of its own wherever its modules, or what they keep, have one that reaches the
-    model. `memo`: of the deepcopy that made it."""
+    """Give the copy of a model functions of its own wherever its modules, or what they keep, have
+    one that reaches the model. `memo`: of the deepcopy that made it."""
     copies = _Copies(model, memo)
     for module in modules(copied):
         copies.within(vars(module))
@@ -46,8 +47,8 @@ class _Copies:
                 self.within(vars(x))
 
     def reaches(self, x, seen):
-        """Whether a value is a module of the model, or holds one, or is a function that does. `seen`: ids of the
-        functions that were asked, which may hold each other."""
+        """Whether a value is a module of the model, or holds one, or is a function that does.
+        `seen`: ids of the functions that were asked, which may hold each other."""
         if isinstance(x, nn.Module):
             return id(x) in self.modules
         if isinstance(x, MethodType):
@@ -58,7 +59,11 @@ class _Copies:
             held = () if id(x) in seen else _read(x)
             seen.add(id(x))
         else:
-            held = [leaf for _, leaf in leaves(x) if leaf is not x] if isinstance(x, (tuple, list, dict)) else ()
+            held = (
+                [leaf for _, leaf in leaves(x) if leaf is not x]
+                if isinstance(x, (tuple, list, dict))
+                else ()
+            )
         return any(self.reaches(part, seen) for part in held)
 
     def of(self, x):
@@ -67,7 +72,9 @@ class _Copies:
             return MethodType(self.of(x.__func__), self.of(x.__self__))
         if isinstance(x, functools.partial):
             parts = [self.of(part) for part in (x.func, *x.args)]
-            return functools.partial(*parts, **{key: self.of(value) for key, value in x.keywords.items()})
+            return functools.partial(
+                *parts, **{key: self.of(value) for key, value in x.keywords.items()}
+            )
         if not self.reaches(x, set()):
             return x
         if isinstance(x, FunctionType):
@@ -78,10 +85,18 @@ class _Copies:
         read = {name: f.__globals__[name] for name in _names(f.__code__) if name in f.__globals__}
         read = {name: x for name, x in read.items() if self.reaches(x, set())}
         scope = {**f.__globals__} if read else f.__globals__
-        new = FunctionType(f.__code__, scope, f.__name__, None, f.__closure__ and tuple(map(self.cell, f.__closure__)))
+        new = FunctionType(
+            f.__code__,
+            scope,
+            f.__name__,
+            None,
+            f.__closure__ and tuple(map(self.cell, f.__closure__)),
+        )
         self.made[id(f)] = new
         new.__defaults__ = f.__defaults__ and tuple(map(self.of, f.__defaults__))
-        new.__kwdefaults__ = f.__kwdefaults__ and {name: self.of(x) for name, x in f.__kwdefaults__.items()}
+        new.__kwdefaults__ = f.__kwdefaults__ and {
+            name: self.of(x) for name, x in f.__kwdefaults__.items()
+        }
         new.__qualname__, new.__module__ = f.__qualname__, f.__module__
         vars(new).update(vars(f))
         scope.update({name: self.of(x) for name, x in read.items()})
@@ -98,7 +113,8 @@ class _Copies:
 
 
 def _read(f):
-    """What a function reads beside its arguments: its cells, defaults, and globals that are modules."""
+    """What a function reads beside its arguments: its cells, defaults, and globals that are
+    modules."""
     cells = [cell.cell_contents for cell in f.__closure__ or () if cell != CellType()]
     defaults = [*(f.__defaults__ or ()), *(f.__kwdefaults__ or {}).values()]
     found = (f.__globals__.get(name) for name in _names(f.__code__))
@@ -106,7 +122,8 @@ def _read(f):
 
 
 def _names(code):
-    """The names of globals (and attributes) in a function's code and in that of functions within it."""
+    """The names of globals (and attributes) in a function's code and in that of functions within
+    it."""
     yield from code.co_names
     for inner in code.co_consts:
         if isinstance(inner, CodeType):

@@ -1,8 +1,8 @@
 """What torch.nn computes in one piece, said again in pieces that can be sharded.
 
-A torch-function mode sees `F.multi_head_attention_forward` as one call, in which no head can be split. Our modes run
-what is here instead, with themselves on, so that the calls within are the model's: in the trace, in the proof, and at
-run time where a module is watched.
+A torch-function mode sees `F.multi_head_attention_forward` as one call, in which no head can be
+split. Our modes run what is here instead, with themselves on, so that the calls within are the
+model's: in the trace, in the proof, and at run time where a module is watched.
 """
 
 import warnings
@@ -22,31 +22,49 @@ LOOKUPS = nn.Embedding, nn.EmbeddingBag
 
 def restated(func, args, kwargs):
     """What to run in place of a function that is many calls in one; None for any other."""
-    if func is F.scaled_dot_product_attention and not (kwargs.get("dropout_p") or len(args) > 4 and args[4]):
+    if func is F.scaled_dot_product_attention and not (
+        kwargs.get("dropout_p") or len(args) > 4 and args[4]
+    ):
         return None
     return RESTATED.get(func)
 
 
 def attention(
-    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False, safe=True
+    query,
+    key,
+    value,
+    attn_mask=None,
+    dropout_p=0.0,
+    is_causal=False,
+    scale=None,
+    enable_gqa=False,
+    safe=True,
 ):
-    """F.scaled_dot_product_attention, and its weights, with a dropout that is a call of its own: each rank takes its
-    part of the whole mask.
+    """F.scaled_dot_product_attention, and its weights, with a dropout that is a call of its own:
+    each rank takes its part of the whole mask.
 
-    query: (..., heads, L, d); key, value: (..., heads, S, d); attn_mask broadcasts to (..., heads, L, S). `safe`: zeros
-    where all is masked, not NaN.
+    query: (..., heads, L, d); key, value: (..., heads, S, d); attn_mask broadcasts to (..., heads,
+    L, S). `safe`: zeros where all is masked, not NaN.
     """
     if enable_gqa:
         group = query.shape[-3] // key.shape[-3]
         wide = [-1] * (query.dim() - 2)
-        key, value = (x.unsqueeze(-3).expand(*wide, group, -1, -1).flatten(-4, -3) for x in (key, value))
+        key, value = (
+            x.unsqueeze(-3).expand(*wide, group, -1, -1).flatten(-4, -3) for x in (key, value)
+        )
     scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-2, -1)
     if is_causal and attn_mask is not None:
-        raise RuntimeError("scaled_dot_product_attention: expected attn_mask or is_causal, found both")
+        raise RuntimeError(
+            "scaled_dot_product_attention: expected attn_mask or is_causal, found both"
+        )
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
     if attn_mask is not None:
-        scores = scores.masked_fill(~attn_mask, -INF) if attn_mask.dtype == torch.bool else scores + attn_mask
+        scores = (
+            scores.masked_fill(~attn_mask, -INF)
+            if attn_mask.dtype == torch.bool
+            else scores + attn_mask
+        )
     exact = torch.promote_types(scores.dtype, torch.float32)
     weights = safe_softmax(scores, -1, exact).to(value.dtype) if safe else scores.softmax(-1)
     if dropout_p:
@@ -55,14 +73,29 @@ def attention(
 
 
 def multi_head_attention(
-    query, key, value, width, heads, weight, bias, bias_k, bias_v, zero, dropout, out_weight, out_bias, **options
+    query,
+    key,
+    value,
+    width,
+    heads,
+    weight,
+    bias,
+    bias_k,
+    bias_v,
+    zero,
+    dropout,
+    out_weight,
+    out_bias,
+    **options,
 ):
-    """F.multi_head_attention_forward: query (L, batch, E) or (L, E), key and value (S, ...), packed weight [q | k | v]
-    (3 E, E), masks that are True, or -inf, where nothing is attended to; returns (output like query, weights or None).
-    Torch gives the `options` by keyword, all of them.
+    """F.multi_head_attention_forward: query (L, batch, E) or (L, E), key and value (S, ...), packed
+    weight [q | k | v] (3 E, E), masks that are True, or -inf, where nothing is attended to; returns
+    (output like query, weights or None). Torch gives the `options` by keyword, all of them.
     """
     itself, batched = query is key is value, query.dim() == 3
-    mask, padding, causal = (options[name] for name in ("attn_mask", "key_padding_mask", "is_causal"))
+    mask, padding, causal = (
+        options[name] for name in ("attn_mask", "key_padding_mask", "is_causal")
+    )
     static = options["static_k"], options["static_v"]
     if not batched:
         query, key, value = (x.unsqueeze(1) for x in (query, key, value))
@@ -74,11 +107,12 @@ def multi_head_attention(
     fits &= key.shape[:2] == value.shape[:2] and key.shape[1] == batch
     if not fits or found != width or width % heads or (causal and mask is None):
         raise RuntimeError(
-            f"multi_head_attention_forward: expected a query (L, batch, {width}), key and value (S, batch, ...), "
-            f"{heads} heads that divide the features, attn_mask (L, S) or (batch * heads, L, S), not None if "
-            f"is_causal, key_padding_mask (batch, S); found {[tuple(x.shape) for x in (query, key, value)]}, attn_mask "
-            f"{mask if mask is None else tuple(mask.shape)}, key_padding_mask "
-            f"{padding if padding is None else tuple(padding.shape)}"
+            f"multi_head_attention_forward: expected a query (L, batch, {width}), key and value (S,"
+            f" batch, ...), {heads} heads that divide the features, attn_mask (L, S) or (batch *"
+            " heads, L, S), not None if is_causal, key_padding_mask (batch, S); found"
+            f" {[tuple(x.shape) for x in (query, key, value)]}, attn_mask"
+            f" {mask if mask is None else tuple(mask.shape)}, key_padding_mask"
+            f" {padding if padding is None else tuple(padding.shape)}"
         )
 
     separate = options["use_separate_proj_weight"] and [options[f"{x}_proj_weight"] for x in "qkv"]
@@ -86,10 +120,14 @@ def multi_head_attention(
         states = F.linear(query, weight, bias).chunk(3, -1)
     else:
         biases = [None] * 3 if bias is None else bias.chunk(3)
-        states = [F.linear(*x) for x in zip((query, key, value), separate or weight.chunk(3), biases)]
+        states = [
+            F.linear(*x) for x in zip((query, key, value), separate or weight.chunk(3), biases)
+        ]
     if bias_k is not None:
         more = (bias_k, bias_v)
-        states = states[0], *(torch.cat([x, b.expand(-1, batch, -1)]) for x, b in zip(states[1:], more))
+        states = states[0], *(
+            torch.cat([x, b.expand(-1, batch, -1)]) for x, b in zip(states[1:], more)
+        )
     q, k, v = (x.unflatten(-1, (-1, width // heads)).permute(1, 2, 0, 3) for x in states)
     k, v = (x if s is None else s.unflatten(0, (batch, -1)) for x, s in zip((k, v), static))
     if zero:
@@ -97,7 +135,11 @@ def multi_head_attention(
 
     causal = causal and padding is None and not options["need_weights"]  # else the mask says it
     mask, padding = (
-        torch.zeros_like(m, dtype=query.dtype).masked_fill(m, -INF) if m is not None and m.dtype == torch.bool else m
+        (
+            torch.zeros_like(m, dtype=query.dtype).masked_fill(m, -INF)
+            if m is not None and m.dtype == torch.bool
+            else m
+        )
         for m in (None if causal else mask, padding)
     )
     if mask is not None and mask.dim() == 3:
@@ -132,8 +174,18 @@ class _Beside:
     def zero_padding(self, layer, args, kwargs, output):
         """After an encoder's last layer."""
         mask = kwargs.get("src_key_padding_mask")
-        slow = layer.training or torch.is_autocast_enabled() or not torch.backends.mha.get_fastpath_enabled()
-        if slow or mask is None or kwargs.get("src_mask") is not None or output.dim() != 3 or output.requires_grad:
+        slow = (
+            layer.training
+            or torch.is_autocast_enabled()
+            or not torch.backends.mha.get_fastpath_enabled()
+        )
+        if (
+            slow
+            or mask is None
+            or kwargs.get("src_mask") is not None
+            or output.dim() != 3
+            or output.requires_grad
+        ):
             return None
         with quiet():
             shown = mask == 0
@@ -146,22 +198,29 @@ class _Beside:
         with quiet(), torch.no_grad():
             whole = p.full_tensor().clone()
             torch.embedding_renorm_(whole, ids.contiguous(), self.setting, module.norm_type)
-            p.to_local().copy_(distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None).to_local())
+            p.to_local().copy_(
+                distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None).to_local()
+            )
 
 
 def plain(module):
-    """Turn off what a module of torch.nn does beside calls that can be sharded; returns the setting that it had."""
+    """Turn off what a module of torch.nn does beside calls that can be sharded; returns the setting
+    that it had."""
     name = "use_nested_tensor" if isinstance(module, nn.TransformerEncoder) else "max_norm"
-    setting = getattr(module, name, None) if isinstance(module, (nn.TransformerEncoder, *LOOKUPS)) else None
+    setting = (
+        getattr(module, name, None)
+        if isinstance(module, (nn.TransformerEncoder, *LOOKUPS))
+        else None
+    )
     if setting:
         setattr(module, name, None)
     return setting
 
 
 def adapt(model):
-    """Do otherwise what `plain` turned off. Without gradients nn.TransformerEncoder packs what is not padding in nested
-    tensors, and gives zeros for padding; an embedding with max_norm writes to its weight. (And with sparse=True makes
-    gradients that a DTensor cannot have.)
+    """Do otherwise what `plain` turned off. Without gradients nn.TransformerEncoder packs what is
+    not padding in nested tensors, and gives zeros for padding; an embedding with max_norm writes to
+    its weight. (And with sparse=True makes gradients that a DTensor cannot have.)
     """
     for path, module in named_modules(model):
         if setting := plain(module):
@@ -172,4 +231,7 @@ def adapt(model):
                 module.register_forward_pre_hook(beside.scale_rows, with_kwargs=True, prepend=True)
         if isinstance(module, LOOKUPS) and module.sparse:
             module.sparse = False
-            warnings.warn(f"{path or 'the model'}: sparse=True is now False: gradients of a DTensor cannot be sparse")
+            warnings.warn(
+                f"{path or 'the model'}: sparse=True is now False: gradients of a DTensor cannot be"
+                " sparse"
+            )

@@ -1,4 +1,5 @@
-"""Tensors that a forward leaves where others look: in a list of the user's, an object, a variable of a file.
+"""Tensors that a forward leaves where others look: in a list of the user's, an object, a variable
+of a file.
 
 What is traced is let go of, and what is alive then is kept by someone.
 """
@@ -11,10 +12,11 @@ import torch
 
 
 def let_go(tensors):
-    """Empty a list of the tensors that a forward made, of which nothing else of this library's holds one any more.
+    """Empty a list of the tensors that a forward made, of which nothing else of this library's
+    holds one any more.
 
-    Returns the indices of those that something still holds. Lists, sets and dicts of the user's are rid of them: they
-    are no tensors that a call of the user's made.
+    Returns the indices of those that something still holds. Lists, sets and dicts of the user's are
+    rid of them: they are no tensors that a call of the user's made.
     """
     left = [weakref.ref(t) for t in tensors]
     tensors.clear()
@@ -45,5 +47,7 @@ def _rid(holder, alive):
 def _is_namespace(found):
     """Whether a dict holds the attributes of an object or the names of a file."""
     return "__name__" in found or any(
-        getattr(x, "__dict__", None) is found for x in gc.get_referrers(found) if not isinstance(x, torch.Tensor)
+        getattr(x, "__dict__", None) is found
+        for x in gc.get_referrers(found)
+        if not isinstance(x, torch.Tensor)
     )

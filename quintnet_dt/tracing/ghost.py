@@ -18,14 +18,16 @@ from .composites import plain
 
 
 class StrayParameter(ValueError):
-    """Something other than its module holds a parameter, and would keep the old one when the model is split."""
+    """Something other than its module holds a parameter, and would keep the old one when the model
+    is split."""
 
     def __init__(self, names):
         super().__init__(
-            f"{', '.join(names)}: expected every parameter to be read as an attribute of its module, found one that "
-            "something else holds (a list, a partial, a lambda, an optimizer kept in the model; a global, or an object "
-            "elsewhere, that holds its module), which would keep the old one: read it as self.name, and make "
-            "optimizers afterwards"
+            f"{', '.join(names)}: expected every parameter to be read as an attribute of its"
+            " module, found one that something else holds (a list, a partial, a lambda, an"
+            " optimizer kept in the model; a global, or an object elsewhere, that holds its"
+            " module), which would keep the old one: read it as self.name, and make optimizers"
+            " afterwards"
         )
 
 
@@ -35,8 +37,9 @@ class SplitWithin(RuntimeError):
     def __init__(self, module, path):
         name = f"{type(module).__name__}{path and f' ({path})'}"
         super().__init__(
-            f"{name}: expected a forward that calls no model which was split by itself, found one: make it a submodule "
-            "and split the whole, or call it outside and pass on what it gives"
+            f"{name}: expected a forward that calls no model which was split by itself, found one:"
+            " make it a submodule and split the whole, or call it outside and pass on what it"
+            " gives"
         )
 
 
@@ -53,11 +56,12 @@ class _Memo(dict):
 
 
 def ghost(model, fake_mode=None, local_shape=None, device=None):
-    """A deep copy of `model` that owns no memory: parameters and buffers are fake tensors of `fake_mode`.
+    """A deep copy of `model` that owns no memory: parameters and buffers are fake tensors of
+    `fake_mode`.
 
-    `local_shape(name, param)` gives the shape of a parameter; its whole shape by default. Without `fake_mode` the copy
-    shares the parameters (which a forward does not write to) and copies the buffers, for a forward that must see
-    values.
+    `local_shape(name, param)` gives the shape of a parameter; its whole shape by default. Without
+    `fake_mode` the copy shares the parameters (which a forward does not write to) and copies the
+    buffers, for a forward that must see values.
     """
     memo = _Memo()
     with copyable(model, memo) as dtypes:
@@ -79,20 +83,27 @@ def _ghost(model, fake_mode, local_shape, device, memo, dtypes):
             memo[id(p)] = nn.Parameter(fake(p, shape), p.requires_grad)
         elif isinstance(real, DTensor):
             if (
-                real.device_mesh.ndim > 1
-            ):  # the ranks of a dp group may be called in different ways, and would wait for each other
+                real.device_mesh.ndim
+                > 1
+                # the ranks of a dp group may be called in different ways, and would wait for each
+                # other
+            ):
                 raise RuntimeError(
-                    "this call takes a path that was not traced before, through a forward that reads values; under "
-                    "FSDP it cannot be traced: call the model in this way once (same arguments, same mode) before "
-                    "fully_shard"
+                    "this call takes a path that was not traced before, through a forward that"
+                    " reads values; under FSDP it cannot be traced: call the model in this way once"
+                    " (same arguments, same mode) before fully_shard"
                 )
-            memo[id(p)] = nn.Parameter(real.full_tensor().to(dtypes.get(id(p), p.dtype)), p.requires_grad)
+            memo[id(p)] = nn.Parameter(
+                real.full_tensor().to(dtypes.get(id(p), p.dtype)), p.requires_grad
+            )
         else:
             memo[id(p)] = nn.Parameter(p.detach(), p.requires_grad)
     own, free = Counter(), {id(p) for p in parameters(model) if not isinstance(p, DTensor)}
     for module in modules(model):
         own.update(map(id, module._parameters.values()))
-        if type(module).__setattr__ is not nn.Module.__setattr__:  # keeps a list of its own, as nn.LSTM does
+        if (
+            type(module).__setattr__ is not nn.Module.__setattr__
+        ):  # keeps a list of its own, as nn.LSTM does
             free -= set(map(id, module._parameters.values()))
         for _, t in tensors(list(vars(module).values())):  # buffers, and what it keeps besides
             if id(t) not in memo:
@@ -107,10 +118,14 @@ def _ghost(model, fake_mode, local_shape, device, memo, dtypes):
         rebind(model, copied, memo)
     except Exception as e:
         raise RuntimeError(
-            f"{type(model).__name__} cannot be deep-copied, which planning needs so that the model itself stays "
-            f"untouched: {e}"
+            f"{type(model).__name__} cannot be deep-copied, which planning needs so that the model"
+            f" itself stays untouched: {e}"
         ) from e
-    if stray := [name for name, p in named_parameters(model) if id(p) in free and memo.met[id(p)] > own[id(p)]]:
+    if stray := [
+        name
+        for name, p in named_parameters(model)
+        if id(p) in free and memo.met[id(p)] > own[id(p)]
+    ]:
         raise StrayParameter(stray)
     unshare(model, copied)
     return copied
@@ -140,14 +155,21 @@ def _is_users(hook):
 
 
 def hooks_of(module):
-    return module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
+    return (
+        module._forward_pre_hooks,
+        module._forward_hooks,
+        module._backward_pre_hooks,
+        module._backward_hooks,
+    )
 
 
 def strip(model):
     """Take this library's hooks, and FSDP2's, off a copy of a model that they were applied to."""
     for module in modules(model):
         plain(module)
-        module._tp_later = []  # hooks that the user added since, which see what this library's have done
+        module._tp_later = (
+            []
+        )  # hooks that the user added since, which see what this library's have done
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             keys = list(hooks)
             ours = [i for i, key in enumerate(keys) if is_ours(hooks[key])]
@@ -169,17 +191,17 @@ def passed(module):
 
 
 def put_last(module):
-    """A forward hook was registered on a copy, in the place of this library's: what the user added later runs after
-    it."""
+    """A forward hook was registered on a copy, in the place of this library's: what the user added
+    later runs after it."""
     for key in vars(module).get("_tp_later", ()):
         if key in module._forward_hooks:
             module._forward_hooks.move_to_end(key)
 
 
 def fake_inputs(fake_mode, args, kwargs, known=None):
-    """The inputs with a fake tensor for each tensor, and copies of objects that hold tensors (a cache, which the
-    forward may fill). With `known`, which is told the real tensor behind each fake one, a shard that an object keeps
-    gets its whole shape; else it stays one.
+    """The inputs with a fake tensor for each tensor, and copies of objects that hold tensors (a
+    cache, which the forward may fill). With `known`, which is told the real tensor behind each fake
+    one, a shard that an object keeps gets its whole shape; else it stays one.
     """
     memo = {}
     for _, holder, place, t in held((args, kwargs)) if known is not None else ():
@@ -190,7 +212,10 @@ def fake_inputs(fake_mode, args, kwargs, known=None):
                 memo[id(t)] = torch.empty(shape, dtype=t.dtype, device=t.device)
 
     given = {id(t): t for _, t in tensors((args, kwargs))}  # one that is given twice stays one
-    fakes = {i: fake_mode.from_tensor(t.detach()).requires_grad_(t.requires_grad) for i, t in given.items()}
+    fakes = {
+        i: fake_mode.from_tensor(t.detach()).requires_grad_(t.requires_grad)
+        for i, t in given.items()
+    }
     if known is not None:
         for i, t in given.items():
             known.give(fakes[i], t)

@@ -11,8 +11,8 @@ import torch
 class Value:
     """A tensor at one moment: an in-place operator makes a new Value of the same tensor.
 
-    `param` is its name if it is a parameter, `producer` the index of the call that made it. Its `tensor` is let go of
-    when the forward is over.
+    `param` is its name if it is a parameter, `producer` the index of the call that made it. Its
+    `tensor` is let go of when the forward is over.
     """
 
     def __init__(self, id, tensor, producer=None, param=None):
@@ -59,9 +59,13 @@ class Call:
     nodes: list = field(default_factory=list)
     source: str = "?"
     opaque: str = ""  # why it must get whole tensors, with whole gradients
-    # As `utils.callers` counts them; more than its module's: it is run again when that is not running.
+    # As `utils.callers` counts them; more than its module's: it is run again when that is not
+    # running.
     checkpoints: int = 0
-    hidden: bool = False  # its operators were called by no torch function that a mode sees: by TorchScript, by a vmap
+    hidden: bool = (
+        # its operators were called by no torch function that a mode sees: by TorchScript, by a vmap
+        False
+    )
 
     def __str__(self):
         return f"{self.name} in {self.module.path or 'the root'} ({self.source})"
@@ -76,8 +80,8 @@ def next_seen(calls, at):
 
 @dataclass
 class ModuleCall:
-    """One run of one module's forward. `steady`: the forward is one of torch's own that makes the same calls each time.
-    `watched`: by hooks of the user's."""
+    """One run of one module's forward. `steady`: the forward is one of torch's own that makes the
+    same calls each time. `watched`: by hooks of the user's."""
 
     path: str
     parent: "ModuleCall | None"
@@ -87,7 +91,9 @@ class ModuleCall:
     watched: bool = False
     checkpoints: int = 0
     training: bool = False
-    settings: dict = field(default_factory=dict)  # of a module of torch.nn: {attribute: number or string}
+    settings: dict = field(
+        default_factory=dict
+    )  # of a module of torch.nn: {attribute: number or string}
 
     def chain(self):
         """This run and those that called it, innermost first."""
@@ -108,16 +114,22 @@ class Graph:
     calls: list
     modules: list
     params: dict  # parameter name -> Value
-    # What it read of values: (call index, a scalar or the shape of a tensor, whether it follows from the inputs alone).
+    # What it read of values: (call index, a scalar or the shape of a tensor, whether it follows
+    # from the inputs alone).
     readings: list = field(default_factory=list)
     stored: list = field(default_factory=list)  # Values that modules keep when the forward is over
-    # Those that objects among the inputs and outputs keep: (path of the object in (args, kwargs, output), place there,
-    # Value); and which of them were shards when they were given: {value id: Action}.
+    # Those that objects among the inputs and outputs keep: (path of the object in (args, kwargs,
+    # output), place there, Value); and which of them were shards when they were given: {value id:
+    # Action}.
     held: list = field(default_factory=list)
     given: dict = field(default_factory=dict)
     random: bool = False  # whether it draws random numbers
-    changes: list = field(default_factory=list)  # (module path, attribute) of what modules keep otherwise afterwards
-    rewritten: set = field(default_factory=set)  # names of the parameters that the forward writes to
+    changes: list = field(
+        default_factory=list
+    )  # (module path, attribute) of what modules keep otherwise afterwards
+    rewritten: set = field(
+        default_factory=set
+    )  # names of the parameters that the forward writes to
 
     @property
     def outputs(self):
@@ -135,29 +147,40 @@ class Graph:
 
     @cached_property
     def seen(self):
-        """Values by id that hooks of the user's see, or code with a backward of its own: they are whole."""
+        """Values by id that hooks of the user's see, or code with a backward of its own: they are
+        whole."""
         runs = [m for m in self.modules if m.watched] + [c for c in self.calls if c.opaque]
         return {v.id: v for x in runs for v in (*x.inputs.values(), *x.outputs.values())}
 
     @cached_property
     def last_write(self):
         """Memory (as its first Value's id) -> index of the last call that wrote to it."""
-        return {v.memory.id: c.index for c in self.calls for n in c.nodes for v in n.inputs if v.id in n.mutated}
+        return {
+            v.memory.id: c.index
+            for c in self.calls
+            for n in c.nodes
+            for v in n.inputs
+            if v.id in n.mutated
+        }
 
     @cached_property
     def made_in_place(self):
-        """Ids of the values that a call made by writing to a tensor that it was given, which the model may go on with
-        whatever the call returns."""
+        """Ids of the values that a call made by writing to a tensor that it was given, which the
+        model may go on with whatever the call returns."""
         return {v.id for c in self.calls for n in c.nodes if n.mutated for v in n.outputs}
 
     @cached_property
     def made_of(self):
-        """Value id -> the parameters that it is made of, if of them (and constants) alone: a weight that is
-        standardised."""
+        """Value id -> the parameters that it is made of, if of them (and constants) alone: a weight
+        that is standardised."""
         given = {v.id for v in self.modules[0].inputs.values()}
         made = {v.id: {name} for name, v in self.params.items()}
         for call in self.calls:
-            ins = [v for v in call.inputs.values() if v.producer is not None or v.id in made or v.id in given]
+            ins = [
+                v
+                for v in call.inputs.values()
+                if v.producer is not None or v.id in made or v.id in given
+            ]
             if call.nodes and ins and all(v.id in made for v in ins):
                 names = set().union(*(made[v.id] for v in ins))
                 made.update((v.id, names) for v in call.outputs.values())
@@ -168,14 +191,18 @@ class Graph:
         """Parameter name -> the calls that use it, or what is made of it."""
         users = {}
         for call in self.calls:
-            made_of = [self.made_of[v.id] for v in call.inputs.values() if call.nodes and v.id in self.made_of]
+            made_of = [
+                self.made_of[v.id]
+                for v in call.inputs.values()
+                if call.nodes and v.id in self.made_of
+            ]
             for name in sorted(set().union(*made_of)):
                 users.setdefault(name, []).append(call)
         return users
 
     @cached_property
     def unsteady(self):
-        """Ids of the module runs that read values which do not follow from the inputs alone: their calls may differ
-        from run to run."""
+        """Ids of the module runs that read values which do not follow from the inputs alone: their
+        calls may differ from run to run."""
         at = [i for i, _, known in self.readings if not known and i < len(self.calls)]
         return {id(m) for i in at for m in self.calls[i].module.chain()}

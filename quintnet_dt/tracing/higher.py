@@ -1,5 +1,5 @@
-"""Operators that are given functions (torch.cond, flex_attention), recorded like any other: one without a rule, which
-needs all its inputs whole."""
+"""Operators that are given functions (torch.cond, flex_attention), recorded like any other: one
+without a rule, which needs all its inputs whole."""
 
 from dataclasses import dataclass, field
 from functools import cache
@@ -28,13 +28,21 @@ class HigherOrder:
         return [(f, args[3]) for f in args[1:3]] if self.operator.name() == "cond" else []
 
     def shards(self, args):
-        """Whether it may be given shards: flex_attention, whose heads are computed each by itself where no function of
-        the scores is given that could read a head's number, and the mask is one for all."""
-        if self.operator.name() != "flex_attention" or getattr(args[3], "__name__", "") != "_identity":
+        """Whether it may be given shards: flex_attention, whose heads are computed each by itself
+        where no function of the scores is given that could read a head's number, and the mask is
+        one for all."""
+        if (
+            self.operator.name() != "flex_attention"
+            or getattr(args[3], "__name__", "") != "_identity"
+        ):
             return False
         one_mask = all(t.dim() < 2 or t.shape[1] == 1 for _, t in tensors(args[4]))
         buffers = [t for _, t in tensors(args[7:])]
-        return args[0].shape[1] == args[1].shape[1] and one_mask and not any(t.requires_grad for t in buffers)
+        return (
+            args[0].shape[1] == args[1].shape[1]
+            and one_mask
+            and not any(t.requires_grad for t in buffers)
+        )
 
     def __call__(self, *args, **kwargs):
         return self.operator(*args, **kwargs)

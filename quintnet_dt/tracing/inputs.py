@@ -1,4 +1,5 @@
-"""Example inputs made up for a model that was given none, from its first layer and its forward's signature."""
+"""Example inputs made up for a model that was given none, from its first layer and its forward's
+signature."""
 
 import inspect
 
@@ -12,19 +13,22 @@ CONVS = nn.Conv1d, nn.Conv2d, nn.Conv3d
 
 
 def check(example_inputs):
-    """`(args, kwargs)` of a user's example inputs: a tuple is positional, a dict keyword; else TypeError."""
+    """`(args, kwargs)` of a user's example inputs: a tuple is positional, a dict keyword; else
+    TypeError."""
     if isinstance(example_inputs, dict):
         return (), example_inputs
     if isinstance(example_inputs, (tuple, list)):
         return tuple(example_inputs), {}
     raise TypeError(
-        "example_inputs: expected a tuple (positional arguments of the model's forward) or a dict (keyword arguments)"
-        f", found {type(example_inputs).__name__}; for a single tensor x pass (x,)"
+        "example_inputs: expected a tuple (positional arguments of the model's forward) or a dict"
+        f" (keyword arguments), found {type(example_inputs).__name__}; for a single tensor x pass"
+        " (x,)"
     )
 
 
 def made_up(model, device):
-    """Yield `(args, kwargs)` that may fit the model's forward, likeliest first: small ids or noise, on `device`."""
+    """Yield `(args, kwargs)` that may fit the model's forward, likeliest first: small ids or noise,
+    on `device`."""
     model = _named(model)
     takes = inspect.signature(model.forward).parameters
     named = _named_parameters(model)
@@ -49,7 +53,9 @@ def made_up(model, device):
         kwargs = {**options, first: tensor, **{o: tensor for o in others}}
         if "decoder_input_ids" in takes and tensor.dtype == torch.int64:
             kwargs["decoder_input_ids"] = tensor[:, : LENGTH // 2].clone()
-        positional = [k for k in (first, *others) if takes[k].kind is inspect.Parameter.POSITIONAL_ONLY]
+        positional = [
+            k for k in (first, *others) if takes[k].kind is inspect.Parameter.POSITIONAL_ONLY
+        ]
         return tuple(kwargs.pop(k) for k in positional), kwargs
 
     for layer in _first_layers(model, image=first.startswith("pixel")):
@@ -70,8 +76,8 @@ def _named_parameters(model):
 
 
 def _named(model):
-    """The model, or, where its forward names no argument and it holds one module alone, which it hands them on to, that
-    one."""
+    """The model, or, where its forward names no argument and it holds one module alone, which it
+    hands them on to, that one."""
     while not _named_parameters(model) and len(children := list(model.children())) == 1:
         if not inspect.signature(model.forward).parameters or model._parameters:
             break
@@ -80,7 +86,9 @@ def _named(model):
 
 
 def _image_sizes(model, layer):
-    size, timm = getattr(getattr(model, "config", None), "image_size", None), getattr(model, "pretrained_cfg", None)
+    size, timm = getattr(getattr(model, "config", None), "image_size", None), getattr(
+        model, "pretrained_cfg", None
+    )
     size = timm.get("input_size") if size is None and isinstance(timm, dict) else size
     size = size[-1] if isinstance(size, (tuple, list)) and size else size
     known = [size] if isinstance(size, int) else []
@@ -88,12 +96,19 @@ def _image_sizes(model, layer):
 
 
 def _first_layers(model, image):
-    """The first embedding, convolution and other layer with a weight, in that model's order (`image`: conv first)."""
+    """The first embedding, convolution and other layer with a weight, in that model's order
+    (`image`: conv first)."""
     found = {}
     for module in modules(model):
-        if module._parameters.get("weight") is None and not isinstance(module, nn.MultiheadAttention):
+        if module._parameters.get("weight") is None and not isinstance(
+            module, nn.MultiheadAttention
+        ):
             continue
-        kind = "embedding" if isinstance(module, nn.Embedding) else "conv" if isinstance(module, CONVS) else "linear"
+        kind = (
+            "embedding"
+            if isinstance(module, nn.Embedding)
+            else "conv" if isinstance(module, CONVS) else "linear"
+        )
         if kind != "linear" or next(parameters(module), torch.empty(0)).dim() >= 2:
             found.setdefault(kind, module)
     return [found[kind] for kind in sorted(found, key=lambda kind: image and kind != "conv")]

@@ -1,5 +1,5 @@
-"""The real values behind fake tensors, where they follow from the inputs alone: masks, positions, lengths. What a
-forward reads of them is known without its parameters."""
+"""The real values behind fake tensors, where they follow from the inputs alone: masks, positions,
+lengths. What a forward reads of them is known without its parameters."""
 
 import torch
 
@@ -25,10 +25,12 @@ class Known(dict):
             self[id(fake)] = real.detach().clone()
 
     def run(self, func, args, kwargs, given, written):
-        """An operator's result on the real tensors behind those `given` ({path: tensor}), None where one is not known.
-        `written`: those that it writes to."""
+        """An operator's result on the real tensors behind those `given` ({path: tensor}), None
+        where one is not known. `written`: those that it writes to."""
         real = {p: self.get(id(x)) if isinstance(x, FakeTensor) else x for p, x in given.items()}
-        if all(x is not None and x.numel() <= SIZE and x.device.type != "meta" for x in real.values()):
+        if all(
+            x is not None and x.numel() <= SIZE and x.device.type != "meta" for x in real.values()
+        ):
             if torch.Tag.nondeterministic_seeded not in func.tags or _small(func, args, kwargs):
                 with unset_fake_temporarily():
                     return func(*replace(args, _under(real, 0)), **replace(kwargs, _under(real, 1)))
@@ -40,7 +42,9 @@ class Known(dict):
         """What an operator made, fake and real."""
         random = torch.Tag.nondeterministic_seeded in func.tags or self.random(given)
         pairs = zip(tensors((out,)), tensors((real,)))
-        made = {id(a): b for (_, a), (_, b) in pairs if isinstance(a, FakeTensor) and b.numel() <= SIZE}
+        made = {
+            id(a): b for (_, a), (_, b) in pairs if isinstance(a, FakeTensor) and b.numel() <= SIZE
+        }
         self.update(made)
         self.drawn.update(made if random else ())
 
@@ -50,7 +54,8 @@ class Known(dict):
 
 
 def _small(func, args, kwargs):
-    """Whether an operator that draws random numbers draws a few: what it is given says so, for most have the shape."""
+    """Whether an operator that draws random numbers draws a few: what it is given says so, for most
+    have the shape."""
     out = func(*args, **kwargs)
     return all(t.numel() <= DRAWN for _, t in tensors((out,)))
 

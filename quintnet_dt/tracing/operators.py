@@ -1,5 +1,5 @@
-"""What an ATen operator does, as far as its name and schema tell: reads values, draws random numbers, shares memory or
-writes to it."""
+"""What an ATen operator does, as far as its name and schema tell: reads values, draws random
+numbers, shares memory or writes to it."""
 
 from functools import cache
 
@@ -34,15 +34,25 @@ def draws(func, args, kwargs):
 
 @cache
 def _aliases(func):
-    """(position, name) of the arguments whose memory an operator's outputs share, and of those that it writes to."""
+    """(position, name) of the arguments whose memory an operator's outputs share, and of those that
+    it writes to."""
     marked = [(i, a) for i, a in enumerate(func._schema.arguments) if a.alias_info is not None]
     views = any(r.alias_info is not None for r in func._schema.returns)
-    return [(i, a.name) for i, a in marked if views], [(i, a.name) for i, a in marked if a.alias_info.is_write]
+    return [(i, a.name) for i, a in marked if views], [
+        (i, a.name) for i, a in marked if a.alias_info.is_write
+    ]
 
 
 def aliased(func, args):
     """The tensor whose memory an operator's outputs share; None if they own theirs."""
-    return next((args[i] for i, _ in _aliases(func)[0] if i < len(args) and isinstance(args[i], torch.Tensor)), None)
+    return next(
+        (
+            args[i]
+            for i, _ in _aliases(func)[0]
+            if i < len(args) and isinstance(args[i], torch.Tensor)
+        ),
+        None,
+    )
 
 
 def written_by(func, args, kwargs):

@@ -1,4 +1,5 @@
-"""What happens in one forward, written down: modules that start and end, calls, operators, what is read of values."""
+"""What happens in one forward, written down: modules that start and end, calls, operators, what is
+read of values."""
 
 from functools import partial
 from types import NoneType
@@ -8,7 +9,16 @@ from torch import nn
 
 from ..parts import modules, named_modules
 from ..private import FakeTensor, transform, unset_fake_temporarily
-from ..utils import callers, held, is_float, replace, shard_kept, source_line, tensors, within_higher_order
+from ..utils import (
+    callers,
+    held,
+    is_float,
+    replace,
+    shard_kept,
+    source_line,
+    tensors,
+    within_higher_order,
+)
 from .attributes import attributes, changed
 from .ghost import passed, put_last, user_hooks, user_hooks_of_all
 from .graph import Call, Graph, ModuleCall, Node, Value
@@ -22,16 +32,41 @@ UNSEEN = {"tolist", "numpy"}  # these read values with no operator
 # Forwards that make the same calls each time, so that nothing need watch them.
 STEADY = {
     c.forward
-    for c in (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
-    + (nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Identity, nn.Dropout, nn.Softmax, nn.Sequential, nn.Bilinear)
+    for c in (
+        nn.Linear,
+        nn.Embedding,
+        nn.Conv1d,
+        nn.Conv2d,
+        nn.Conv3d,
+        nn.LayerNorm,
+        nn.RMSNorm,
+        nn.GroupNorm,
+    )
+    + (
+        nn.GELU,
+        nn.ReLU,
+        nn.SiLU,
+        nn.Tanh,
+        nn.Sigmoid,
+        nn.Identity,
+        nn.Dropout,
+        nn.Softmax,
+        nn.Sequential,
+        nn.Bilinear,
+    )
 }
 
 
 # Why a call must get whole tensors.
-OPAQUE = "it reads tensors or gradients in ways that operators do not show (an autograd.Function, a hook, torch.vmap)"
+OPAQUE = (
+    "it reads tensors or gradients in ways that operators do not show (an autograd.Function, a"
+    " hook, torch.vmap)"
+)
 
 
-HIDDEN = "its operators are not called by Python code that can be intercepted (TorchScript, torch.vmap)"
+HIDDEN = (
+    "its operators are not called by Python code that can be intercepted (TorchScript, torch.vmap)"
+)
 
 
 class Recorder:
@@ -64,7 +99,9 @@ class Recorder:
             steady = type(module).forward in STEADY
             seen = user_hooks(module).keys() - vars(module).get("_tp_later", [])
             watched = bool(seen or user_hooks_of_all())
-            module.register_forward_pre_hook(partial(self.enter, path, steady, watched), with_kwargs=True, prepend=True)
+            module.register_forward_pre_hook(
+                partial(self.enter, path, steady, watched), with_kwargs=True, prepend=True
+            )
             module.register_forward_hook(self.leave, with_kwargs=True, always_call=True)
             put_last(module)
 
@@ -75,13 +112,15 @@ class Recorder:
                 self.graph.given[self.value(t).id] = action
 
     def keep(self, model, objects):
-        """Note the values that the forward left in buffers, in attributes, and in objects among its inputs and
-        outputs."""
+        """Note the values that the forward left in buffers, in attributes, and in objects among its
+        inputs and outputs."""
         inside = [x for m in modules(model) for x in [*m._buffers.values(), *vars(m).values()]]
         values = [self._values.get(id(t)) for _, t in tensors(inside)]
         self.graph.stored = [v for v in values if v is not None and v.producer is not None]
         self.graph.changes = changed(self.before, attributes(model))
-        self.graph.held = [(path, place, self._values.get(id(t))) for path, _, place, t in held(objects)]
+        self.graph.held = [
+            (path, place, self._values.get(id(t))) for path, _, place, t in held(objects)
+        ]
 
     def end(self):
         """The forward is over: only the graph is left."""
@@ -103,14 +142,28 @@ class Recorder:
 
     def enter(self, path, steady, watched, module, args, kwargs):
         if within_higher_order():
-            operator = self._call or f"an operator such as torch.cond in {self._stack[-1].path or 'the root'}"
+            operator = (
+                self._call
+                or f"an operator such as torch.cond in {self._stack[-1].path or 'the root'}"
+            )
             raise RuntimeError(
-                f"{path}: expected a forward that calls its modules itself, found one called within {operator}, "
-                "which compiles what it is given: choose between modules by a Python if"
+                f"{path}: expected a forward that calls its modules itself, found one called within"
+                f" {operator}, which compiles what it is given: choose between modules by a"
+                " Python if"
             )
         parent = self._stack[-1] if self._stack else None
         given, checkpoints = self.values((args, kwargs)), callers()[1]
-        call = ModuleCall(path, parent, given, {}, steady, watched, checkpoints, module.training, settings_of(module))
+        call = ModuleCall(
+            path,
+            parent,
+            given,
+            {},
+            steady,
+            watched,
+            checkpoints,
+            module.training,
+            settings_of(module),
+        )
         if parent is None:
             for v in call.inputs.values():
                 v.trainable = is_float(v)
@@ -123,41 +176,55 @@ class Recorder:
     def run_call(self, name, func, args, kwargs):
         inputs = self.values((args, kwargs))
         given = replace((args, kwargs), inputs)
-        call = Call(len(self.graph.calls), func, name, self._stack[-1], given, inputs, source=source_line())
+        call = Call(
+            len(self.graph.calls), func, name, self._stack[-1], given, inputs, source=source_line()
+        )
         sets = getattr(func, "__name__", "") == "__set__"  # x.data = y
         custom, call.checkpoints = callers()
-        unseen = sets or custom or name in ("register_hook", "retain_grad") or transform() is not None
+        unseen = (
+            sets or custom or name in ("register_hook", "retain_grad") or transform() is not None
+        )
         call.opaque = OPAQUE if unseen else ""
         self._call = call
         try:
             out = self.read(func, *args) if name in UNSEEN else func(*args, **kwargs)
         finally:
             self._call = None
-        written = [call.inputs[0, 0]] if sets else [v for n in call.nodes for v in n.inputs if v.id in n.mutated]
+        written = (
+            [call.inputs[0, 0]]
+            if sets
+            else [v for n in call.nodes for v in n.inputs if v.id in n.mutated]
+        )
         if sets and call.inputs[0, 0].param:  # the parameter is another value from here on
             self.value(args[0], call.index, new=True).trainable = call.inputs[0, 0].trainable
         self.graph.rewritten |= {v.memory.param or v.param for v in written} - {None}
         if self.graph.rewritten and not self.fake:
             raise RuntimeError(
-                f"{call}: expected a forward that reads values to leave {sorted(self.graph.rewritten)} as they are: it "
-                "is traced on the parameters themselves"
+                f"{call}: expected a forward that reads values to leave"
+                f" {sorted(self.graph.rewritten)} as they are: it is traced on the parameters"
+                " themselves"
             )
         self.graph.calls.append(call)
         known = {v.id for v in (*call.inputs.values(), *(v for n in call.nodes for v in n.outputs))}
         reads = (v for n in call.nodes for v in n.inputs if v.param or v.producer is not None)
-        if hidden := {("hidden", v.id): v for v in reads if v.id not in known}:  # through torch.vmap, autograd.grad
+        if hidden := {
+            ("hidden", v.id): v for v in reads if v.id not in known
+        }:  # through torch.vmap, autograd.grad
             call.inputs |= hidden
             call.opaque = OPAQUE
         call.outputs = {p: self.value(t, producer=call.index) for p, t in tensors(out)}
         return out
 
     def hidden_call(self, func):
-        """The Call for an operator that none has called which a mode sees: one for all that follow each other."""
+        """The Call for an operator that none has called which a mode sees: one for all that follow
+        each other."""
         calls, run, higher = self.graph.calls, self._stack[-1], isinstance(func, HigherOrder)
         last = calls[-1] if calls and calls[-1].hidden else None
         if last is None or last.module is not run or higher or last.func is not None:
             name = func.operator.name() if higher else "hidden operators"
-            made = Call(len(calls), func if higher else None, name, run, ((), {}), {}, source=source_line())
+            made = Call(
+                len(calls), func if higher else None, name, run, ((), {}), {}, source=source_line()
+            )
             made.opaque, made.hidden = HIDDEN, True
             calls.append(made)
         return calls[-1]
@@ -177,7 +244,9 @@ class Recorder:
         """Run one operator."""
         name = func._schema.name
         if name == "aten::_grouped_mm" and isinstance(args[0], FakeTensor):
-            x, w, *rest = args  # its shape function knows bfloat16 alone, and what that aligns to 16 bytes
+            x, w, *rest = (
+                args  # its shape function knows bfloat16 alone, and what that aligns to 16 bytes
+            )
             aligned = all(s == 1 or s * x.dtype.itemsize % 16 == 0 for s in x.stride() + w.stride())
             if aligned and (x.dim(), w.dim()) == (2, 3):
                 return x.new_empty(x.shape[0], w.shape[-1])
@@ -185,7 +254,8 @@ class Recorder:
         return func(*args, **kwargs)
 
     def know(self, func, args, kwargs, given, written):
-        """Run one operator on the tensors `given`; on the real ones behind fake ones too, where those are known."""
+        """Run one operator on the tensors `given`; on the real ones behind fake ones too, where
+        those are known."""
         reads = reads_values(func, args)
         real = self.known.run(func, args, kwargs, given, written) if self.fake else None
         if reads and real is None:
@@ -211,7 +281,11 @@ class Recorder:
     def run_node(self, func, args, kwargs):
         if self.paused:
             return func(*args, **kwargs)
-        if self._call is not None or not self._stack or not any(True for _ in tensors((args, kwargs))):
+        if (
+            self._call is not None
+            or not self._stack
+            or not any(True for _ in tensors((args, kwargs)))
+        ):
             return self.record_node(func, args, kwargs)
         self._call = call = self.hidden_call(func)
         if isinstance(func, HigherOrder) and func.shards(args):
@@ -221,8 +295,12 @@ class Recorder:
         finally:
             self._call = None
             for node in call.nodes[-1:]:
-                call.inputs.update({("hidden", v.id): v for v in node.inputs if v.producer != call.index})
-                call.outputs.update({("hidden", v.id): v for v in node.outputs if v.producer == call.index})
+                call.inputs.update(
+                    {("hidden", v.id): v for v in node.inputs if v.producer != call.index}
+                )
+                call.outputs.update(
+                    {("hidden", v.id): v for v in node.outputs if v.producer == call.index}
+                )
 
     def record_node(self, func, args, kwargs):
         given = dict(tensors((args, kwargs)))
@@ -239,21 +317,32 @@ class Recorder:
             before = self.value(t)
             self.value(t, producer, new=True).memory = before.memory
         known = {id(x) for x in given.values()}
-        outs = [self.value(t, producer, new=id(t) not in known and id(t) in self._values) for _, t in tensors(out)]
+        outs = [
+            self.value(t, producer, new=id(t) not in known and id(t) in self._values)
+            for _, t in tensors(out)
+        ]
         outs += [self.value(t) for t in written if not any(self.value(t) is o for o in outs)]
         for v in outs:
             v.trainable |= is_float(v) and any(x.trainable for x in inputs.values())
             if memory is not None:
                 v.memory = memory
         if self._call is not None:
-            self._call.nodes.append(Node(func, margs, mkwargs, list(inputs.values()), outs, set(old.values())))
+            self._call.nodes.append(
+                Node(func, margs, mkwargs, list(inputs.values()), outs, set(old.values()))
+            )
         return out
 
 
 def settings_of(module):
-    """The attributes of a module that may choose what it computes, and that a user may change: flags, strings, what is
-    None; of one of torch.nn its numbers too, which no forward of theirs changes."""
-    plain = (bool, str, NoneType, *((int, float) if type(module).__module__.startswith("torch.nn.") else ()))
+    """The attributes of a module that may choose what it computes, and that a user may change:
+    flags, strings, what is None; of one of torch.nn its numbers too, which no forward of theirs
+    changes."""
+    plain = (
+        bool,
+        str,
+        NoneType,
+        *((int, float) if type(module).__module__.startswith("torch.nn.") else ()),
+    )
     return {name: x for name, x in vars(module).items() if type(x) in plain and name not in _TORCHS}
 
 

@@ -1,9 +1,11 @@
-"""A model's forward, recorded: one run on a ghost of the model gives the Graph that all else is inferred from.
+"""A model's forward, recorded: one run on a ghost of the model gives the Graph that all else is
+inferred from.
 
-The ghost is a deep copy whose parameters and buffers are fake tensors, so nothing is allocated or computed and the
-user's model, its buffers and its random state stay untouched. Two levels are recorded at once: *calls*, the torch
-functions that Python code called (`F.linear`, `x.view`), which are what can be intercepted later; and *nodes*, the ATen
-operators inside them, few and regular, which are what the axis rules read.
+The ghost is a deep copy whose parameters and buffers are fake tensors, so nothing is allocated or
+computed and the user's model, its buffers and its random state stay untouched. Two levels are
+recorded at once: *calls*, the torch functions that Python code called (`F.linear`, `x.view`), which
+are what can be intercepted later; and *nodes*, the ATen operators inside them, few and regular,
+which are what the axis rules read.
 """
 
 import contextlib
@@ -41,11 +43,12 @@ from .recorder import Recorder
 
 
 class UnknownValues(RuntimeError):
-    """A forward reads values that depend on parameters, which a model on the meta device does not have."""
+    """A forward reads values that depend on parameters, which a model on the meta device does not
+    have."""
 
     def __init__(self, call):
         super().__init__(
-            f"expected a forward that reads no values of its parameters, since the model is on "
+            "expected a forward that reads no values of its parameters, since the model is on "
             f"the meta device and has none; found that it does: {call}"
         )
 
@@ -53,16 +56,19 @@ class UnknownValues(RuntimeError):
 def trace(model, args=(), kwargs=None, *, device=None, any_rank=bool):
     """Run the model's forward once on a ghost and record it.
 
-    Args: model, whole (its parameters have their whole shapes); `args`, `kwargs`: example inputs; `device`: where a
-    model on the meta device is imagined to be; `any_rank`: of a model that is split, tells whether what is so here is
-    so on any rank, since real parameters are gathered by all ranks or none. Returns: Graph.
+    Args: model, whole (its parameters have their whole shapes); `args`, `kwargs`: example inputs;
+    `device`: where a model on the meta device is imagined to be; `any_rank`: of a model that is
+    split, tells whether what is so here is so on any rank, since real parameters are gathered by
+    all ranks or none. Returns: Graph.
 
-    What a forward reads of values that follow from its inputs alone (is there padding?) is known. One that reads values
-    which depend on parameters (which expert is hit?), or asks what a fake tensor cannot answer, is run again on the
-    parameters themselves.
+    What a forward reads of values that follow from its inputs alone (is there padding?) is known.
+    One that reads values which depend on parameters (which expert is hit?), or asks what a fake
+    tensor cannot answer, is run again on the parameters themselves.
     """
     kwargs = kwargs or {}
-    graph, *alive = _on_fakes(model, args, kwargs, device)  # the copies, so that what they keep is found
+    graph, *alive = _on_fakes(
+        model, args, kwargs, device
+    )  # the copies, so that what they keep is found
     if any_rank(graph is None):
         alive = ghost(model, device=device), real_inputs(args, kwargs)
         graph = record(alive[0], *alive[1])
@@ -75,7 +81,8 @@ def trace(model, args=(), kwargs=None, *, device=None, any_rank=bool):
 
 
 def _on_fakes(model, args, kwargs, device):
-    """The Graph of a forward on fake tensors, and the copies that it ran on; None where it must run on real ones."""
+    """The Graph of a forward on fake tensors, and the copies that it ran on; None where it must run
+    on real ones."""
     fake_mode, recorder = FakeTensorMode(allow_non_fake_inputs=True), Recorder()
     compiles = "torch._dynamo" in sys.modules
     try:
@@ -86,8 +93,12 @@ def _on_fakes(model, args, kwargs, device):
         raise
     except Exception as e:
         on_meta = any(p.device.type == "meta" for p in parameters(model))
-        shards = any(shard_kept(holder, place) is not None for _, holder, place, _ in held((args, kwargs)))
-        again = not compiles and "torch._dynamo" in sys.modules  # `record` knows now that it must not compile
+        shards = any(
+            shard_kept(holder, place) is not None for _, holder, place, _ in held((args, kwargs))
+        )
+        again = (
+            not compiles and "torch._dynamo" in sys.modules
+        )  # `record` knows now that it must not compile
         if not again and on_meta and recorder.asked is not None:
             raise UnknownValues(recorder.asked) from e
         if not again and (on_meta or shards):
@@ -96,20 +107,25 @@ def _on_fakes(model, args, kwargs, device):
 
 
 def _check_hooks(model, graph):
-    """Refuse hooks on the gradients of parameters in a forward that takes such gradients itself: they would run on the
-    DTensor's gradient alone."""
+    """Refuse hooks on the gradients of parameters in a forward that takes such gradients itself:
+    they would run on the DTensor's gradient alone."""
     hooked = {name for name, p in named_parameters(model) if has_hooks(p)}
     for call in graph.calls if hooked else ():
-        if call.name == "grad" and (taken := sorted({v.param for v in call.inputs.values()} & hooked)):
+        if call.name == "grad" and (
+            taken := sorted({v.param for v in call.inputs.values()} & hooked)
+        ):
             raise RuntimeError(
-                f"{', '.join(taken[:5])}: expected no hook (register_hook) on a parameter whose gradient a forward "
-                f"takes itself, found one, and {call}: apply in the forward what the hook does"
+                f"{', '.join(taken[:5])}: expected no hook (register_hook) on a parameter whose"
+                f" gradient a forward takes itself, found one, and {call}: apply in the forward"
+                " what the hook does"
             )
 
 
 def let_go_of_graph(graph):
     """A Graph keeps no tensors; the values that something else keeps are noted as stored."""
-    given = {id(v.tensor) for v in graph.values if v.producer is None} | {id(v.tensor) for _, _, v in graph.held if v}
+    given = {id(v.tensor) for v in graph.values if v.producer is None} | {
+        id(v.tensor) for _, _, v in graph.held if v
+    }
     made = [v for v in graph.values if id(v.tensor) not in given]
     tensors = [v.tensor for v in made]
     for v in graph.values:
@@ -130,8 +146,9 @@ class _Tracing(threading.local):
 
 
 tracing = _Tracing()
-# The random state, a patch of torch's and the caches of model code are one for all threads. Nothing is communicated in
-# it, so that ranks whose threads come in another order do not wait for each other.
+# The random state, a patch of torch's and the caches of model code are one for all threads. Nothing
+# is communicated in it, so that ranks whose threads come in another order do not wait for each
+# other.
 _one_at_a_time = threading.RLock()
 
 
@@ -150,7 +167,14 @@ def record(model, args, kwargs, modes=(), recorder=None):
             stack.enter_context(saved_tensors_hooks(lambda t: t, lambda t: t))
         if "torch._dynamo" in sys.modules:  # what a forward compiles is recorded as it was written
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        modes = tools_aside(), hidden_fakes(), silent_fakes(), *modes, _Nodes(recorder), _Calls(recorder)
+        modes = (
+            tools_aside(),
+            hidden_fakes(),
+            silent_fakes(),
+            *modes,
+            _Nodes(recorder),
+            _Calls(recorder),
+        )
         for mode in modes:
             stack.enter_context(mode)
         recorder.give((args, kwargs))

@@ -21,7 +21,8 @@ GOOD, WRONG, RAISED, HUNG = "GOOD", "WRONG", "RAISED", "HUNG"
 class Verdict:
     """What came of a program: one of the words above, and what is to be said of it.
 
-    digests: of the gradients of replicated parameters, after each call; they are to be the same on all ranks.
+    digests: of the gradients of replicated parameters, after each call; they are to be the same on
+    all ranks.
     placed: whether an error's message names a module, a parameter or a line of the program.
     """
 
@@ -49,11 +50,17 @@ def judge(program, mesh):
             stage = f"call {i}"
             expected, found = whole.call(call), split.call(call)
             if faults := list(differences(expected, found)):
-                how = {n: e.how for n, e in split.model.tensor_parallel_plan.entries.items() if e.how != "replicated"}
+                how = {
+                    n: e.how
+                    for n, e in split.model.tensor_parallel_plan.entries.items()
+                    if e.how != "replicated"
+                }
                 return Verdict(WRONG, f"call {i}: {'; '.join(faults[:6])}; {how}", digests)
             digests.append(_digest(split.model))
     except Exception as error:
-        text = "\n".join([f"{stage}: {type(error).__name__}: {error}", *getattr(error, "__notes__", [])])
+        text = "\n".join(
+            [f"{stage}: {type(error).__name__}: {error}", *getattr(error, "__notes__", [])]
+        )
         inside = "".join(traceback.format_exception(error)[-3:])
         return Verdict(RAISED, f"{text}\n{inside}", digests, _names_a_place(program, text))
     return Verdict(GOOD, digests=digests)
@@ -77,7 +84,9 @@ def differences(expected, found):
         elif torch.is_tensor(a) or torch.is_tensor(b):
             a, b = (torch.zeros_like(y) if x is None else x for x, y in ((a, b), (b, a)))
             scale = max(_size(a), 1e-4 * largest if "gradient" in what else 1e-3)
-            error = _size(a.double() - b.double()) / max(scale, 1e-9)  # gradients that cancel out are but rounding
+            error = _size(a.double() - b.double()) / max(
+                scale, 1e-9
+            )  # gradients that cancel out are but rounding
             if not error <= TOLERANCE:
                 yield f"{what} is off by {error:.0e}"
         elif a != b:
@@ -89,16 +98,23 @@ def _size(x):
 
 
 def stable(program):
-    """Whether the whole model gives the same results when its parameters are changed by rounding."""
+    """Whether the whole model gives the same results when its parameters are changed by
+    rounding."""
     one, other = (Runner(program, build(program)) for _ in range(2))
     with torch.no_grad():
         for p in other.model.parameters():
-            p.mul_(1 + 1e-13 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1), dtype=p.dtype))
+            p.mul_(
+                1
+                + 1e-13
+                * torch.randn(p.shape, generator=torch.Generator().manual_seed(1), dtype=p.dtype)
+            )
     for runner in one, other:
         runner.make_optimizer()
     for call in program.calls:
         a, b = one.call(call), other.call(call)
-        a, b = ({k: x for k, x in seen.items() if not k.startswith("parameter ")} for seen in (a, b))
+        a, b = (
+            {k: x for k, x in seen.items() if not k.startswith("parameter ")} for seen in (a, b)
+        )
         if any("off by" in d or "shape" in d for d in differences(a, b)):
             return False
     return True
@@ -114,7 +130,8 @@ def _digest(model):
 
 
 def _names_a_place(program, text):
-    """Whether an error says where: a line of the program, a module's path or class, or a parameter."""
+    """Whether an error says where: a line of the program, a module's path or class, or a
+    parameter."""
     if program.file in text:
         return True
     model = build(program)

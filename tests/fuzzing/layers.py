@@ -1,5 +1,6 @@
-"""Statements of the fuzzer's programs: layers, attention, dropout, modules within modules. Each kind is a function of a
-Scope that writes lines of __init__ and of the forward, numbers in the code; what does not run is taken back."""
+"""Statements of the fuzzer's programs: layers, attention, dropout, modules within modules. Each
+kind is a function of a Scope that writes lines of __init__ and of the forward, numbers in the code;
+what does not run is taken back."""
 
 from .scope import Unsuited, fill, kind
 
@@ -19,7 +20,8 @@ def project(g, h, n):
 
 
 def pieces(g, y, p, k):
-    """Source of a list of the p pieces of k features of `y`, in one of the ways that people write it."""
+    """Source of a list of the p pieces of k features of `y`, in one of the ways that people write
+    it."""
     return g.one_of(
         f"[{y}[..., i * {k}:(i + 1) * {k}] for i in range({p})]",
         f"[{y}[..., {k} * i:{k} * i + {k}] for i in range({p})]",
@@ -37,7 +39,9 @@ def pieces(g, y, p, k):
 
 
 def act(g):
-    return g.one_of("F.gelu", "F.relu", "F.silu", "torch.tanh", "torch.sigmoid", "F.softplus", "torch.sin")
+    return g.one_of(
+        "F.gelu", "F.relu", "F.silu", "torch.tanh", "torch.sigmoid", "F.softplus", "torch.sin"
+    )
 
 
 # ---- layers
@@ -52,7 +56,15 @@ def linear(g):
 @kind(2)
 def activation(g):
     h = g.pick()
-    g.let(g.one_of(f"{act(g)}({h})", f"{h}.softmax(-1)", f"{h}.log_softmax(-1)", f"{h} * {h}.sigmoid()", f"{h} ** 2"))
+    g.let(
+        g.one_of(
+            f"{act(g)}({h})",
+            f"{h}.softmax(-1)",
+            f"{h}.log_softmax(-1)",
+            f"{h} * {h}.sigmoid()",
+            f"{h} ** 2",
+        )
+    )
 
 
 @kind(3)
@@ -68,9 +80,13 @@ def mlp(g):
 @kind(2)
 def norm(g):
     h = g.pick()
-    layer = g.one_of("nn.LayerNorm({d})", "nn.RMSNorm({d})", "rms", "center", "unit", "group", "batch")
+    layer = g.one_of(
+        "nn.LayerNorm({d})", "nn.RMSNorm({d})", "rms", "center", "unit", "group", "batch"
+    )
     if layer == "rms":
-        g.let(f"{h} * torch.rsqrt({h}.pow(2).mean(-1, keepdim=True) + 1e-2) * {g.param(h.d, scale=1)}")
+        g.let(
+            f"{h} * torch.rsqrt({h}.pow(2).mean(-1, keepdim=True) + 1e-2) * {g.param(h.d, scale=1)}"
+        )
     elif layer == "center":
         g.let(f"({h} - {h}.mean(-1, keepdim=True)) / ({h}.std(-1, keepdim=True) + 0.5)")
     elif layer == "unit":
@@ -78,7 +94,9 @@ def norm(g):
     elif layer in ("group", "batch"):
         h = g.seq()
         n = next(n for n in (3, 2, 5, 1) if h.d % n == 0)
-        made = g.own(f"nn.GroupNorm({n}, {h.d})" if layer == "group" else f"nn.BatchNorm1d({h.d})", "norm")
+        made = g.own(
+            f"nn.GroupNorm({n}, {h.d})" if layer == "group" else f"nn.BatchNorm1d({h.d})", "norm"
+        )
         g.let(f"{made}({h}.transpose(1, 2)).transpose(1, 2)")
     else:
         g.let(f"{g.own(layer.format(d=h.d), 'norm')}({h})")
@@ -95,7 +113,9 @@ def shared(g):
 @kind(1)
 def module_list(g):
     h = g.pick()
-    layers = g.own(f"nn.ModuleList([nn.Linear({h.d}, {h.d}) for _ in range({g.one_of(2, 3)})])", "layers")
+    layers = g.own(
+        f"nn.ModuleList([nn.Linear({h.d}, {h.d}) for _ in range({g.one_of(2, 3)})])", "layers"
+    )
     name = g.new("h")
     g.run(f"{name} = {h}\nfor layer in {layers}:\n    {name} = {name} + {act(g)}(layer({name}))")
     g.keep(name)
@@ -105,7 +125,9 @@ def module_list(g):
 def sequential(g):
     h, n, out = g.pick(), g.size(), g.size()
     kind = g.one_of("nn.ReLU()", "nn.GELU()", "nn.Tanh()")
-    g.let(f"{g.own(f'nn.Sequential(nn.Linear({h.d}, {n}), {kind}, nn.Linear({n}, {out}))', 'net')}({h})")
+    g.let(
+        f"{g.own(f'nn.Sequential(nn.Linear({h.d}, {n}), {kind}, nn.Linear({n}, {out}))', 'net')}({h})"
+    )
 
 
 @kind(2.5)
@@ -148,7 +170,10 @@ def convolution(g):
     elif way == "pointwise":
         layer = g.own(f"nn.Conv1d({h.d}, {n}, 1)", "conv")
     else:
-        g.let(f"F.conv1d({h}.transpose(1, 2), {g.param(n, h.d, 3)}, padding=1)[:, :, :T].transpose(1, 2)")
+        g.let(
+            f"F.conv1d({h}.transpose(1, 2), {g.param(n, h.d, 3)}, padding=1)[:, :,"
+            " :T].transpose(1, 2)"
+        )
         return
     g.let(f"{layer}({h}.transpose(1, 2)).transpose(1, 2)")
 
@@ -179,7 +204,10 @@ def fused_attention(g):
         f"q, k, v = ({y}.narrow(-1, i * {d}, {d}) for i in range(3))",
         f"q, k, v = {y}.split({d}, -1)",
         f"q, k, v = {y}.chunk(3, -1)",
-        f"q, k, v = ({y}[..., i * {y}.shape[-1] // 3:(i + 1) * {y}.shape[-1] // 3] for i in range(3))",
+        (
+            f"q, k, v = ({y}[..., i * {y}.shape[-1] // 3:(i + 1) * {y}.shape[-1] // 3] for i in"
+            " range(3))"
+        ),
         f"q, k, v = (t.flatten(2) for t in {y}.view(B, T, 3, {n}, {k}).unbind(2))",
         f"q, k, v = (t.flatten(2) for t in {y}.view(B, T, {n}, {3 * k}).split({k}, -1))",
     ]
@@ -208,12 +236,16 @@ def grouped_attention(g):
     line = g.one_of(
         f"q, k, v = {y}.split([{n * k}, {m * k}, {m * k}], -1)",
         f"q, k, v = {y}[..., :{a}], {y}[..., {a}:{b}], {y}[..., {b}:]",
-        f"q, k, v = {y}.narrow(-1, 0, {a}), {y}.narrow(-1, {a}, {m * k}), {y}.narrow(-1, {b}, {m * k})",
+        f"q, k, v = {y}.narrow(-1, 0, {a}), {y}.narrow(-1, {a}, {m * k}), {y}.narrow(-1, {b},"
+        f" {m * k})",
     )
     g.run(line)
     g.run(f"q, k, v = (t.view(B, T, -1, {k}).transpose(1, 2) for t in (q, k, v))")
     g.run(f"k, v = (t.repeat_interleave({n // m}, 1) for t in (k, v))")
-    g.run("a = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, -1)")
+    g.run(
+        "a = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B,"
+        " T, -1)"
+    )
     g.let(g.one_of("a", f"{g.linear(n * k, h.d)}(a)"))
 
 
@@ -222,7 +254,10 @@ def attend(g, h, q, key, v, n, k):
     way = g.one_of("view", "view", "minus", "loop", "chunks", "einsum", "scores", "biased")
     if way == "loop":
         head = f"({q}[..., at] @ {key}[..., at].mT / {k} ** 0.5).softmax(-1) @ {v}[..., at]"
-        g.run(f"out = []\nfor i in range({n}):\n    at = slice(i * {k}, i * {k} + {k})\n    out.append({head})")
+        g.run(
+            f"out = []\nfor i in range({n}):\n    at = slice(i * {k}, i * {k} + {k})\n   "
+            f" out.append({head})"
+        )
         a = "torch.cat(out, -1)"
     elif way == "chunks":
         heads = f"zip(*(t.chunk({n}, -1) for t in ({q}, {key}, {v})))"
@@ -232,13 +267,19 @@ def attend(g, h, q, key, v, n, k):
         g.run(f"{q}, {key}, {v} = (t.reshape({shape}).transpose(1, 2) for t in ({q}, {key}, {v}))")
         a = f"F.scaled_dot_product_attention({q}, {key}, {v}, is_causal={g.coin()})"
         if way == "einsum":
-            a = f"torch.einsum('bhqk,bhkd->bhqd', torch.einsum('bhqd,bhkd->bhqk', {q}, {key}).softmax(-1), {v})"
+            a = (
+                f"torch.einsum('bhqk,bhkd->bhqd', torch.einsum('bhqd,bhkd->bhqk', {q},"
+                f" {key}).softmax(-1), {v})"
+            )
         if way == "scores":
             mask = "torch.ones(T, T).tril() == 0"
             a = f"({q} @ {key}.mT * {k} ** -0.5).masked_fill({mask}, -1e4).softmax(-1) @ {v}"
         if way == "biased":
             a = f"({q} @ {key}.mT + {g.param(n, 1, 1)}).softmax(-1) @ {v}"
-        a = f"({a}).transpose(1, 2).{g.one_of('flatten(2)', f'reshape(B, T, {d})', 'reshape(B, T, -1)')}"
+        a = (
+            f"({a}).transpose(1,"
+            f" 2).{g.one_of('flatten(2)', f'reshape(B, T, {d})', 'reshape(B, T, -1)')}"
+        )
     g.vars = [x for x in g.vars if x not in (q, key, v)]
     if g.coin(0.75):
         a = f"{g.linear(d, h.d)}({a})"
@@ -284,7 +325,10 @@ def dropout_of_a_transposed(g):
         y = g.let(inner)
         g.let(f"{drop}({g.linear(n, g.size())}({y}.relu().transpose(0, 1)).transpose(0, 1))")
     elif way == "conv":
-        g.let(f"{drop}({g.own(f'nn.Conv1d({h.d}, {n}, 1)', 'conv')}({h}.transpose(1, 2)).transpose(1, 2))")
+        g.let(
+            f"{drop}({g.own(f'nn.Conv1d({h.d}, {n}, 1)', 'conv')}({h}.transpose(1,"
+            " 2)).transpose(1, 2))"
+        )
     elif way == "heads":
         k = g.one_of(2, 3, 4)
         y = g.let(project(g, h, 4 * k))

@@ -1,4 +1,5 @@
-"""Statements of the fuzzer's programs: buffers, vocabularies, losses, branches, what is kept, gradients within."""
+"""Statements of the fuzzer's programs: buffers, vocabularies, losses, branches, what is kept,
+gradients within."""
 
 from .layers import act, project
 from .scope import Unsuited, kind
@@ -10,13 +11,24 @@ from .scope import Unsuited, kind
 def buffered(g):
     h = g.pick()
     if g.coin():
-        b = g.buffer(g.one_of(f"torch.rand({h.d})", f"torch.arange({h.d}) % 2", f"torch.arange({h.d}) > {h.d // 2}"))
+        b = g.buffer(
+            g.one_of(
+                f"torch.rand({h.d})",
+                f"torch.arange({h.d}) % 2",
+                f"torch.arange({h.d}) > {h.d // 2}",
+            )
+        )
         if "rand" in g.init[-1]:
-            g.later += [f"m.{g.path}{b[2:]}.data.copy_(torch.linspace(0, 1, {h.d}))", f"m.{g.path}{b[2:]}.mul_(0.5)"]
+            g.later += [
+                f"m.{g.path}{b[2:]}.data.copy_(torch.linspace(0, 1, {h.d}))",
+                f"m.{g.path}{b[2:]}.mul_(0.5)",
+            ]
         g.let(g.one_of(f"{h} * {b}", f"{h} + {b}"))
         return
     b = g.buffer(f"torch.zeros({h.d})")
-    new = g.one_of(f"{h}.detach().flatten(0, -2).mean(0)", f"{h}.detach().abs().flatten(0, -2).amax(0)")
+    new = g.one_of(
+        f"{h}.detach().flatten(0, -2).mean(0)", f"{h}.detach().abs().flatten(0, -2).amax(0)"
+    )
     update = g.one_of(
         f"{b}.mul_(0.9).add_(0.1 * {new})",
         f"{b} = 0.9 * {b} + 0.1 * {new}",
@@ -45,7 +57,11 @@ def vocabulary(g):
                 )
             )
         logits = g.let(
-            g.one_of(f"{h} @ {e}.weight.t()", f"F.linear({h}, {e}.weight)", f"{g.linear(h.d, v, bias=False)}({h})"),
+            g.one_of(
+                f"{h} @ {e}.weight.t()",
+                f"F.linear({h}, {e}.weight)",
+                f"{g.linear(h.d, v, bias=False)}({h})",
+            ),
             "logits",
         )
     else:
@@ -56,7 +72,10 @@ def vocabulary(g):
         table = g.own(f"nn.Embedding({v}, {h.d})", "emb")
         which = g.let(f"{h} + {table}((({h}.mean(-1) * 7).long() % {v}))") if g.coin(0.3) else h
         logits = g.let(
-            g.one_of(f"{g.linear(h.d, v, bias=g.coin(0.4))}({which})", f"{which} @ {table}.weight.t()"), "logits"
+            g.one_of(
+                f"{g.linear(h.d, v, bias=g.coin(0.4))}({which})", f"{which} @ {table}.weight.t()"
+            ),
+            "logits",
         )
     if g.coin(0.65):
         real = g.one_of(v - g.rng.randint(1, v // 2), v - 2, v - 4, v - 8, v // 4 * 3, v // 2)
@@ -88,7 +107,9 @@ def loss(g, logits, ids):
         name = g.new("weights")
         g.init.append(f"s.{name} = None")
         setattr(g.holder, name, None)
-        g.later += [f"m.{g.path}{name} = torch.linspace(0.1, 3, {logits.d}, dtype=torch.float64)"] * 2
+        g.later += [
+            f"m.{g.path}{name} = torch.linspace(0.1, 3, {logits.d}, dtype=torch.float64)"
+        ] * 2
         options = f", weight=s.{name}"
     options += g.one_of("", "", ", label_smoothing=0.1", ", reduction='sum'", ", ignore_index=0")
     g.let(
@@ -143,7 +164,13 @@ def kept(g):
     if not hasattr(g.holder, "kept"):
         g.init.append("s.kept = []")
         g.holder.kept = []
-    g.run(g.one_of(f"s.kept = [{value}]", f"s.kept.clear()\ns.kept.append({value})", f"s.kept = {{'h': {value}}}"))
+    g.run(
+        g.one_of(
+            f"s.kept = [{value}]",
+            f"s.kept.clear()\ns.kept.append({value})",
+            f"s.kept = {{'h': {value}}}",
+        )
+    )
 
 
 @kind(0.7)

@@ -22,24 +22,35 @@ def weight_made(g):
         g.let(f"F.linear({h}, {w}[:{i}]) * F.linear({h}, {w}[{i}:]).sum(-1, keepdim=True)")
     elif way == 3:
         w = g.param(p * k, d)
-        g.let(f"{g.one_of('sum', 'torch.stack')}([F.linear({h}, {w}[i * {k}:(i + 1) * {k}]) for i in range({p})])", "z")
+        g.let(
+            f"{g.one_of('sum', 'torch.stack')}([F.linear({h}, {w}[i * {k}:(i + 1) * {k}]) for i in"
+            f" range({p})])",
+            "z",
+        )
         z = g.vars[-1]
         if len(z.shape) > len(h.shape):
             g.vars.remove(z)
             g.let(f"{z}.softmax(0).mean(0)")
     elif way == 4:
         w = g.param(p * k, d)
-        g.let(f"torch.einsum('...d,pkd->...pk', {h}, {w}.view({p}, {k}, {d})).softmax(-1).flatten(-2)")
+        g.let(
+            f"torch.einsum('...d,pkd->...pk', {h}, {w}.view({p}, {k}, {d})).softmax(-1).flatten(-2)"
+        )
     elif way == 5:
         w = g.param(n, d)
         g.let(f"F.linear({h}, {w} / {w}.norm(dim=1, keepdim=True) * {g.param(n, 1, scale=1)})")
     elif way == 6:
-        g.let(f"F.linear({h}, {g.param(n, d)} * {g.buffer(f'(torch.rand({n}, {d}) > 0.3).double()')})")
+        g.let(
+            f"F.linear({h}, {g.param(n, d)} * {g.buffer(f'(torch.rand({n}, {d}) > 0.3).double()')})"
+        )
     elif way == 7:
         g.let(f"F.linear({h}, {g.param(n, 3)} @ {g.param(3, d)} + {g.param(n, d)})")
     elif way == 8:
         w = g.param(n, d)
-        g.let(f"F.linear({h}, {w}.{g.one_of('softmax(0)', 'softmax(1)', 'tanh()', 'abs()', 'flip(0)', 'roll(1, 0)')})")
+        g.let(
+            f"F.linear({h},"
+            f" {w}.{g.one_of('softmax(0)', 'softmax(1)', 'tanh()', 'abs()', 'flip(0)', 'roll(1, 0)')})"
+        )
     elif way == 9:
         w = g.param(d, n)
         g.let(f"F.linear(F.linear({h}, {w}.t()).relu(), {w})")
@@ -52,7 +63,9 @@ def weight_made(g):
             g.let(f"{z}.permute(*range(1, {z}.dim()), 0).flatten(-2)")
     elif way == 11:
         a, b = g.linear(d, n, bias=True), g.linear(d, k, bias=True)
-        g.let(f"F.linear({h}, torch.cat([{a}.weight, {b}.weight]), torch.cat([{a}.bias, {b}.bias]))")
+        g.let(
+            f"F.linear({h}, torch.cat([{a}.weight, {b}.weight]), torch.cat([{a}.bias, {b}.bias]))"
+        )
     elif way == 12:
         layer = g.linear(d, n, bias=True)
         g.let(f"F.linear({h}, {layer}.weight[:{i}], {layer}.bias[:{i}])")
@@ -63,7 +76,10 @@ def weight_made(g):
         w, v = g.param(n, d), g.param(k, n)
         g.let(f"F.linear({h}, {v} @ {w})")
     else:
-        w = g.own(f"nn.ParameterList([nn.Parameter(torch.randn({k}, {d}) * 0.3) for _ in range({p})])", "ws")
+        w = g.own(
+            f"nn.ParameterList([nn.Parameter(torch.randn({k}, {d}) * 0.3) for _ in range({p})])",
+            "ws",
+        )
         g.let(f"torch.cat([F.linear({h}, w).{g.one_of('tanh()', 'softmax(-1)')} for w in {w}], -1)")
 
 
@@ -139,7 +155,9 @@ def norm_read_outside(g):
 def read_by_other_ways(g):
     h, n = g.pick(), g.size()
     fc = g.linear(h.d, n, bias=True)
-    net = g.own(f"nn.Sequential(nn.Linear({h.d}, {n}), nn.Tanh(), nn.Linear({n}, {g.size()}))", "net")
+    net = g.own(
+        f"nn.Sequential(nn.Linear({h.d}, {n}), nn.Tanh(), nn.Linear({n}, {g.size()}))", "net"
+    )
     way = g.rng.randrange(11)
     name = g.new("h")
     if way == 0:
@@ -149,13 +167,21 @@ def read_by_other_ways(g):
     elif way == 2:
         g.run(f"{name} = F.linear({h}, {fc}._parameters['weight'])")
     elif way == 3:
-        g.run(f"d = {fc}.state_dict(keep_vars=True)\n{name} = F.linear({h}, d['weight'], d['bias'])")
+        g.run(
+            f"d = {fc}.state_dict(keep_vars=True)\n{name} = F.linear({h}, d['weight'], d['bias'])"
+        )
     elif way == 4:
         g.run(f"{name} = F.linear({h}, {net}.get_parameter('0.weight'))")
     elif way == 5:
-        g.run(f"{name} = functional_call({fc}, {{k: v * 2 for k, v in {fc}.named_parameters()}}, ({h},))")
+        g.run(
+            f"{name} = functional_call({fc}, {{k: v * 2 for k, v in {fc}.named_parameters()}},"
+            f" ({h},))"
+        )
     elif way == 6:
-        g.run(f"{name} = functional_call({net}, {{k: v + 0.1 for k, v in {net}.named_parameters()}}, ({h},))")
+        g.run(
+            f"{name} = functional_call({net}, {{k: v + 0.1 for k, v in {net}.named_parameters()}},"
+            f" ({h},))"
+        )
     elif way == 7:
         g.run(f"{name} = functional_call({net}, dict({net}.named_parameters()), ({h},))")
     elif way == 8:
@@ -166,7 +192,10 @@ def read_by_other_ways(g):
             f"p = dict({fc}.named_parameters())",
             f"loss = functional_call({fc}, p, ({h},)).pow(2).mean()",
             "grads = torch.autograd.grad(loss, list(p.values()), create_graph=True)",
-            f"{name} = functional_call({fc}, {{k: v - 0.1 * d for (k, v), d in zip(p.items(), grads)}}, ({h},))",
+            (
+                f"{name} = functional_call({fc}, {{k: v - 0.1 * d for (k, v), d in zip(p.items(),"
+                f" grads)}}, ({h},))"
+            ),
         ]
         g.run("\n".join(lines))
     else:
@@ -189,4 +218,8 @@ def penalty(g):
         "torch.stack([p.pow(2).mean() for p in s.parameters()]).sum()",
     )
     h = g.pick()
-    g.let(g.one_of(f"{h} + 0.01 * ({total})", f"0.01 * ({total})", f"{h}.pow(2).mean() + 0.01 * ({total})"))
+    g.let(
+        g.one_of(
+            f"{h} + 0.01 * ({total})", f"0.01 * ({total})", f"{h}.pow(2).mean() + 0.01 * ({total})"
+        )
+    )

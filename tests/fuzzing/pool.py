@@ -1,4 +1,5 @@
-"""The processes of the fuzzer: one that makes programs, and a set of ranks that outlives the programs it judges."""
+"""The processes of the fuzzer: one that makes programs, and a set of ranks that outlives the
+programs it judges."""
 
 import faulthandler
 import multiprocessing
@@ -124,7 +125,8 @@ class Ranks:
         self.workers = []
 
     def _collect(self):
-        """[Verdict of each rank], None where it gave none in time, "died" where its process ended."""
+        """[Verdict of each rank], None where it gave none in time, "died" where its process
+        ended."""
         found, at = [None] * self.n, {worker.pipe: rank for rank, worker in enumerate(self.workers)}
         patience, extended = self.timeout, 0
         while at:
@@ -138,7 +140,9 @@ class Ranks:
                 if found[rank] == "died" or found[rank].word != GOOD:
                     patience = min(patience, GRACE)
             extended += not ready
-            busy = self._seconds_computed() - used > 0.1 * patience  # on a slow machine, not in a collective
+            busy = (
+                self._seconds_computed() - used > 0.1 * patience
+            )  # on a slow machine, not in a collective
             if not ready and (not busy or extended > 10):
                 break
         return found
@@ -185,7 +189,8 @@ class Outcome:
 
 
 def run(seeds, n, timeout=20, only=(), without=()):
-    """Yields the Outcome of each seed's program over n ranks. Programs are made while ranks judge the one before."""
+    """Yields the Outcome of each seed's program over n ranks. Programs are made while ranks judge
+    the one before."""
     maker, ranks = Worker(make_programs), Ranks(n, timeout)
     try:
         waiting = iter(seeds)

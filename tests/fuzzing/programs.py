@@ -1,6 +1,8 @@
-"""What the fuzzer runs: a module as source code, its inputs, and a list of calls; one call of it, whole or split.
+"""What the fuzzer runs: a module as source code, its inputs, and a list of calls; one call of it,
+whole or split.
 
-A Program is text and numbers only, so that one that fails can be printed, pasted, shrunk and sent between processes.
+A Program is text and numbers only, so that one that fails can be printed, pasted, shrunk and sent
+between processes.
 """
 
 import linecache
@@ -37,9 +39,10 @@ class Input:
 class Call:
     """One call of the model, and what is done around it.
 
-    how: "backward"; "no_grad"; "inference"; "checkpoint" (not reentrant); "second" (the backward of a penalty on the
-    gradients' norm); "step" (backward, then the optimizer); "refill" (without gradients, inputs are the tensors of the
-    refill before, written anew in the way that `detail` says).
+    how: "backward"; "no_grad"; "inference"; "checkpoint" (not reentrant); "second" (the backward of
+    a penalty on the gradients' norm); "step" (backward, then the optimizer); "refill" (without
+    gradients, inputs are the tensors of the refill before, written anew in the way that `detail`
+    says).
     """
 
     how: str = "backward"
@@ -69,10 +72,17 @@ class Program:
         return f"program{self.seed}.py"
 
     def __str__(self):
-        options = {"contiguous": self.contiguous, "plan": self.plan, "optimizer made": self.optimizer}
+        options = {
+            "contiguous": self.contiguous,
+            "plan": self.plan,
+            "optimizer made": self.optimizer,
+        }
         options["before the split"] = self.first
         used = ", ".join(f"{k}: {v}" for k, v in options.items() if v)
-        about = [f"# inputs: {', '.join(f'{i.name} {i.shape}' for i in self.inputs)}; sizes: {self.sizes}"]
+        about = [
+            f"# inputs: {', '.join(f'{i.name} {i.shape}' for i in self.inputs)}; sizes:"
+            f" {self.sizes}"
+        ]
         about += [f"# {used}"] if used else []
         about += [f"# call {i}: {c}" for i, c in enumerate(self.calls)]
         return "\n".join([self.source.rstrip(), *about])
@@ -80,7 +90,12 @@ class Program:
 
 def build(program):
     """The module, in train mode, from a fixed seed. Tensors are float64."""
-    linecache.cache[program.file] = len(program.source), None, program.source.splitlines(True), program.file
+    linecache.cache[program.file] = (
+        len(program.source),
+        None,
+        program.source.splitlines(True),
+        program.file,
+    )
     names = {**NAMES, "SEEN": [], "__name__": f"program{program.seed}"}
     kept = torch.get_default_dtype()
     torch.manual_seed(program.seed)
@@ -108,12 +123,15 @@ def loss_of(output):
     generator, total = torch.Generator().manual_seed(2), 0.0
     for _, x in leaves(output):
         if torch.is_tensor(x) and x.is_floating_point():
-            total = total + (x * torch.randn(x.shape, generator=generator, dtype=torch.float64)).sum()
+            total = (
+                total + (x * torch.randn(x.shape, generator=generator, dtype=torch.float64)).sum()
+            )
     return total
 
 
 class Runner:
-    """Makes the calls of a program on one model, whole or split; keeps what lives from call to call."""
+    """Makes the calls of a program on one model, whole or split; keeps what lives from call to
+    call."""
 
     def __init__(self, program, model):
         self.program, self.model, self.optimizer, self.static = program, model, None, None
@@ -122,7 +140,8 @@ class Runner:
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
 
     def call(self, call):
-        """{what: tensor or other value} that a call made: all of it is to be alike for whole and split."""
+        """{what: tensor or other value} that a call made: all of it is to be alike for whole and
+        split."""
         if call.before:
             exec(call.before, {**NAMES, "m": self.model})
         self.model.zero_grad()
@@ -132,12 +151,17 @@ class Runner:
         if call.how in ("no_grad", "inference", "refill"):
             output = self._without_gradients(call, given)
         else:
-            given = [x.requires_grad_() if i.grad and not i.below else x for i, x in zip(self.program.inputs, given)]
+            given = [
+                x.requires_grad_() if i.grad and not i.below else x
+                for i, x in zip(self.program.inputs, given)
+            ]
             output = self._forward(call, given)
             self._backward(call, output, given, seen)
         seen.update({f"output {path}": x for path, x in leaves(output)})
         seen.update({f"buffer {name}": x for name, x in self.model.named_buffers()})
-        seen.update({"kept in the file": x for x in kept[-1:]})  # what came before may be of a trace
+        seen.update(
+            {"kept in the file": x for x in kept[-1:]}
+        )  # what came before may be of a trace
         for name, m in self.model.named_modules():
             seen.update({f"kept {name}{path}": x for path, x in leaves(getattr(m, "kept", None))})
         return {what: x.detach().clone() if torch.is_tensor(x) else x for what, x in seen.items()}
@@ -167,9 +191,16 @@ class Runner:
         if call.how == "second":
             wanted = {name: p for name, p in params.items() if p.requires_grad}
             wanted.update({f"input {i}": x for i, x in enumerate(given) if x.requires_grad})
-            grads = torch.autograd.grad(loss, list(wanted.values()), create_graph=True, allow_unused=True)
-            seen.update({f"first gradient {n}": zeros_as_none(full(g)) for n, g in zip(wanted, grads)})
-            loss = sum(full(g.pow(2).sum()) for g in grads if g is not None and g.requires_grad) + 0.1 * loss
+            grads = torch.autograd.grad(
+                loss, list(wanted.values()), create_graph=True, allow_unused=True
+            )
+            seen.update(
+                {f"first gradient {n}": zeros_as_none(full(g)) for n, g in zip(wanted, grads)}
+            )
+            loss = (
+                sum(full(g.pow(2).sum()) for g in grads if g is not None and g.requires_grad)
+                + 0.1 * loss
+            )
         loss.backward()
         for name, p in params.items():
             seen[f"gradient {name}"] = zeros_as_none(full(p.grad))
@@ -185,7 +216,8 @@ def zeros_as_none(grad):
 
 
 def refill(old, new, how):
-    """Writes new values into a tensor that the model saw before, in a way that may leave its version as it was."""
+    """Writes new values into a tensor that the model saw before, in a way that may leave its
+    version as it was."""
     if how == "numpy":
         old.numpy()[...] = new.numpy()
     else:

@@ -1,5 +1,6 @@
-"""How the fuzzer writes a program: statement by statement, each one run at once on three sizes of input, so that the
-shapes that the next one needs are known, and what does not run is not written."""
+"""How the fuzzer writes a program: statement by statement, each one run at once on three sizes of
+input, so that the shapes that the next one needs are known, and what does not run is not
+written."""
 
 import re
 
@@ -27,7 +28,8 @@ class Unsuited(Exception):
 
 
 class Var(str):
-    """The name of a float tensor in a forward; dims are numbers, "B", "T", or "?" where calls change it otherwise."""
+    """The name of a float tensor in a forward; dims are numbers, "B", "T", or "?" where calls
+    change it otherwise."""
 
     def __new__(cls, name, shape):
         self = super().__new__(cls, name)
@@ -40,12 +42,19 @@ class Var(str):
 
 
 class Scope:
-    """One class as it is written: `init` and `body` are its lines, `holder` the module so far, `frames` the names in
-    its forward for each of the sizes."""
+    """One class as it is written: `init` and `body` are its lines, `holder` the module so far,
+    `frames` the names in its forward for each of the sizes."""
 
     def __init__(self, rng, name, path, sizes, later, given):
         self.rng, self.name, self.path, self.sizes = rng, name, path, sizes
-        self.init, self.body, self.vars, self.layers, self.classes, self.kinds = [], [], [], [], [], []
+        self.init, self.body, self.vars, self.layers, self.classes, self.kinds = (
+            [],
+            [],
+            [],
+            [],
+            [],
+            [],
+        )
         self.later = later  # statements that a later call may start with
         self.holder, self.given, self.count = nn.Module(), list(given), 0
         names = {**NAMES, "s": self.holder, "SEEN": []}
@@ -63,8 +72,11 @@ class Scope:
         return self.rng.random() < p
 
     def pick(self, ok=lambda h: True, recent=3):
-        """A variable with at least two dims and features last, one of the latest rather than an early one."""
-        fit = [h for h in self.vars if len(h.shape) > 1 and isinstance(h.d, int) and h.d > 1 and ok(h)]
+        """A variable with at least two dims and features last, one of the latest rather than an
+        early one."""
+        fit = [
+            h for h in self.vars if len(h.shape) > 1 and isinstance(h.d, int) and h.d > 1 and ok(h)
+        ]
         if not fit:
             raise Unsuited
         return self.rng.choice(fit[-recent:] if self.coin(0.85) else fit)
@@ -97,7 +109,9 @@ class Scope:
         return self.own(f"nn.Parameter(torch.randn({', '.join(map(str, shape))}) * {scale})", "w")
 
     def linear(self, d, n, bias=None):
-        layer = self.own(f"nn.Linear({d}, {n})" if bias or bias is None and self.coin(0.6) else _no_bias(d, n))
+        layer = self.own(
+            f"nn.Linear({d}, {n})" if bias or bias is None and self.coin(0.6) else _no_bias(d, n)
+        )
         self.layers.append((layer, d))
         return layer
 
@@ -123,7 +137,12 @@ class Scope:
         """A name that a statement made is a variable from here on."""
         for frame in self.frames:
             x = frame[name]
-            fit = x.dtype == torch.float64 and x.numel() <= 20000 and x.isfinite().all() and x.abs().max() < 1e3
+            fit = (
+                x.dtype == torch.float64
+                and x.numel() <= 20000
+                and x.isfinite().all()
+                and x.abs().max() < 1e3
+            )
             if not fit:
                 raise Unsuited
         var = Var(name, self.shape_of(name))
@@ -164,7 +183,9 @@ class Scope:
                 delattr(self.holder, name)
                 self.layers[:] = [layer for layer in self.layers if layer[0].split(".")[1] != name]
                 self.later[:] = [
-                    line for line in self.later if not re.search(rf"\bm\.{re.escape(self.path)}{name}\b", line)
+                    line
+                    for line in self.later
+                    if not re.search(rf"\bm\.{re.escape(self.path)}{name}\b", line)
                 ]
 
     def child(self, h, name, attr):
@@ -183,7 +204,11 @@ class Scope:
         return self.made
 
     def source(self):
-        lines = [f"class {self.name}(nn.Module):", "    def __init__(s):", "        super().__init__()"]
+        lines = [
+            f"class {self.name}(nn.Module):",
+            "    def __init__(s):",
+            "        super().__init__()",
+        ]
         lines += [f"        {line}" for line in self.init]
         lines += [f"    def forward(s, {', '.join(self.given)}):"]
         lines += [f"        {line}" for line in self.body]
@@ -206,7 +231,8 @@ def dim_of(dims, sizes):
 
 
 def fill(scope, n, kinds=None):
-    """Writes n statements, of kinds chosen at random, where they fit; by default those of the scope around."""
+    """Writes n statements, of kinds chosen at random, where they fit; by default those of the scope
+    around."""
     scope.choice = kinds = kinds or scope.choice
     tries = 0
     while len(scope.kinds) < n and tries < 6 * n:

@@ -1,4 +1,5 @@
-"""Makes a program that fails as short as it goes: what fails in the same way with less is taken instead."""
+"""Makes a program that fails as short as it goes: what fails in the same way with less is taken
+instead."""
 
 import ast
 import re
@@ -35,11 +36,15 @@ def shrink(program, verdict, tp, timeout=20, seconds=150):
         return found if alike(found, verdict) else None
 
     try:
-        verdict = fails(program) or replace(verdict, text=f"(not when it is run alone) {verdict.text}")
+        verdict = fails(program) or replace(
+            verdict, text=f"(not when it is run alone) {verdict.text}"
+        )
         if verdict.text.startswith("(not"):
             return program, verdict
         if verdict.word == "WRONG" and not ask("stable", program):
-            return program, replace(verdict, text=f"(as the whole model, by rounding) {verdict.text}")
+            return program, replace(
+                verdict, text=f"(as the whole model, by rounding) {verdict.text}"
+            )
         progress = True
         while progress and time.monotonic() < deadline:
             progress = False
@@ -73,7 +78,12 @@ def candidates(program, shapes):
     yield from fewer_calls(program)
     tree = ast.parse(program.source)
     nodes = list(ast.walk(tree))
-    edits = [*_returns(nodes), *_cuts(nodes, program, shapes), *_statements(nodes), *_expressions(nodes)]
+    edits = [
+        *_returns(nodes),
+        *_cuts(nodes, program, shapes),
+        *_statements(nodes),
+        *_expressions(nodes),
+    ]
     seen = {tidy(tree)}
     for i, edit, inputs in edits:
         tree = ast.parse(program.source)
@@ -82,10 +92,16 @@ def candidates(program, shapes):
         if text not in seen and _parses(text):
             seen.add(text)
             yield _with_arguments(replace(program, source=text, inputs=[*program.inputs, *inputs]))
-    read = {n.id for n in _body(_forwards(nodes)[-1]) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+    read = {
+        n.id
+        for n in _body(_forwards(nodes)[-1])
+        if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)
+    }
     for name in [i.name for i in program.inputs]:
         if len(program.inputs) > 1 and name not in read:
-            yield _with_arguments(replace(program, inputs=[i for i in program.inputs if i.name != name]))
+            yield _with_arguments(
+                replace(program, inputs=[i for i in program.inputs if i.name != name])
+            )
 
 
 def _parses(text):
@@ -106,22 +122,37 @@ def fewer_calls(program):
         if getattr(program, field) != empty and not steps:
             yield replace(program, **{field: empty})
     for i, call in enumerate(program.calls):
-        for simpler in replace(call, before=""), replace(call, size=0), Call(size=call.size, seed=call.seed):
+        for simpler in (
+            replace(call, before=""),
+            replace(call, size=0),
+            Call(size=call.size, seed=call.seed),
+        ):
             if simpler != call:
                 yield replace(program, calls=[*program.calls[:i], simpler, *program.calls[i + 1 :]])
 
 
 def _with_arguments(program):
-    """The program, whose outermost forward takes its inputs, and whose plan names its parameters."""
+    """The program, whose outermost forward takes its inputs, and whose plan names its
+    parameters."""
     tree = ast.parse(program.source)
     forward = [f for f in _forwards(ast.walk(tree))][-1]
     forward.args.args = [ast.arg("s"), *(ast.arg(i.name) for i in program.inputs)]
-    plan = {name: dim for name, dim in program.plan.items() if f"s.{name.split('.')[0]} =" in program.source}
+    plan = {
+        name: dim
+        for name, dim in program.plan.items()
+        if f"s.{name.split('.')[0]} =" in program.source
+    }
     return replace(program, source=ast.unparse(ast.fix_missing_locations(tree)) + "\n", plan=plan)
 
 
 def _forwards(nodes):
-    return [n for c in nodes if isinstance(c, ast.ClassDef) for n in c.body if getattr(n, "name", "") == "forward"]
+    return [
+        n
+        for c in nodes
+        if isinstance(c, ast.ClassDef)
+        for n in c.body
+        if getattr(n, "name", "") == "forward"
+    ]
 
 
 def _body(function):
@@ -131,12 +162,19 @@ def _body(function):
 def _returns(nodes):
     """One variable is returned instead of all."""
     for forward in _forwards(nodes)[::-1]:
-        names = [n.id for n in _body(forward) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+        names = [
+            n.id for n in _body(forward) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+        ]
         for n in _body(forward):
             if isinstance(n, ast.Return):
                 values = getattr(n.value, "elts", getattr(n.value, "values", []))
-                for value in [*values, *(ast.Name(name, ast.Load()) for name in dict.fromkeys(names))]:
-                    yield nodes.index(n), lambda node, value=value: setattr(node, "value", value), []
+                for value in [
+                    *values,
+                    *(ast.Name(name, ast.Load()) for name in dict.fromkeys(names)),
+                ]:
+                    yield nodes.index(n), lambda node, value=value: setattr(
+                        node, "value", value
+                    ), []
 
 
 def _cuts(nodes, program, shapes):
@@ -145,25 +183,34 @@ def _cuts(nodes, program, shapes):
     for i, statement in list(enumerate(forward.body))[::-1]:
         if isinstance(statement, ast.Assign):
             made = [n.id for t in statement.targets for n in ast.walk(t) if isinstance(n, ast.Name)]
-            fit = [Input(name, shapes[name]) for name in made if name in shapes and "?" not in shapes[name]]
+            fit = [
+                Input(name, shapes[name])
+                for name in made
+                if name in shapes and "?" not in shapes[name]
+            ]
             fit = [x for x in fit if x.name not in [i.name for i in program.inputs]]
             if len(fit) == len(made) and made:
                 yield nodes.index(forward), lambda node, i=i: node.body.pop(i), fit
 
 
 def _statements(nodes):
-    """A statement is left out; what it made is then what it was made of. A block's lines are its outer's."""
+    """A statement is left out; what it made is then what it was made of. A block's lines are its
+    outer's."""
     for forward in _forwards(nodes)[::-1]:
         for holder in [forward, *_body(forward)]:
             for field in "body", "orelse":
                 for i, statement in list(enumerate(getattr(holder, field, None) or []))[::-1]:
-                    if isinstance(holder, (ast.IfExp, ast.Lambda)) or isinstance(statement, ast.Return):
+                    if isinstance(holder, (ast.IfExp, ast.Lambda)) or isinstance(
+                        statement, ast.Return
+                    ):
                         continue
                     at = nodes.index(holder)
                     yield at, lambda node, f=field, i=i: _remove(node, f, i, []), []
                     for inner in [getattr(statement, "body", []), getattr(statement, "orelse", [])]:
                         if inner:
-                            yield at, lambda node, f=field, i=i, inner=inner: _remove(node, f, i, inner), []
+                            yield at, lambda node, f=field, i=i, inner=inner: _remove(
+                                node, f, i, inner
+                            ), []
                     yield from _renamings(statement, at, forward, nodes, field, i)
 
 
@@ -171,7 +218,14 @@ def _renamings(statement, at, forward, nodes, field, i):
     target = statement.targets[0] if isinstance(statement, ast.Assign) else None
     if not isinstance(target, ast.Name):
         return
-    names = {n.id for n in ast.walk(statement.value) if isinstance(n, ast.Name)} - {"s", "F", "torch", "nn", "B", "T"}
+    names = {n.id for n in ast.walk(statement.value) if isinstance(n, ast.Name)} - {
+        "s",
+        "F",
+        "torch",
+        "nn",
+        "B",
+        "T",
+    }
     for name in sorted(names - {target.id}):
 
         def edit(node, old=target.id, new=name):
@@ -198,10 +252,14 @@ def _expressions(nodes):
         for n in _body(forward):
             for field, value in ast.iter_fields(n):
                 for k, old in enumerate(value if isinstance(value, list) else [value]):
-                    if isinstance(old, ast.expr) and isinstance(getattr(old, "ctx", ast.Load()), ast.Load):
+                    if isinstance(old, ast.expr) and isinstance(
+                        getattr(old, "ctx", ast.Load()), ast.Load
+                    ):
                         for part in _parts(old):
                             at = k if isinstance(value, list) else None
-                            yield nodes.index(n), lambda x, f=field, at=at, part=part: _put(x, f, at, part), []
+                            yield nodes.index(n), lambda x, f=field, at=at, part=part: _put(
+                                x, f, at, part
+                            ), []
 
 
 def _parts(e):
@@ -245,7 +303,9 @@ def _drop_unread(cls, text, tree):
     for body in init.body, forward.body:
         for statement in body:
             names = _written(statement)
-            if names and not any(_is_read(name, text, body is init.body, forward) for name in names):
+            if names and not any(
+                _is_read(name, text, body is init.body, forward) for name in names
+            ):
                 body.remove(statement)
                 body += [] if body else [ast.Pass()]
                 return True
@@ -271,7 +331,10 @@ def _is_read(name, text, attribute, forward):
         return len(re.findall(rf"\.{name}\b", text)) > 1 or bool(
             re.search(r"\bs\.(named_parameters|parameters|modules)\(\)", text)
         )
-    return any(isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Load) for n in ast.walk(forward))
+    return any(
+        isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Load)
+        for n in ast.walk(forward)
+    )
 
 
 def shapes_of(program):
@@ -281,7 +344,11 @@ def shapes_of(program):
         model, held = build(program), {}
 
         def watch(frame, event, _):
-            if event == "return" and frame.f_code.co_name == "forward" and frame.f_code.co_filename == program.file:
+            if (
+                event == "return"
+                and frame.f_code.co_name == "forward"
+                and frame.f_code.co_filename == program.file
+            ):
                 held.clear()
                 held.update(frame.f_locals)
 
@@ -296,13 +363,20 @@ def shapes_of(program):
         found.append(
             (
                 program.sizes[size],
-                {k: x.shape for k, x in held.items() if torch.is_tensor(x) and x.dtype == torch.float64},
+                {
+                    k: x.shape
+                    for k, x in held.items()
+                    if torch.is_tensor(x) and x.dtype == torch.float64
+                },
             )
         )
     sizes = [size for size, _ in found]
     names = set.intersection(*(set(shapes) for _, shapes in found)) if found else ()
     same = [n for n in names if len({len(shapes[n]) for _, shapes in found}) == 1]
-    return {n: tuple(dim_of(dims, sizes) for dims in zip(*(shapes[n] for _, shapes in found))) for n in same}
+    return {
+        n: tuple(dim_of(dims, sizes) for dims in zip(*(shapes[n] for _, shapes in found)))
+        for n in same
+    }
 
 
 TASKS["shapes"] = shapes_of

@@ -1,4 +1,5 @@
-"""Statements of the fuzzer's programs: numbers that index, size or move features; writes to parts of them."""
+"""Statements of the fuzzer's programs: numbers that index, size or move features; writes to parts
+of them."""
 
 from .layers import act, pieces, project
 from .scope import Unsuited, kind
@@ -18,7 +19,13 @@ PIECEWISE = [
         "z.tanh()",
         "z / (z.norm(dim=-1, keepdim=True) + 1)",
     ),
-    *("z - z.mean(-1, keepdim=True)", "z.flip(-1)", "z.roll(1, -1)", "z * z.sigmoid()", "z.log_softmax(-1)"),
+    *(
+        "z - z.mean(-1, keepdim=True)",
+        "z.flip(-1)",
+        "z.roll(1, -1)",
+        "z * z.sigmoid()",
+        "z.log_softmax(-1)",
+    ),
     *("F.layer_norm(z, z.shape[-1:])", "z.sum(-1, keepdim=True)", "z.amax(-1, keepdim=True)", "z"),
 ]
 
@@ -33,7 +40,8 @@ def loop_over_pieces(g):
         g.let(f"torch.cat({all_}, -1)")
     elif way == "stack":
         g.let(
-            f"torch.stack({all_}, {g.one_of(-2, -2, -1)}).{g.one_of('flatten(-2)', 'mean(-2)', 'sum(-2)', 'amax(-2)')}"
+            f"torch.stack({all_},"
+            f" {g.one_of(-2, -2, -1)}).{g.one_of('flatten(-2)', 'mean(-2)', 'sum(-2)', 'amax(-2)')}"
         )
     elif way == "sum":
         g.let(f"sum({all_})")
@@ -132,7 +140,16 @@ def written(g):
     a = g.rng.randrange(n - 1)
     b = g.rng.randrange(a + 1, n)
     at = g.one_of(
-        f":{b}", f"{a}:{b}", f"-{b}:", f"{b}:", f"{a}", "-1", f"[{a}, {b}]", "::2", f"{a}::{g.one_of(2, 3)}", f"{a}:-1"
+        f":{b}",
+        f"{a}:{b}",
+        f"-{b}:",
+        f"{b}:",
+        f"{a}",
+        "-1",
+        f"[{a}, {b}]",
+        "::2",
+        f"{a}::{g.one_of(2, 3)}",
+        f"{a}:-1",
     )
     part = f"{y}[..., {at}]"
     line = g.one_of(
@@ -206,7 +223,9 @@ def unequal_split(g):
         if g.coin():
             g.keep(name)
     if g.coin(0.7):
-        g.let(f"torch.cat([{', '.join(f'{act(g)}({x})' for x in g.rng.sample(names, len(names)))}], -1)")
+        g.let(
+            f"torch.cat([{', '.join(f'{act(g)}({x})' for x in g.rng.sample(names, len(names)))}], -1)"
+        )
 
 
 @kind(2)

@@ -1,4 +1,5 @@
-"""Whole programs from a seed: their inputs, statements and calls; those on which the whole model runs."""
+"""Whole programs from a seed: their inputs, statements and calls; those on which the whole model
+runs."""
 
 import random
 
@@ -11,7 +12,11 @@ from .scope import KINDS, SIZES, Scope, fill
 def _sizes(rng):
     b, t = rng.choice([2, 3, 4]), rng.choice([4, 5, 6, 7])
     longer = rng.choice([n for n in (3, 5, 6, 8, 9) if n != t])
-    return [{"B": b, "T": t}, {"B": rng.choice([n for n in (1, 2, 3, 5) if n != b]), "T": t}, {"B": b, "T": longer}]
+    return [
+        {"B": b, "T": t},
+        {"B": rng.choice([n for n in (1, 2, 3, 5) if n != b]), "T": t},
+        {"B": b, "T": longer},
+    ]
 
 
 def _inputs(rng):
@@ -69,13 +74,17 @@ FIRST = [
     "list(m.parameters())[{i}].register_hook(lambda g: g * 0.5)",
     "list(m.parameters())[{i}].register_post_accumulate_grad_hook(lambda p: p.grad.mul_(0.5))",
     "list(m.parameters())[{i}].requires_grad_(False)",
-    "list(m.modules())[{j}].register_forward_hook(lambda s, i, o: (o * 2) if torch.is_tensor(o) else None)",
+    (
+        "list(m.modules())[{j}].register_forward_hook(lambda s, i, o: (o * 2) if torch.is_tensor(o)"
+        " else None)"
+    ),
     "m.apply(lambda s: [p.requires_grad_(p.dim() > 1) for p in s.parameters(recurse=False)])",
 ]
 
 
 def chosen(only, without):
-    """({kind of statement: weight}, {way of a call: weight}) but those that a user does not want."""
+    """({kind of statement: weight}, {way of a call: weight}) but those that a user does not
+    want."""
     kinds = {k: w for k, w in KINDS.items() if k.__name__ not in without}
     ways = {k: w for k, w in WAYS.items() if k not in without}
     some_kinds = {k: w for k, w in kinds.items() if k.__name__ in only}
@@ -89,7 +98,9 @@ def write(seed, attempt=0, only=(), without=()):
     rng = random.Random(f"{seed}/{attempt}")
     torch.manual_seed(rng.randrange(1 << 30))
     sizes, inputs = _sizes(rng), _inputs(rng)
-    given = {i.name: [i.make(size, torch.Generator().manual_seed(1)) for size in sizes] for i in inputs}
+    given = {
+        i.name: [i.make(size, torch.Generator().manual_seed(1)) for size in sizes] for i in inputs
+    }
     for i in inputs:
         if i.grad and not i.below:
             given[i.name] = [x.requires_grad_() for x in given[i.name]]
@@ -103,7 +114,9 @@ def write(seed, attempt=0, only=(), without=()):
         scope.close(_returned(scope))
     finally:
         torch.set_default_dtype(default)
-    program = Program(seed, scope.source(), inputs, sizes, [], contiguous=rng.random() < 0.2, kinds=_kinds(scope))
+    program = Program(
+        seed, scope.source(), inputs, sizes, [], contiguous=rng.random() < 0.2, kinds=_kinds(scope)
+    )
     if rng.random() < 0.12 and "backward" in ways:
         counts = {"i": len(list(scope.holder.parameters())), "j": len(list(scope.holder.modules()))}
         program.first = rng.choice(FIRST).format(**{k: rng.randrange(n) for k, n in counts.items()})
@@ -111,7 +124,12 @@ def write(seed, attempt=0, only=(), without=()):
     if any(c.how == "step" for c in program.calls):
         program.optimizer = rng.choice(["before", "after"])
     if rng.random() < (0.5 if any(c.how == "refill" for c in program.calls) else 0.15):
-        fit = [(n, d) for n, p in build(program).named_parameters() for d, k in enumerate(p.shape) if k > 4]
+        fit = [
+            (n, d)
+            for n, p in build(program).named_parameters()
+            for d, k in enumerate(p.shape)
+            if k > 4
+        ]
         program.plan = dict([rng.choice(fit)]) if fit else {}
     return program
 
@@ -135,8 +153,8 @@ def _returned(scope):
 
 
 def fitting(program):
-    """The calls of a program, in their order, that the whole model makes with finite results; none where it cannot be
-    built. Not on a process that forks later: it runs backwards."""
+    """The calls of a program, in their order, that the whole model makes with finite results; none
+    where it cannot be built. Not on a process that forks later: it runs backwards."""
     try:
         runner, calls = Runner(program, build(program)), []
         runner.make_optimizer()
@@ -156,7 +174,11 @@ def works(program):
 
 
 def _sound(x):
-    return not torch.is_tensor(x) or not x.is_floating_point() or bool(x.isfinite().all() and (x.abs() < 1e6).all())
+    return (
+        not torch.is_tensor(x)
+        or not x.is_floating_point()
+        or bool(x.isfinite().all() and (x.abs() < 1e6).all())
+    )
 
 
 def program_of(seed, only=(), without=()):

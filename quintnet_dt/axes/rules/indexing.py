@@ -35,14 +35,19 @@ def index_select(node, axes):
     pass_but(node, axes, [dim])
 
 
-@rule("gather scatter scatter_ scatter_add scatter_add_ scatter_reduce scatter_reduce_ index_add index_add_")
+@rule(
+    "gather scatter scatter_ scatter_add scatter_add_ scatter_reduce scatter_reduce_ index_add"
+    " index_add_"
+)
 def along(node, axes):
-    """Reads or writes along one dim by index: it is needed whole; so is one that is cut, where an index or a source is
-    smaller."""
+    """Reads or writes along one dim by index: it is needed whole; so is one that is cut, where an
+    index or a source is smaller."""
     value, out = node.inputs[0], node.outputs[0]
     dim = arg(node, "dim") % max(len(value.shape), 1)
     alike = [v for v in node.inputs if len(v.shape) == len(value.shape)]
-    same = [i != dim and all(v.shape[i] == n for v in [*alike, out]) for i, n in enumerate(value.shape)]
+    same = [
+        i != dim and all(v.shape[i] == n for v in [*alike, out]) for i, n in enumerate(value.shape)
+    ]
     for v in node.inputs:
         if len(v.shape) != len(value.shape):
             axes.whole(node, v, every(axes.dims(v)))

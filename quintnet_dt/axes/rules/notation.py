@@ -1,8 +1,9 @@
 """Rules of one line, in an einsum-like notation.
 
-Each input's dims are letters. A letter in an input and the output is one axis; one that the output lacks is contracted
-(summed over, so that a shard of it gives a Partial); `!` marks what the operator needs whole, `~` what is looked up by
-index, `+` an addend, to be added once when something is contracted; `...` is any further dims.
+Each input's dims are letters. A letter in an input and the output is one axis; one that the output
+lacks is contracted (summed over, so that a shard of it gives a Partial); `!` marks what the
+operator needs whole, `~` what is looked up by index, `+` an addend, to be added once when something
+is contracted; `...` is any further dims.
 """
 
 import re
@@ -20,7 +21,9 @@ NOTATION = {
     "baddbmm": "+b i j, b i k, b k j -> b i j",
     "addmv": "+i, i k, k -> i",
     "embedding": "v~ d, ... -> ... d",
-    "_scaled_dot_product_flash_attention_for_cpu": "b h q d!, b h k! d!, b h k! e, b h q k! -> b h q e",
+    "_scaled_dot_product_flash_attention_for_cpu": (
+        "b h q d!, b h k! d!, b h k! e, b h q k! -> b h q e"
+    ),
     "_scaled_dot_product_flash_attention": "b h q d!, b h k! d!, b h k! e -> b h q e",
     "_scaled_dot_product_efficient_attention": "b h q d!, b h k! d!, b h k! e, b h q k! -> b h q e",
     "_scaled_dot_product_cudnn_attention": "b h q d!, b h k! d!, b h k! e, b h q k! -> b h q e",
@@ -53,26 +56,48 @@ def faults(text, schema):
     odd = [t for p in ins for t in p if not re.fullmatch(r"\+?\w+!?|\.\.\.", t)]
     odd += [t for p in ins for t in p[1:] if t.startswith("+")]
     new = [t for p in outs for t in p if t not in letters]
-    found = [f"expected letters, '+' before a first one or '!' after one, or '...', found {odd[0]!r}"] if odd else []
-    found += ["expected at most one '...' a tensor"] if any(p.count("...") > 1 for p in ins + outs) else []
-    found += ["expected '...' after '->' too"] if "..." in letters and not any("..." in p for p in outs) else []
-    found += [f"expected letters of the inputs, unmarked, after '->', found {new[0]!r}"] if new else []
+    found = (
+        [f"expected letters, '+' before a first one or '!' after one, or '...', found {odd[0]!r}"]
+        if odd
+        else []
+    )
+    found += (
+        ["expected at most one '...' a tensor"]
+        if any(p.count("...") > 1 for p in ins + outs)
+        else []
+    )
+    found += (
+        ["expected '...' after '->' too"]
+        if "..." in letters and not any("..." in p for p in outs)
+        else []
+    )
+    found += (
+        [f"expected letters of the inputs, unmarked, after '->', found {new[0]!r}"] if new else []
+    )
     if len(given) != len(tensors) or len(made) != len(schema.returns) or schema.is_mutable:
-        found.append("expected an operator that takes and returns single tensors, and writes to none; give a function")
+        found.append(
+            "expected an operator that takes and returns single tensors, and writes to none; give a"
+            " function"
+        )
     elif (len(ins), len(outs)) != (len(given), len(made)):
-        wanted = f"of its {len(given)} tensor arguments ({', '.join(given)}) and {len(made)} results"
+        wanted = (
+            f"of its {len(given)} tensor arguments ({', '.join(given)}) and {len(made)} results"
+        )
         found.append(f"expected a pattern for each {wanted}, found {len(ins)} and {len(outs)}")
     return found
 
 
 def from_notation(text, user=None):
-    """The rule function of one line of notation. One of a `user`, named so in errors, must fit the shapes it meets."""
+    """The rule function of one line of notation. One of a `user`, named so in errors, must fit the
+    shapes it meets."""
     patterns, outs = _parse(text)
     named = {t for p in outs for t in p}
 
     def apply(node, axes):
         letters, contracted, looked_up, rest = {}, set(), set(), []
-        arguments = [arg(node, name) for name, (_, _, tensor) in signature(node.op).items() if tensor]
+        arguments = [
+            arg(node, name) for name, (_, _, tensor) in signature(node.op).items() if tensor
+        ]
         effect = axes.effects[id(node)]
         for value, pattern in zip(arguments, patterns):
             if value is None:
@@ -89,7 +114,10 @@ def from_notation(text, user=None):
                 if n > len(rest):
                     rest = [("...", k - n) for k in range(n)]
             if user and len(tokens) != len(dims):
-                raise ValueError(f"{user}: expected a tensor of dims {' '.join(pattern)!r}, found shape {value.shape}")
+                raise ValueError(
+                    f"{user}: expected a tensor of dims {' '.join(pattern)!r}, found shape"
+                    f" {value.shape}"
+                )
             tokens = tokens[len(tokens) - len(dims) :]  # a bias broadcasts from the right
             for token, dim, size in zip(tokens, dims, value.shape):
                 letter = token if isinstance(token, tuple) else token.rstrip("!~")
@@ -115,7 +143,10 @@ def from_notation(text, user=None):
             for t in pattern:
                 tokens += rest if t == "..." else [t]
             if user and len(tokens) != len(value.shape):
-                raise ValueError(f"{user}: expected a result of dims {' '.join(pattern)!r}, found shape {value.shape}")
+                raise ValueError(
+                    f"{user}: expected a result of dims {' '.join(pattern)!r}, found shape"
+                    f" {value.shape}"
+                )
             if len(tokens) == len(value.shape):
                 dims = [letters.get(t, []) for t in tokens]
                 same = [prod(f.size for f in leaves(d)) == n for d, n in zip(dims, value.shape)]
@@ -125,7 +156,8 @@ def from_notation(text, user=None):
 
 
 def attention(text):
-    """A causal mask counts queries from the first: then they are needed whole; dropout draws one mask for all."""
+    """A causal mask counts queries from the first: then they are needed whole; dropout draws one
+    mask for all."""
     passes = from_notation(text)
 
     def apply(node, axes):

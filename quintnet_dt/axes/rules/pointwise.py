@@ -1,4 +1,5 @@
-"""Rules of operators that work on each element, reduce dims, or need a dim whole while the others pass."""
+"""Rules of operators that work on each element, reduce dims, or need a dim whole while the others
+pass."""
 
 import torch
 
@@ -6,23 +7,25 @@ from ..factors import unify
 from .table import arg, dims_of, every, fresh, pass_but, rule, unknown
 
 SAME = (
-    "clone _to_copy detach alias lift_fresh contiguous zeros_like ones_like full_like empty_like zero_ fill_ "
-    "masked_fill_ masked_fill copy_ hardswish hardswish_ log_sigmoid_forward _prelu_kernel"
+    "clone _to_copy detach alias lift_fresh contiguous zeros_like ones_like full_like empty_like"
+    " zero_ fill_ masked_fill_ masked_fill copy_ hardswish hardswish_ log_sigmoid_forward"
+    " _prelu_kernel"
 )
 CHANNELS = (
-    "max_pool2d_with_indices avg_pool2d max_pool3d_with_indices avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d "
-    "adaptive_max_pool2d upsample_bilinear2d upsample_bicubic2d upsample_nearest2d upsample_linear1d "
-    "upsample_nearest1d upsample_nearest3d upsample_trilinear3d reflection_pad1d reflection_pad2d replication_pad1d "
-    "replication_pad2d reflection_pad3d replication_pad3d _upsample_nearest_exact1d _upsample_nearest_exact2d "
-    "_upsample_nearest_exact3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa adaptive_max_pool3d"
+    "max_pool2d_with_indices avg_pool2d max_pool3d_with_indices avg_pool3d _adaptive_avg_pool2d"
+    " _adaptive_avg_pool3d adaptive_max_pool2d upsample_bilinear2d upsample_bicubic2d"
+    " upsample_nearest2d upsample_linear1d upsample_nearest1d upsample_nearest3d"
+    " upsample_trilinear3d reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d"
+    " reflection_pad3d replication_pad3d _upsample_nearest_exact1d _upsample_nearest_exact2d"
+    " _upsample_nearest_exact3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa adaptive_max_pool3d"
 )
 REDUCE = (
-    "amax amin var std var_mean std_mean argmax argmin any all prod logsumexp linalg_vector_norm max min median norm "
-    "nansum"
+    "amax amin var std var_mean std_mean argmax argmin any all prod logsumexp linalg_vector_norm"
+    " max min median norm nansum"
 )
 WHOLE_DIM = (
-    "_softmax _log_softmax _safe_softmax cumsum cumprod logcumsumexp cummax cummin sort topk flip roll argsort "
-    "_fft_r2c _fft_c2r _fft_c2c"
+    "_softmax _log_softmax _safe_softmax cumsum cumprod logcumsumexp cummax cummin sort topk flip"
+    " roll argsort _fft_r2c _fft_c2r _fft_c2c"
 )
 
 
@@ -51,7 +54,8 @@ def pointwise(node, axes):
 
 @rule("bernoulli_ native_dropout dropout")
 def dropout(node, axes):
-    """A mask for each element. Within a call of dropout the layout gives each rank its part of the whole mask."""
+    """A mask for each element. Within a call of dropout the layout gives each rank its part of the
+    whole mask."""
     return (pointwise if axes.call.name == "dropout" else unknown)(node, axes)
 
 
@@ -91,12 +95,19 @@ def layer_norm(node, axes):
     pass_but(node, axes, list(over))
     for out in node.outputs[1:]:  # mean and rstd: size 1 where normalised
         if len(out.shape) == len(value.shape):
-            axes.set(out, [d if s == m else fresh(s) for d, s, m in zip(axes.dims(value), out.shape, value.shape)])
+            axes.set(
+                out,
+                [
+                    d if s == m else fresh(s)
+                    for d, s, m in zip(axes.dims(value), out.shape, value.shape)
+                ],
+            )
 
 
 @rule(
-    "native_batch_norm cudnn_batch_norm miopen_batch_norm _native_batch_norm_legit "
-    "_native_batch_norm_legit_no_training _native_batch_norm_legit_functional _batch_norm_with_update"
+    "native_batch_norm cudnn_batch_norm miopen_batch_norm _native_batch_norm_legit"
+    " _native_batch_norm_legit_no_training _native_batch_norm_legit_functional"
+    " _batch_norm_with_update"
 )
 def batch_norm(node, axes):
     """Channels (dim 1) pass; the statistics are taken over all other dims."""
@@ -110,7 +121,9 @@ def batch_norm(node, axes):
     axes.whole(node, value, dims[0] + every(dims[2:]))
     for out in node.outputs:
         if out.shape == value.shape:
-            axes.set(out, [d if i == 1 else fresh(s) for i, (d, s) in enumerate(zip(dims, out.shape))])
+            axes.set(
+                out, [d if i == 1 else fresh(s) for i, (d, s) in enumerate(zip(dims, out.shape))]
+            )
         elif out.shape == value.shape[1:2]:
             axes.set(out, [dims[1]])
 
@@ -142,7 +155,9 @@ def channels(node, axes):
 def pixel_shuffle(node, axes):
     """.. (c p q) h w <-> .. c (h p) (w q)"""
     value, out = node.inputs[0], node.outputs[0]
-    c, h, w, p, q = map(fresh, (*map(min, value.shape[-3:], out.shape[-3:]), node.args[1], node.args[1]))
+    c, h, w, p, q = map(
+        fresh, (*map(min, value.shape[-3:], out.shape[-3:]), node.args[1], node.args[1])
+    )
     before, after = [c + p + q, h, w], [c, h + p, w + q]
     if value.shape[-3] < out.shape[-3]:
         before, after = after, before
@@ -197,7 +212,11 @@ def new(node, axes):
     """Reads no values; dims as long as the input's are taken to be those."""
     value, out = node.inputs[0], node.outputs[0]
     dims = zip(axes.dims(value), value.shape, out.shape)
-    axes.set(out, [d if a == b else fresh(b) for d, a, b in dims] + [fresh(n) for n in out.shape[len(value.shape) :]])
+    axes.set(
+        out,
+        [d if a == b else fresh(b) for d, a, b in dims]
+        + [fresh(n) for n in out.shape[len(value.shape) :]],
+    )
 
 
 @rule("constant_pad_nd")
@@ -214,4 +233,6 @@ def repeat(node, axes):
         return unknown(node, axes)
     new = [1] * (len(out.shape) - len(value.shape))
     dims = [[] for _ in new] + axes.dims(value)
-    axes.set(out, [fresh(n // size) + d for n, size, d in zip(out.shape, new + list(value.shape), dims)])
+    axes.set(
+        out, [fresh(n // size) + d for n, size, d in zip(out.shape, new + list(value.shape), dims)]
+    )

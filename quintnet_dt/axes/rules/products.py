@@ -6,7 +6,8 @@ from .table import arg, every, fresh, rule, unknown
 
 @rule("convolution")
 def convolution(node, axes):
-    """x: b (g c) s.., w: (g o) c k.. (transposed: (g c) o k..) -> b (g o) s..: c is contracted, g and o pass."""
+    """x: b (g c) s.., w: (g o) c k.. (transposed: (g c) o k..) -> b (g o) s..: c is contracted, g
+    and o pass."""
     x, w, out = node.inputs[0], node.inputs[1], node.outputs[0]
     groups = arg(node, "groups")
     g, c, o = fresh(groups), fresh(x.shape[1] // groups), fresh(out.shape[1] // groups)

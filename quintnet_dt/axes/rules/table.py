@@ -1,8 +1,8 @@
 """What every rule is made with: the table of rules, and the few things that they say of a node.
 
-A rule is a function (node, axes) that sets the dims of the node's outputs (`axes.set`), and says which factors of its
-inputs the operator sums over (`axes.contract`) or needs whole (`axes.whole`). An operator without a rule is assumed to
-need every dim whole, which is always right, never fast.
+A rule is a function (node, axes) that sets the dims of the node's outputs (`axes.set`), and says
+which factors of its inputs the operator sums over (`axes.contract`) or needs whole (`axes.whole`).
+An operator without a rule is assumed to need every dim whole, which is always right, never fast.
 """
 
 import functools
@@ -41,7 +41,10 @@ def fresh(n):
 def signature(op):
     """An operator's arguments as {name: (position, default value, whether it is a tensor)}."""
     places = enumerate(op._schema.arguments)
-    return {a.name: (i, a.default_value, str(a.type) in ("Tensor", "Optional[Tensor]")) for i, a in places}
+    return {
+        a.name: (i, a.default_value, str(a.type) in ("Tensor", "Optional[Tensor]"))
+        for i, a in places
+    }
 
 
 def arg(node, name):
@@ -51,7 +54,8 @@ def arg(node, name):
 
 
 def dims_of(node, ndim, name="dim"):
-    """The dims that an operator was given, all of them where it was given none; a scalar has none."""
+    """The dims that an operator was given, all of them where it was given none; a scalar has
+    none."""
     dims = arg(node, name)
     if dims is None or ndim == 0 or (isinstance(dims, (list, tuple)) and not dims):
         return list(range(ndim))

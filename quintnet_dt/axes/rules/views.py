@@ -60,8 +60,8 @@ def squeeze(node, axes):
 
 
 def _part(node, axes, dim, length, start, value, outs):
-    """Outputs that are parts of a dim, one after the other: equal parts share the factors within, unequal ones have
-    their own."""
+    """Outputs that are parts of a dim, one after the other: equal parts share the factors within,
+    unequal ones have their own."""
     dims = axes.dims(value)
     size = value.shape[dim]
     got = None
