@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from .private import share_hooks
 
 
-class Split(NamedTuple):
+class Replaced(NamedTuple):
     """A parameter, and the DTensor that it became."""
 
     old: torch.Tensor
@@ -25,7 +25,7 @@ class Split(NamedTuple):
 
 
 def adopt(splits):
-    """Give what holds the old parameters of [Split, ...] the new ones: lists, dicts (optimizers'
+    """Give what holds the old parameters of [Replaced, ...] the new ones: lists, dicts (optimizers'
     state is split along), attributes of objects. The hooks on their gradients run on the new ones'
     gradients.
 
@@ -55,7 +55,7 @@ def adopt(splits):
         )
 
 
-# References to a parameter that nothing else holds: from its Split, and from the question.
+# References to a parameter that nothing else holds: from its Replaced, and from the question.
 _REFERENCES = 2
 _AT_ONCE = 8  # the time that Python takes to find what holds some objects grows with their number
 

@@ -5,8 +5,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
-from .adopt import Split
-from .axes.sharding import Action
+from .adopt import Replaced
+from .axes.action import ADD_ONCE, GATHER, SPLIT, SUM, SUM_GRADIENT, Action, OnShard
+from .axes.split import Split
 from .carried import distribute
 from .processgroup import ProcessGroupManager
 from .running.context import Context
@@ -35,7 +36,7 @@ class ShardedModule(ParallelStyle):
                 continue
             if id(p) not in self.made:
                 placement = self.placements[self.names[id(module), attr]]
-                self.made[id(p)] = Split(
+                self.made[id(p)] = Replaced(
                     p, p if isinstance(p, DTensor) else self.distribute(p, mesh, placement)
                 )
             setattr(module, attr, self.made[id(p)].new)
@@ -84,12 +85,12 @@ class ColumnParallelLinear(nn.Linear):
 
     def __init__(self, *args, mesh, gather_output=True, src_data_rank=0, **kwargs):
         super().__init__(*args, **kwargs)
-        program = Program({"weight": ()}, {(0, 0): (Action("enter"),)})
+        program = Program({"weight": ()}, {(0, 0): (Action(SUM_GRADIENT),)})
         placements = {"weight": Shard(0)}
         if self.bias is not None:
             program.params["bias"], placements["bias"] = (), Shard(0)
         if gather_output:
-            program.outputs[()] = (Action("gather", -1, self.out_features),)
+            program.outputs[()] = (Action(GATHER, Split(-1, self.out_features)),)
         _shard(self, mesh, placements, program, src_data_rank)
 
 
@@ -106,12 +107,12 @@ class RowParallelLinear(nn.Linear):
 
     def __init__(self, *args, mesh, input_is_parallel=False, src_data_rank=0, **kwargs):
         super().__init__(*args, **kwargs)
-        program = Program({"weight": ()}, {}, {(): (Action("sum"),)})
+        program = Program({"weight": ()}, {}, {(): (Action(SUM),)})
         placements = {"weight": Shard(1)}
         if self.bias is not None:
-            program.params["bias"], placements["bias"] = (Action("once"),), Replicate()
+            program.params["bias"], placements["bias"] = (Action(ADD_ONCE),), Replicate()
         if not input_is_parallel:
-            program.inputs[(0, 0)] = (Action("split", -1, self.in_features),)
+            program.inputs[(0, 0)] = (Action(SPLIT, Split(-1, self.in_features)),)
         _shard(self, mesh, placements, program, src_data_rank)
 
 
@@ -130,6 +131,6 @@ class VocabParallelEmbedding(nn.Embedding):
                 f"VocabParallelEmbedding: expected max_norm=None, found {self.max_norm}; use"
                 " nn.Embedding"
             )
-        call = CallProgram(instead=Action("embedding", 0, self.num_embeddings))
-        program = Program({"weight": ()}, {}, {(): (Action("sum"),)}, {0: call}, ["embedding"])
+        call = CallProgram(instead=OnShard("embedding", Split(0, self.num_embeddings)))
+        program = Program({"weight": ()}, {}, {(): (Action(SUM),)}, {0: call}, ["embedding"])
         _shard(self, mesh, {"weight": Shard(0)}, program, src_data_rank)

@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import count, groupby
 from math import prod
 
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.placement_types import Placement
 
+from .axes.split import Split
 from .private import _StridedShard
 
 LOCAL, EXCHANGED, GATHERED = "local", "exchanged", "gathered"
@@ -41,14 +42,13 @@ class Entry:
     units: int = 0
 
     @property
+    def split(self):
+        """How the parameter is stored, where it is sharded."""
+        return Split.of_blocks(self.dim, self.shape[self.dim], self.pieces)
+
+    @property
     def placement(self):
-        if self.dim is None:
-            return Replicate()
-        return (
-            _StridedShard(self.dim, split_factor=self.pieces)
-            if self.pieces > 1
-            else Shard(self.dim)
-        )
+        return Replicate() if self.dim is None else self.split.placement()
 
     def in_one_block(self):
         """This entry, with one block of the weight a rank."""
@@ -66,11 +66,7 @@ class Entry:
 
     def share(self, n):
         """Elements that the fullest rank holds."""
-        total = prod(self.shape)
-        if self.dim is None or not total:
-            return total
-        size = self.shape[self.dim]
-        return total // size * self.pieces * -(-(size // self.pieces) // n)
+        return prod(self.shape if self.dim is None else self.split.local_shape(self.shape, 0, n))
 
 
 @dataclass

@@ -13,8 +13,8 @@ from torch.distributed.tensor.parallel import parallelize_module
 from .adopt import adopt
 from .agreement import agree
 from .around import undisturbed
+from .axes.action import GATHER, Action
 from .axes.axes import Axes
-from .axes.sharding import Action
 from .carried import carried
 from .fsdp import wrapped_by_fsdp1
 from .huggingface import mark
@@ -332,10 +332,7 @@ def _default_programs(model, plan):
     for path, module in named_modules(model):
         params = {}
         for e in (plan[names[id(p)]] for p in module.parameters(recurse=False)):
-            split = e.dim is not None
-            params[e.name] = (
-                (Action("gather", e.dim, e.shape[e.dim] // e.pieces, 1, e.pieces),) if split else ()
-            )
+            params[e.name] = () if e.dim is None else (Action(GATHER, e.split),)
         if params:
             programs[path] = Program(params)
     return programs

@@ -7,7 +7,8 @@ from torch import nn
 
 from quintnet_dt.axes.axes import Axes
 from quintnet_dt.axes.factors import Factor, leaves, take, unify
-from quintnet_dt.axes.sharding import Axis, LayoutError, Sharding
+from quintnet_dt.axes.sharding import Axis, LayoutError, ShardedParam, Sharding
+from quintnet_dt.axes.split import Segment, Split
 from quintnet_dt.planning.layout import lay_out
 from quintnet_dt.tracing.trace import trace
 
@@ -26,8 +27,8 @@ def shared(model, *inputs):
         for f in dict.fromkeys(f for dim in axes.final(v) for f in dim):
             at = Axis((f,)).find(axes, v)
             if at:
-                dim, outer, inner = at
-                found.setdefault(f, set()).add(f"{name}[{dim}] {outer}x{f.size}x{inner}")
+                ((outer, inner),) = at.segments
+                found.setdefault(f, set()).add(f"{name}[{at.dim}] {outer}x{f.size}x{inner}")
     return {frozenset(places) for places in found.values()}
 
 
@@ -350,10 +351,10 @@ def test_rows_of_a_table_that_are_a_part_of_its_dim_are_not_looked_up_as_if_they
     graph, axes = axes_of(TiedHead(), torch.arange(16).view(2, 8))
     v = graph.params["e.weight"]
     axis = Axis((axes.final(v)[0][0],))
-    assert axis.find(axes, v) == (0, 1, 4)
-    layout = lay_out(graph, axes, Sharding({"e.weight": (0, axis)}, {axis}))
+    assert axis.find(axes, v) == Split(0, 4, (Segment(1, 4),))
+    layout = lay_out(graph, axes, Sharding({"e.weight": ShardedParam(0, axis)}, {axis}))
     assert all(
-        a.size == 16 for a in layout.instead.values()
+        a.split.units == 16 for a in layout.instead.values()
     )  # a program keeps the axis's size as the number of rows
 
 
@@ -364,7 +365,8 @@ def test_a_parameter_that_lies_otherwise_than_its_axis_is_refused():
     )
     weight = axes.final(graph.params["0.weight"])[1]
     axis = Axis(tuple(weight))
-    placed = {"0.weight": (1, axis), "0.bias": (0, axis)}
-    lay_out(graph, axes, Sharding(placed, outer={"0.bias": 6}))
+    placed = {"0.weight": ShardedParam(1, axis), "0.bias": ShardedParam(0, axis, blocks=6)}
+    lay_out(graph, axes, Sharding(placed))
+    placed["0.bias"] = ShardedParam(0, axis)
     with pytest.raises(LayoutError, match="0.bias lies otherwise"):
         lay_out(graph, axes, Sharding(placed))

@@ -9,7 +9,6 @@ from ranks import run_ranks
 from torch import nn
 
 from quintnet_dt import plan_tensor_parallel
-from quintnet_dt.planning.indexing import segments
 
 
 class Projected(nn.Module):
@@ -222,13 +221,6 @@ def test_a_number_that_varies():
             compare(sharded, whole, (x, kept))
 
     run_ranks(ranks, 2)
-
-
-def test_segments():
-    assert segments((0, 1, 2), 6, 1, 3) == [(4, 4)]
-    assert segments((0, 3, 4), 2, 0, 2) == [(0, 4), (8, 4), (16, 4)]
-    assert segments((0, ((1, 2), (2, 1)), 0), 4, 1, 2) == [(4, 4), (10, 2), (14, 2)]
-    assert segments((0, 2, 1), 3, 0, 1) == [(0, 6)]
 
 
 class Positions(nn.Module):

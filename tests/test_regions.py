@@ -680,10 +680,7 @@ def test_the_choice_is_brute_forces(build, n):
             sharding, used_by = Sharding(through={c.axis for c in some}), {}
             for c in some:
                 used_by.update((call.index, c.axis) for call in c.calls)
-                sharding.params.update({p: (dim, c.axis) for p, (dim, _) in c.params.items()})
-                sharding.outer.update(
-                    {p: outer for p, (_, outer) in c.params.items() if outer != 1}
-                )
+                sharding.params.update(c.params)
             planner.fill(sharding, used_by)
             found[tuple(sorted(map(str, (c.params for c in some))))] = sent(sharding)
     best = min(found, key=found.get)

@@ -14,6 +14,7 @@ from torch import nn
 from quintnet_dt.axes import rules
 from quintnet_dt.axes.axes import Axes
 from quintnet_dt.axes.sharding import Axis
+from quintnet_dt.axes.split import NotSplit
 from quintnet_dt.comm_ops import chunk_sizes
 from quintnet_dt.tracing.trace import record
 from quintnet_dt.utils import replace, tensors
@@ -97,20 +98,19 @@ def bounds(units, rank):
     return sum(sizes[:rank]), sizes[rank]
 
 
-def shard(t, at, axis, rank):
-    """This rank's part of a tensor whose dim is outer x units x inner."""
-    dim, outer, inner = at
-    start, length = bounds(axis.size, rank)
-    t = t.unflatten(dim, (outer, axis.size, inner)).narrow(dim + 1, start, length)
-    return t.flatten(dim, dim + 2)
+def places(split, rank):
+    """Where in the whole dim a rank's elements lie."""
+    return torch.cat([torch.arange(a, a + length) for a, length in split.ranges(rank, N)])
 
 
-def unshard(parts, at, axis):
-    dim, outer, inner = at
-    parts = [
-        t.unflatten(dim, (outer, bounds(axis.size, rank)[1], inner)) for rank, t in enumerate(parts)
-    ]
-    return torch.cat(parts, dim + 1).flatten(dim, dim + 2)
+def shard(t, split, rank):
+    """This rank's part of a tensor that is split so."""
+    return t.index_select(split.dim, places(split, rank))
+
+
+def unshard(parts, split):
+    order = torch.cat([places(split, rank) for rank in range(len(parts))])
+    return torch.cat(parts, split.dim).index_select(split.dim, order.argsort())
 
 
 def localised(node, local, out_shapes, at_of):
@@ -173,7 +173,7 @@ def check(f, inputs):
 def check_claim(node, axes, axis, env, outs):
     effect, mine = axes.effect(node), set(axis.factors)
     at_of = {v.id: axis.find(axes, v) for v in node.inputs}
-    if False in at_of.values():
+    if NotSplit.IN_PART in at_of.values():
         return 0  # a part of the axis, or the axis twice: never sharded
     if any(effect.whole.get(i, set()) & mine for i, at in at_of.items() if at):
         return 0
@@ -181,24 +181,24 @@ def check_claim(node, axes, axis, env, outs):
     out_at = [axis.find(axes, v) for v in node.outputs]
     if hit and effect.mean and axis.size % N:
         return 0  # a mean of means of uneven shards: refused by the layout
-    if hit and (hit != mine or any(at is not None for at in out_at)):
+    if hit and (hit != mine or any(at is not NotSplit.ABSENT for at in out_at)):
         return 0
     if not hit and (not out_at or not out_at[0]):
         return 0
     results = []
     for rank in range(N):
-        local = {i: shard(t, at_of[i], axis, rank) if at_of[i] else t for i, t in env.items()}
+        local = {i: shard(t, at_of[i], rank) if at_of[i] else t for i, t in env.items()}
         if effect.bias is not None and hit and rank:
             local[effect.bias] = torch.zeros_like(local[effect.bias])
         shapes = [
-            tuple(shard(torch.empty(v.shape), at, axis, rank).shape) if at else v.shape
+            tuple(shard(torch.empty(v.shape), at, rank).shape) if at else v.shape
             for v, at in zip(node.outputs, out_at)
         ]
         args, kwargs = localised(node, local, shapes, at_of)
         if hit and effect.lookup:
             table, looked = node.inputs
             mine = shard(
-                torch.arange(table.shape[0]), at_of[table.id], axis, rank
+                torch.arange(table.shape[0]), at_of[table.id], rank
             )  # the rows that this rank holds
             same = env[looked.id].unsqueeze(-1) == mine
             there, local[looked.id] = same.any(-1), same.int().argmax(-1)
@@ -219,7 +219,7 @@ def check_claim(node, axes, axis, env, outs):
         if hit:
             got = sum(r[v.id] for r in results) / (N if effect.mean else 1)
         elif at:
-            got = unshard([r[v.id] for r in results], at, axis)
+            got = unshard([r[v.id] for r in results], at)
         else:
             continue
         expected = outs[v.id]

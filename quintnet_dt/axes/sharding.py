@@ -1,14 +1,15 @@
-"""What is said of a sharded model: an Axis, a Sharding of parameters, the states of tensors, the
-Actions on them.
+"""What is sharded in a model: an Axis, the parameters along it, the states of tensors.
 
 The states of a tensor, seen from one rank: *replicated* (None), *sharded* (the Axis it is a shard
 of), or `PARTIAL` (the ranks' tensors sum to it; `AVERAGED`: their mean is it).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
+from ..keys import ParamName
 from .factors import leaves
+from .split import NotSplit, Segment, Split
 
 PARTIAL, AVERAGED = "partial", "averaged"
 
@@ -27,91 +28,101 @@ class Axis:
     model, a dim's for a weight's own."""
 
     factors: tuple
-    axes: object = field(
-        default=None, compare=False, repr=False
-    )  # in which a weight's own axis is found
+    # The Axes in which a weight's own axis is found.
+    axes: object = field(default=None, compare=False, repr=False)
 
     @property
     def size(self):
-        return prod(f.size for f in self.factors)
+        return _size(self.factors)
 
-    def find(self, axes, value):
-        """(dim, outer, inner) of the axis in a value; None where it has none of it; False where it
-        has a part of it or has it twice. In a dim of unequal pieces, each of which has it, outer is
-        a tuple of each piece's (outer, inner), and inner is 0."""
-        found = [
-            (i, at)
-            for i, dim in enumerate((self.axes or axes).final(value))
-            if (at := self._within(dim)) is not None
-        ]
-        if not found:
-            return None
-        return False if len(found) > 1 or not found[0][1] else (found[0][0], *found[0][1])
+    def find(self, axes, value) -> Split | NotSplit:
+        """How the axis splits a value, or why it does not."""
+        found = []
+        for dim, factors in enumerate((self.axes or axes).final(value)):
+            segments = self._segments(factors)
+            if segments is NotSplit.IN_PART:
+                return segments
+            if segments:
+                found.append(Split(dim, self.size, segments))
+        if len(found) > 1:
+            return NotSplit.IN_PART
+        return found[0] if found else NotSplit.ABSENT
 
-    def _within(self, dim):
-        """(outer, inner) of the axis in a dim's factors; None or False as `find`."""
-        found, j, n, mine = None, 0, len(self.factors), set(self.factors)
-        while j < len(dim):
-            at = False if dim[j] in mine else None
-            if tuple(dim[j : j + n]) == self.factors:
-                at = prod(f.size for f in dim[:j]), prod(f.size for f in dim[j + n :])
-            elif dim[j].pieces:
-                inside = [self._within(leaves(piece)) for piece in dim[j].pieces]
-                if any(p is not None for p in inside):  # in each of them, or it is no shard
-                    at = (
-                        len(dim) == 1
-                        and all(inside)
-                        and (sum((p[0] if p[1] == 0 else (p,) for p in inside), ()), 0)
-                    )
-            if at is not None:
-                if found is not None or not at:
-                    return False
-                found = at
-            j += n if at and at[1] else 1
+    def _segments(self, factors) -> tuple[Segment, ...] | NotSplit:
+        """The segments of a dim that is made of these factors; or why the axis does not split
+        it."""
+        found, at = NotSplit.ABSENT, 0
+        while at < len(factors):
+            end = at + len(self.factors)
+            if tuple(factors[at:end]) == self.factors:
+                here = (Segment(_size(factors[:at]), _size(factors[end:])),)
+                at = end
+            else:
+                here = self._segments_within(factors, factors[at])
+                at += 1
+            if here is NotSplit.IN_PART or (here and found):
+                return NotSplit.IN_PART
+            found = here or found
         return found
+
+    def _segments_within(self, factors, factor) -> tuple[Segment, ...] | NotSplit:
+        """As `_segments`, of one of the factors, which may be cut in unequal pieces: the axis
+        splits a dim only if it splits all of its pieces."""
+        inside = [self._segments(leaves(piece)) for piece in factor.pieces or ()]
+        if all(segments is NotSplit.ABSENT for segments in inside):
+            return NotSplit.IN_PART if factor in self.factors else NotSplit.ABSENT
+        if len(factors) > 1 or not all(inside):
+            return NotSplit.IN_PART
+        return tuple(segment for segments in inside for segment in segments)
+
+
+def _size(factors) -> int:
+    return prod(f.size for f in factors)
 
 
 @dataclass(frozen=True)
-class Action:
-    """One collective on one tensor: `enter`, `sum`, `mean`, `gather`, `split`, `once`, `shard` (to
-    a DTensor), `exchange`. A sharded dim is outer x `units` x `inner`, or a piece of that kind for
-    each (outer, inner) in a tuple `outer`. `exchange`: of a weight that is stored in its own order,
-    for one whose pieces are split."""
+class ShardedParam:
+    """A parameter that is sharded on `dim` along an axis, stored as so many equal `blocks`.
 
-    kind: str
-    dim: int = 0
-    units: int = 0
-    inner: int = 1
-    outer: int | tuple = 1
+    `exchanged`: stored as one block though its axis lies in several; the ranks exchange its rows
+    before its use. `gathered`: it is gathered before its use.
+    """
+
+    dim: int
+    axis: Axis
+    blocks: int = 1
+    exchanged: bool = False
+    gathered: bool = False
+
+    def split(self, shape) -> Split:
+        """How the parameter is stored, of its whole shape."""
+        return Split.of_blocks(self.dim, shape[self.dim], self.blocks)
 
 
 class Sharding:
-    """What is sharded. `params[name]` is (dim, Axis); an Axis in `through` stays sharded beyond the
-    calls that use the parameter; a parameter in `whole` is gathered before it is used.
-    `outer[name]`: the dim is so many equal pieces, each of them split (a tuple: unequal ones, see
-    `Axis.find`). `loss_parallel`: outputs that are sharded on their last dim stay so.
+    """What is sharded: a ShardedParam for each such parameter, by name. The axes in `through` stay
+    sharded beyond the calls that use the parameters. `loss_parallel`: outputs that are sharded on
+    their last dim stay so.
     """
 
-    def __init__(self, params=(), through=(), whole=(), outer=(), loss_parallel=False):
+    def __init__(self, params=(), through=(), loss_parallel=False):
         self.loss_parallel = loss_parallel
-        self.params, self.through = dict(params), set(through)
-        self.whole, self.outer = set(whole), dict(outer)
+        self.params: dict[ParamName, ShardedParam] = dict(params)
+        self.through: set[Axis] = set(through)
         self.dear = {}  # what was decided of lines of code before, as Layout has it
+
+    def gather(self, names):
+        """Gather these parameters before their use."""
+        for name in names:
+            self.params[name] = replace(self.params[name], gathered=True)
 
     def follow(self, names, graph, axes):
         """Split these parameters too, along the axes that stay sharded through the model, where
         they have one."""
-        through = dict.fromkeys(
-            axis for _, axis in self.params.values() if axis in self.through
-        )  # every rank's order
+        # in every rank's order
+        through = dict.fromkeys(p.axis for p in self.params.values() if p.axis in self.through)
         for name in sorted(names):
             for axis in through:
-                at = axis.find(axes, graph.params[name])
-                if at and at[1] == 1:
-                    self.params.setdefault(name, (at[0], axis))
-
-
-def pieces(sharding, name):
-    """Of how many equal pieces the split dim of a parameter is as it is stored."""
-    outer = sharding.outer.get(name, 1)
-    return outer if type(outer) is int else 1
+                split = axis.find(axes, graph.params[name])
+                if split and split.blocks == 1:
+                    self.params.setdefault(name, ShardedParam(split.dim, axis))

@@ -3,6 +3,7 @@
 import torch
 
 from ..axes.sharding import AVERAGED, PARTIAL
+from ..axes.split import NotSplit, Split
 from ..utils import is_float
 
 LINEAR = set(
@@ -82,11 +83,8 @@ class Analysis:
             or target.dtype.is_floating_point
         ):
             return False
-        if given.get("weight") is not None or self.axis.find(self.axes, x) != (
-            min(1, len(x.shape) - 1),
-            1,
-            1,
-        ):
+        classes = Split(min(1, len(x.shape) - 1), self.axis.size)
+        if given.get("weight") is not None or self.axis.find(self.axes, x) != classes:
             return False
         self.instead, self.out = x, {v.id: None for v in self.call.outputs.values()}
         return True
@@ -130,21 +128,21 @@ class Analysis:
                 return self.fail("it takes a mean over shards that may be uneven")
             outs = [(v, self.axis.find(self.axes, v)) for v in node.outputs]
             if hit:
-                if any(at is not None for _, at in outs):
+                if any(at is not NotSplit.ABSENT for _, at in outs):
                     return self.fail(f"{op_name(node.op)} has the axis twice")
-            elif op_name(node.op).startswith("new_") and outs[0][1] is None:
+            elif op_name(node.op).startswith("new_") and outs[0][1] is NotSplit.ABSENT:
                 continue  # it reads no values
-            elif not outs or outs[0][1] in (None, False):
+            elif not outs or not outs[0][1]:
                 return self.fail(f"{op_name(node.op)} loses the axis")
             found = len(self.slices)
             for v in ins.values():
                 if states.get(v.id) is not None:
                     continue
                 at = self.axis.find(self.axes, v)
-                if at is False:
+                if at is NotSplit.IN_PART:
                     return self.fail(f"{op_name(node.op)} has a part of the axis")
                 roots = self.roots(v)
-                if at is not None:
+                if at:
                     carrying = [r for r in roots if self.axis.find(self.axes, r)]
                     if len(roots) != 1 or len(carrying) != 1:
                         return self.fail(f"{op_name(node.op)} makes the axis anew")
@@ -167,7 +165,7 @@ class Analysis:
             if len(self.slices) > found:
                 return False
             if hit and effect.lookup:
-                whole_dim = self.axis.find(self.axes, node.inputs[0]) == (0, 1, 1)
+                whole_dim = self.axis.find(self.axes, node.inputs[0]) == Split(0, self.axis.size)
                 if self.call.name != "embedding" or not whole_dim:
                     return self.fail("it looks rows up otherwise than F.embedding in all rows")
                 self.instead = node.inputs[0]

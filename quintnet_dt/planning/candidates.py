@@ -10,7 +10,7 @@ from ..axes.sharding import Axis
 
 @dataclass
 class Candidate:
-    """An axis of the model, tried alone: the parameters it runs through as {name: (dim, outer)},
+    """An axis of the model, tried alone: the parameters it runs through as {name: ShardedParam},
     the calls that touch it, bytes a step."""
 
     axis: Axis

@@ -10,6 +10,7 @@ torch-function mode around that module's forward.
 from collections import Counter
 from dataclasses import dataclass, field
 
+from ..axes.action import SPLIT, SUM
 from ..axes.sharding import PARTIAL, LayoutError
 from ..running.kinds import call_kind
 from ..running.memory import is_contiguous
@@ -129,7 +130,7 @@ class _Compiler:
             program, seen = self.per_run[id(m)], {
                 v.id for v in (*m.inputs.values(), *m.outputs.values())
             }
-            split = any(a.kind == "split" for actions in program.inputs.values() for a in actions)
+            split = any(a.kind == SPLIT for actions in program.inputs.values() for a in actions)
             program.inside = split or any(
                 states.get(i) is not None and i not in whole for i in seen
             )
@@ -197,7 +198,7 @@ class _Compiler:
         """Attach actions to a value where it is made, or, for a sum, at the view it was made of if
         a hook reaches it."""
         chain = [v]
-        while actions[0].kind == "sum" and chain[-1].producer is not None:
+        while actions[0].kind == SUM and chain[-1].producer is not None:
             call = self.graph.calls[chain[-1].producer]
             inputs = list(call.inputs.values())
             if (

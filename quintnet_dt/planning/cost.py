@@ -3,7 +3,18 @@ are fewer."""
 
 from math import fsum
 
-from ..axes.sharding import Action
+from ..axes.action import (
+    ADD_ONCE,
+    EXCHANGE,
+    GATHER,
+    MEAN,
+    SPLIT,
+    SUM,
+    SUM_GRADIENT,
+    TO_DTENSOR,
+    Action,
+)
+from ..axes.split import Split
 
 
 def cost(graph, layout, n):
@@ -16,9 +27,12 @@ def cost(graph, layout, n):
     seen |= {(graph.outputs[p].id, tuple(a)) for p, a in layout.root.items()}
     seen = {(v, a) for v, actions in seen for a in actions}
     for i, at in layout.kept.items():
-        seen |= {(graph.calls[i].inputs[p].id, Action("gather", a.dim)) for p, a in at.items()}
-    losses = [(graph.calls[i], a) for i, a in layout.instead.items() if a.kind == "cross_entropy"]
-    rows = fsum(max(v.nbytes for v in call.inputs.values()) / a.units for call, a in losses)
+        seen |= {
+            (graph.calls[i].inputs[p].id, Action(GATHER, Split(a.split.dim, 0)))
+            for p, a in at.items()
+        }
+    losses = [(graph.calls[i], a) for i, a in layout.instead.items() if a.call == "cross_entropy"]
+    rows = fsum(max(v.nbytes for v in call.inputs.values()) / a.split.units for call, a in losses)
     sent = fsum(
         action_bytes(graph.values[v], a, n) for v, a in seen
     )  # rounded once: the same in any order of the set
@@ -28,10 +42,12 @@ def cost(graph, layout, n):
 def action_bytes(value, action, n):
     """Bytes that a rank sends for one action on a value, forward and backward."""
     share = value.nbytes * (n - 1) / n
-    passes = {"sum": 2, "mean": 2, "gather": 1, "once": 0, "shard": 0}
-    if action.kind in ("enter", "split"):  # these send in the backward only
-        passes |= {"enter": 2, "split": 1} if value.differentiable else {"enter": 0, "split": 0}
-    passes["exchange"] = (2 if value.differentiable else 1) / n
+    passes = {SUM: 2, MEAN: 2, GATHER: 1, ADD_ONCE: 0, TO_DTENSOR: 0}
+    if action.kind in (SUM_GRADIENT, SPLIT):  # these send in the backward only
+        passes |= (
+            {SUM_GRADIENT: 2, SPLIT: 1} if value.differentiable else {SUM_GRADIENT: 0, SPLIT: 0}
+        )
+    passes[EXCHANGE] = (2 if value.differentiable else 1) / n
     return share * passes[action.kind]
 
 
@@ -45,7 +61,7 @@ def hoist(graph, layout):
             for path, v in call.inputs.items():
                 readers.setdefault(v.id, []).append((call, path))
     kept = {v.id for v in (*graph.outputs.values(), *graph.stored)} | graph.seen.keys()
-    enter = Action("enter")
+    enter = Action(SUM_GRADIENT)
 
     def entered(v):
         return [

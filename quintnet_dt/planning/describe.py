@@ -1,6 +1,6 @@
 """A plan as a user reads it, of a forward that was traced, or of none."""
 
-from ..axes.sharding import pieces
+from ..axes.action import GATHER
 from ..parts import named_parameters
 from ..plan import (
     EXCHANGED,
@@ -49,13 +49,13 @@ def describe(planner, sharding, layout, fixed):
     plan.loss_parallel = planner.loss_parallel
     completed = _Completed(planner, layout)
     for name, v in planner.params.items():
-        dim, axis = sharding.params.get(name, (None, None))
-        entry = plan.entries[name] = Entry(
-            name, v.shape, dim, pieces(sharding, name), why=planner.why.get(name, "")
-        )
-        if axis is None:
+        entry = plan.entries[name] = Entry(name, v.shape, why=planner.why.get(name, ""))
+        param = sharding.params.get(name)
+        if param is None:
             entry.why = "small" if planner.n > 1 else "one rank holds all"
-        elif name in sharding.whole:
+            continue
+        axis, entry.dim, entry.pieces = param.axis, param.dim, param.blocks
+        if param.gathered:
             entry.how = WEIGHT_GATHERED
             entry.why = (
                 entry.why if planner.users.get(name) else "the traced forward did not reach it"
@@ -63,14 +63,14 @@ def describe(planner, sharding, layout, fixed):
         elif axis in sharding.through:
             entry.units = axis.size
             entry.why = f"an axis of {axis.size} units, {axis.size // planner.n} a rank"
-            if isinstance(sharding.outer.get(name), tuple):
+            if param.exchanged:
                 entry.how = EXCHANGED
             else:
                 entry.how = GATHERED if completed.at_once(name, axis) else LOCAL
         else:
             entry.how = GATHERED
-        if name in fixed and planner.n > 1:
-            entry.why = "set by the user"
+    for name in fixed.keys() & plan.entries.keys() if planner.n > 1 else ():
+        plan.entries[name].why = "set by the user"
     return plan
 
 
@@ -102,4 +102,4 @@ class _Completed:
 
 
 def _gathers(actions):
-    return bool(actions) and actions[0].kind == "gather"
+    return bool(actions) and actions[0].kind == GATHER

@@ -7,6 +7,7 @@ forward's, position by position, and numbers that were written for the whole dim
 
 from dataclasses import dataclass
 
+from ..axes.split import Range, joined
 from ..comm_ops import chunk_sizes
 from ..running.program import Bound
 from ..utils import leaves
@@ -88,7 +89,7 @@ def other_elements(call, local_cuts, axis, axes, n):
         return "it cuts a dim in other places on shards"
     for (node, whole), local in zip(expected, local_cuts):
         at = None if axis is None else axis.find(axes, node.inputs[0])
-        if not at or at[0] != whole.dim:
+        if not at or at.dim != whole.dim:
             if whole != local:
                 return (
                     f"{whole.name} takes {local.parts} of dim {whole.dim} on shards, not"
@@ -110,52 +111,27 @@ def _own_parts(node, whole, local, at, axis, axes, n):
         return False  # numbers that suit one rank's length suit no other's
     for out, theirs, mine in zip(node.outputs, whole.parts, local.parts):
         out_at = axis.find(axes, out)
-        if theirs.step != 1 or mine.step != 1 or not out_at or out_at[0] != at[0]:
+        if theirs.step != 1 or mine.step != 1 or not out_at or out_at.dim != at.dim:
             return False
         for rank in range(n):
             wanted = [
-                (theirs.start + start, length)
-                for start, length in segments(out_at, axis.size, rank, n)
+                Range(theirs.start + start, length)
+                for start, length in joined(out_at.ranges(rank, n))
             ]
-            if _taken(segments(at, axis.size, rank, n), mine) != wanted:
+            if _taken(joined(at.ranges(rank, n)), mine) != wanted:
                 return False
     return True
 
 
-def segments(at, units, rank, n):
-    """[(start, length), ...]: where one rank's part of a sharded dim lies in the whole dim. `at` as
-    `Axis.find`."""
-    _, outer, inner = at
-    sizes = chunk_sizes(units, n)
-    before, mine = sum(sizes[:rank]), sizes[rank]
-    start, found = 0, []
-    for count, width in outer if isinstance(outer, tuple) else ((outer, inner),):
-        for _ in range(count):
-            found.append((start + before * width, mine * width))
-            start += units * width
-    return _joined(found)
-
-
-def _taken(found, part):
-    """The segments of a part of what lies one after the other in some segments."""
+def _taken(ranges, part):
+    """The ranges of a part of what lies one after the other in some ranges."""
     taken, at, end = [], 0, part.start + part.length
-    for start, length in found:
+    for start, length in ranges:
         first, last = max(part.start, at), min(end, at + length)
         if first < last:
-            taken.append((start + first - at, last - first))
+            taken.append(Range(start + first - at, last - first))
         at += length
-    return _joined(taken)
-
-
-def _joined(found):
-    """Segments, those that touch made one."""
-    joined = []
-    for start, length in found:
-        if joined and sum(joined[-1]) == start:
-            joined[-1] = (joined[-1][0], joined[-1][1] + length)
-        else:
-            joined.append((start, length))
-    return joined
+    return joined(taken)
 
 
 # ---- the numbers themselves
@@ -209,8 +185,8 @@ def bounds(call, given, axis, axes, n):
     at = None if axis is None else axis.find(axes, call.args[0][0])
     if not at:
         return {}
-    size, dims = call.args[0][0].shape[at[0]], indexed_dims(call)
-    numbers = {path: x for path, x in leaves(given) if dims.get(path) == at[0] and _is_int(x)}
+    size, dims = call.args[0][0].shape[at.dim], indexed_dims(call)
+    numbers = {path: x for path, x in leaves(given) if dims.get(path) == at.dim and _is_int(x)}
     return {path: Bound(x, _of_shard(x, size, n)) for path, x in numbers.items()}
 
 

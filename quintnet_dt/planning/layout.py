@@ -6,11 +6,23 @@ replicated tensor that enters a call which works on a shard gets a partial gradi
 action `enter` (identity forward, all-reduce backward) sums it.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import combinations
 from math import prod
 
-from ..axes.sharding import AVERAGED, PARTIAL, Action, Axis, LayoutError, pieces
+from ..axes.action import (
+    ADD_ONCE,
+    EXCHANGE,
+    GATHER,
+    MEAN,
+    SPLIT,
+    SUM,
+    SUM_GRADIENT,
+    TO_DTENSOR,
+    Action,
+    OnShard,
+)
+from ..axes.sharding import AVERAGED, PARTIAL, Axis, LayoutError
 from ..utils import is_float
 from .analysis import FIRST, Analysis, linear, op_name
 
@@ -24,8 +36,7 @@ class Layout:
     values: dict = field(default_factory=dict)
     root: dict = field(default_factory=dict)
     states: dict = field(default_factory=dict)  # value id -> state as its call makes it
-    # Call index -> Action: what on_shard.py runs in its place, and where its shard lies in the
-    # whole.
+    # Call index -> OnShard: what on_shard.py runs in its place.
     instead: dict = field(default_factory=dict)
     # Call index -> {path: Action}: buffers that the call updates, on its part of them.
     kept: dict = field(default_factory=dict)
@@ -51,21 +62,28 @@ class _Pass:
         self.now = {}  # value id -> state after the actions on it
         self.pending = {}  # value id -> Partial value, not yet summed or passed on
         self.use_count = graph.use_count
-        for name, (dim, axis) in sharding.params.items():
+        self.gathered = set()  # ids of weights that are gathered before their use
+        for name, param in sharding.params.items():
             if name in graph.params:
-                v, outer = graph.params[name], sharding.outer.get(name, 1)
-                self.now[v.id] = axis
-                if (
-                    name not in sharding.whole
-                    and type(outer) is int
-                    and (axis.find(axes, v) or ())[:2] != (dim, outer)
-                ):
-                    raise LayoutError(
-                        f"{name} lies otherwise in memory than its axis does in it", axis=axis
-                    )
-        self.gathered = {graph.params[name].id for name in sharding.whole if name in graph.params}
+                self.now[graph.params[name].id] = param.axis
+                self.start(name, param)
         for i, action in graph.given.items():
             self.now[i] = self.layout.states[i] = self.given_axis(graph.values[i], action)
+
+    def start(self, name, param):
+        """Check that a sharded parameter is stored as its axis needs it."""
+        v = self.graph.params[name]
+        if param.gathered:
+            self.gathered.add(v.id)
+        elif not param.exchanged:
+            split = param.axis.find(self.axes, v)
+            if not split or (split.dim, split.blocks) != (param.dim, param.blocks):
+                reason = f"{name} lies otherwise in memory than its axis does in it"
+                raise LayoutError(reason, axis=param.axis)
+
+    def exchanged(self, v):
+        """Whether a value is a weight whose rows are exchanged before its use."""
+        return v.param in self.sharding.params and self.sharding.params[v.param].exchanged
 
     def run(self, calls):
         for call in calls:
@@ -74,12 +92,11 @@ class _Pass:
         for path, v in self.graph.outputs.items():
             state = self.now.get(v.id)
             if state is not None and state is not PARTIAL:
-                whole = [self.action("gather", v, state)]
-                if self.sharding.loss_parallel and (whole[0].dim, whole[0].outer) == (
-                    len(v.shape) - 1,
-                    1,
-                ):
-                    self.layout.root[path] = [replace(whole[0], kind="shard")]
+                split = self.split(v, state)
+                whole = [Action(GATHER, split)]
+                on_last_dim = split.dim == len(v.shape) - 1 and split.blocks == 1
+                if self.sharding.loss_parallel and on_last_dim:
+                    self.layout.root[path] = [Action(TO_DTENSOR, split)]
                 elif (
                     self.use_count[v.id] == 1
                     and v.producer is not None
@@ -104,17 +121,16 @@ class _Pass:
         for path, place, v in self.graph.held:
             at, state = self.layout.shards.setdefault(path, {}), v and self.now.get(v.id)
             if state is not None:
-                at[place] = self.action("gather", v, state)
+                at[place] = self.action(GATHER, v, state)
         return self.layout
 
     def given_axis(self, v, action):
         """The axis of a shard that was kept from an earlier call."""
-        factors = self.axes.final(v)[action.dim]
+        split = action.split
+        factors = self.axes.final(v)[split.dim]
         for i, j in combinations(range(len(factors) + 1), 2):
-            if (prod(f.size for f in factors[:i]), prod(f.size for f in factors[i:j])) == (
-                action.outer,
-                action.units,
-            ):
+            outer, units = prod(f.size for f in factors[:i]), prod(f.size for f in factors[i:j])
+            if (outer, units) == (split.blocks, split.units):
                 return Axis(tuple(factors[i:j]))
         raise LayoutError(
             f"a shard kept from an earlier call, of shape {v.shape}, is used in another way than"
@@ -122,23 +138,23 @@ class _Pass:
         )
 
     def action(self, kind, value, axis):
-        dim, outer, inner = axis.find(self.axes, value)
-        if (
-            type(outer) is int
-            and outer != 1
-            and not (axis.axes or self.axes).steady_within(value, dim, axis.factors[-1])
+        return Action(kind, self.split(value, axis))
+
+    def split(self, value, axis):
+        """How a value is split along an axis that it has."""
+        split = axis.find(self.axes, value)
+        if split.blocks not in (1, None) and not (axis.axes or self.axes).steady_within(
+            value, split.dim, axis.factors[-1]
         ):
             raise LayoutError("where the axis lies depends on sizes that may vary", axis=axis)
-        return Action(kind, dim, axis.size, inner, outer)
+        return split
 
     def weight_gather(self, v):
-        dim, _ = self.sharding.params[v.param]
-        outer = pieces(self.sharding, v.param)
-        return Action("gather", dim, v.shape[dim] // outer, 1, outer)
+        return Action(GATHER, self.sharding.params[v.param].split(v.shape))
 
     def sum_value(self, v):
         self.pending.pop(v.id, None)
-        self.layout.values.setdefault(v.id, []).append(Action("sum"))
+        self.layout.values.setdefault(v.id, []).append(Action(SUM))
         self.now[v.id] = None
 
     def step(self, call):
@@ -147,12 +163,8 @@ class _Pass:
         for path, v in call.inputs.items():
             if v.id in self.gathered and state[v.id] is not None:
                 self.use(call, path, self.weight_gather(v))
-            elif v.param and isinstance(self.sharding.outer.get(v.param), tuple):
-                found = self.action("exchange", v, state[v.id])
-                parts = (
-                    found.outer if isinstance(found.outer, tuple) else ((found.outer, found.inner),)
-                )
-                self.use(call, path, replace(found, outer=parts, inner=0))
+            elif self.exchanged(v):
+                self.use(call, path, self.action(EXCHANGE, v, state[v.id]))
         state = {i: None if i in self.gathered else s for i, s in state.items()}
         active = [s for s in dict.fromkeys(state.values()) if s is not None and s is not PARTIAL]
         partial = [inputs[i] for i, s in state.items() if s is PARTIAL]
@@ -162,7 +174,7 @@ class _Pass:
                 for v in partial:
                     self.pending.pop(v.id, None)
                 for path in scales:
-                    self.use(call, path, Action("enter"))
+                    self.use(call, path, Action(SUM_GRADIENT))
                 return self.outputs(call, {v.id: PARTIAL for v in call.outputs.values()})
             for v in partial:
                 self.sum_value(v)
@@ -184,26 +196,24 @@ class _Pass:
             self.layout.blockers.append((call, reason))
         for path, v in call.inputs.items():
             if state[v.id] in active and (reason or state[v.id] != axis):
-                if v.param and isinstance(
-                    self.sharding.outer.get(v.param), tuple
-                ):  # as it is stored, not exchanged
+                if self.exchanged(v):  # gathered as it is stored, instead
                     self.layout.uses[call.index, path] = [self.weight_gather(v)]
                 else:
-                    self.use(call, path, self.action("gather", v, state[v.id]))
+                    self.use(call, path, self.action(GATHER, v, state[v.id]))
         if reason:
             return
         self.layout.axis_of[call.index] = axis
         for path, v in call.inputs.items():
             if v.id in effect.kept:
-                self.layout.kept.setdefault(call.index, {})[path] = self.action("split", v, axis)
+                self.layout.kept.setdefault(call.index, {})[path] = self.action(SPLIT, v, axis)
             elif v.id in effect.slices:
-                self.use(call, path, self.action("split", v, axis))
+                self.use(call, path, self.action(SPLIT, v, axis))
             elif v.id in effect.once:
-                self.use(call, path, Action("once"))
+                self.use(call, path, Action(ADD_ONCE))
             elif v.id in effect.enter:
-                self.use(call, path, Action("enter"))
+                self.use(call, path, Action(SUM_GRADIENT))
         if effect.instead is not None:
-            self.layout.instead[call.index] = self.action(call.name, effect.instead, axis)
+            self.layout.instead[call.index] = OnShard(call.name, self.split(effect.instead, axis))
         self.outputs(call, effect.out)
 
     def use(self, call, path, action):
@@ -277,7 +287,7 @@ class _Pass:
             if state is PARTIAL:
                 self.pending[v.id] = v
             if state is AVERAGED:
-                self.layout.values.setdefault(v.id, []).append(Action("mean"))
+                self.layout.values.setdefault(v.id, []).append(Action(MEAN))
                 self.now[v.id] = None
             elif (
                 state is None
@@ -287,7 +297,7 @@ class _Pass:
             ):
                 self.now[v.id] = state
             else:  # a weight's own axis ends here
-                self.layout.values.setdefault(v.id, []).append(self.action("gather", v, state))
+                self.layout.values.setdefault(v.id, []).append(self.action(GATHER, v, state))
                 self.now[v.id] = None
 
 

@@ -11,7 +11,7 @@ import torch
 from ..agreement import agree_on, check_batch, in_pipeline
 from ..around import look_around, undisturbed
 from ..axes.axes import Axes, lone_axis, own_axis
-from ..axes.sharding import Axis, LayoutError, Sharding
+from ..axes.sharding import Axis, LayoutError, ShardedParam, Sharding
 from ..in_step import CHECKED, Apart, InStep
 from ..parts import named_modules, named_parameters
 from ..plan import EXCHANGED, WEIGHT_GATHERED, TensorParallelPlan
@@ -292,48 +292,44 @@ def shared_axis(name, entry, graph, axes, alone):
     for p, axis in alone.get(min(calls), {}).items():
         if (
             calls <= indices(graph.users[p])
-            and (at := axis.find(axes, v))
-            and at[1] == entry.pieces
+            and (split := axis.find(axes, v))
+            and split.blocks == entry.pieces
         ):
             return axis
     return None
 
 
+def axis_of_entry(entry, value, axes, n):
+    """The axis of the model along which an applied plan splits a parameter, in another forward."""
+    for factors in spans([axes.final(value)[entry.dim]]):
+        for i, j in combinations(range(len(factors) + 1), 2):
+            axis = Axis(tuple(factors[i:j]))
+            split = axis.find(axes, value) if divides(axis.factors, n) else None
+            if split and (split.blocks == entry.pieces) != (entry.how == EXCHANGED):
+                return axis
+    return None
+
+
 def sharding_of(plan, graph, axes):
     """The Sharding of an applied plan in another forward's graph."""
-    sharding, alone = Sharding(loss_parallel=plan.loss_parallel), {}
+    sharding = Sharding(loss_parallel=plan.loss_parallel)
+    alone = {}  # call index -> {weight that is split alone: its axis}
     for name, e in plan.entries.items():
         if e.dim is None or name not in graph.params:
             continue
-        dim, axis = axes.final(graph.params[name])[e.dim], None
-        if e.units:
-            for factors in spans([dim]):
-                for i, j in combinations(range(len(factors) + 1), 2):
-                    found = (
-                        Axis(tuple(factors[i:j])) if divides(factors[i:j], plan.tp_size) else None
-                    )
-                    at = found and found.find(axes, graph.params[name])
-                    if (
-                        at
-                        and axis is None
-                        and (at[1] != 1 if e.how == EXCHANGED else at[1] == e.pieces)
-                    ):
-                        axis, sharding.outer[name] = found, (
-                            (at[1:],) if e.how == EXCHANGED and at[2] else at[1]
-                        )
+        axis = axis_of_entry(e, graph.params[name], axes, plan.tp_size) if e.units else None
         if axis is not None:
             sharding.through.add(axis)
-        else:
-            if e.how in (WEIGHT_GATHERED, EXCHANGED) or e.pieces > 1:
-                sharding.whole.add(name)
-            axis, sharding.outer[name] = shared_axis(name, e, graph, axes, alone), e.pieces
-            if axis is None:
-                axis = (
-                    lone_axis(e.shape[e.dim])
-                    if name in sharding.whole
-                    else own_axis(graph, name, e.dim)
-                )
-            for call in graph.users.get(name, ()):
-                alone.setdefault(call.index, {})[name] = axis
-        sharding.params[name] = (e.dim, axis)
+            exchanged = e.how == EXCHANGED
+            sharding.params[name] = ShardedParam(e.dim, axis, e.pieces, exchanged)
+            continue
+        gathered = e.how in (WEIGHT_GATHERED, EXCHANGED) or e.pieces > 1
+        axis = shared_axis(name, e, graph, axes, alone)
+        if axis is None and gathered:
+            axis = lone_axis(e.shape[e.dim])
+        elif axis is None:
+            axis = own_axis(graph, name, e.dim)
+        for call in graph.users.get(name, ()):
+            alone.setdefault(call.index, {})[name] = axis
+        sharding.params[name] = ShardedParam(e.dim, axis, e.pieces, gathered=gathered)
     return sharding

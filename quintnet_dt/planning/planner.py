@@ -5,9 +5,11 @@ from functools import cached_property
 from itertools import combinations, groupby
 from math import fsum
 
+from ..axes.action import GATHER
 from ..axes.axes import lone_axis, own_axis
 from ..axes.factors import flat
-from ..axes.sharding import Axis, LayoutError, Sharding
+from ..axes.sharding import Axis, LayoutError, ShardedParam, Sharding
+from ..axes.split import NotSplit
 from .candidates import Candidate, Way, divides, indices, regions, spans
 from .compile import compile_programs
 from .cost import cost, hoist
@@ -86,18 +88,23 @@ class Planner:
             axis, params = Axis(factors), {}
             of_inputs = not self._input_factors.isdisjoint(flat(factors))
             for name in dict.fromkeys(names):
-                at = axis.find(self.axes, self.params[name])
-                if at and of_inputs and at[0] in self._cut_by_numbers.get(name, ()):
+                split = axis.find(self.axes, self.params[name])
+                if not split or self.fixed.get(name, split.dim) != split.dim:
+                    continue
+                if of_inputs and split.dim in self._cut_by_numbers.get(name, ()):
                     continue  # a table of positions, of which another input takes other rows
-                if at and (name not in self.fixed or self.fixed[name] == at[0]):
-                    params[name] = at[0], (
-                        ((at[1], at[2]),) if self.contiguous and at[1] != 1 and at[2] else at[1]
-                    )
+                params[name] = self.stored(axis, split)
             if sum(map(self.numel, params)):
                 touched = {i: c for f in factors for i, c in self.touch.get(f, {}).items()}
                 calls = [c for _, c in sorted(touched.items())]
                 if calls:  # an axis of weights that the forward did not reach runs nowhere
                     yield Candidate(axis, params, calls, sum(map(self.numel, params)))
+
+    def stored(self, axis, split):
+        """How a parameter is stored that an axis of the model splits so."""
+        if split.blocks is None or (self.contiguous and split.blocks != 1):
+            return ShardedParam(split.dim, axis, exchanged=True)
+        return ShardedParam(split.dim, axis, split.blocks)
 
     @cached_property
     def _input_factors(self):
@@ -137,11 +144,7 @@ class Planner:
         while whole:  # weights that a call needs whole are left out
             for p in whole:
                 params.pop(p, None)
-            split = {p: (d, candidate.axis) for p, (d, _) in params.items()}
-            outer = {p: o for p, (_, o) in params.items() if o != 1}
-            sharding = Sharding(
-                split, {candidate.axis}, outer=outer, loss_parallel=self.loss_parallel
-            )
+            sharding = Sharding(params, {candidate.axis}, loss_parallel=self.loss_parallel)
             try:
                 layout = lay_out(self.graph, self.axes, sharding, candidate.calls)
             except LayoutError as e:
@@ -176,7 +179,7 @@ class Planner:
         gathered = [
             self.graph.calls[i].inputs[p].id
             for (i, p), a in layout.uses.items()
-            if a[0].kind == "gather"
+            if a[0].kind == GATHER
         ]
         return set().union(*(self.graph.made_of.get(v, ()) for v in gathered))
 
@@ -192,10 +195,7 @@ class Planner:
         for c in (c for region in groups for c in self._best(region)):
             used_by.update((x.index, c.axis) for x in c.calls)
             sharding.through.add(c.axis)
-            for p, (dim, outer) in c.params.items():
-                sharding.params[p] = (dim, c.axis)
-                if outer != 1:
-                    sharding.outer[p] = outer
+            sharding.params.update(c.params)
         self.fill(sharding, used_by)
         return sharding
 
@@ -254,7 +254,7 @@ class Planner:
         axis = own_axis(self.graph, name, dim)
         given = self.graph.modules[0].inputs.values()
         of_inputs = dim in self._cut_by_numbers.get(name, ()) and any(
-            axis.find(self.axes, x) is not None for x in given
+            axis.find(self.axes, x) is not NotSplit.ABSENT for x in given
         )
         if of_inputs or not axis.find(self.axes, v):
             return gathered
@@ -267,10 +267,10 @@ class Planner:
                 and x.param not in self.fixed
                 and indices(self.users[x.param]) <= indices(calls)
             )
-            if free and (at := axis.find(self.axes, x)) and at[1] == 1:
+            if free and (split := axis.find(self.axes, x)) and split.blocks == 1:
                 partners[x.param] = 0
         try:
-            split = {p: (d, axis) for p, d in {name: dim, **partners}.items()}
+            split = {p: ShardedParam(d, axis) for p, d in {name: dim, **partners}.items()}
             layout = lay_out(
                 self.graph, self.axes, Sharding(split, loss_parallel=self.loss_parallel), calls
             )
@@ -281,7 +281,7 @@ class Planner:
             gathered.why = "{1}: {0}".format(*layout.blockers[0])
             return gathered
         way = Way(dim, axis, cost(self.graph, layout, self.n), False, partners)
-        square = Axis(tuple(self.axes.final(v)[dim])).find(self.axes, v) is False
+        square = Axis(tuple(self.axes.final(v)[dim])).find(self.axes, v) is NotSplit.IN_PART
         if (
             square and way.bytes > gathered.bytes
         ):  # one that mixes places, with few weights for its activations
@@ -304,9 +304,9 @@ class Planner:
                 # there
                 continue
             for p, d in {name: way.dim, **way.partners}.items():
-                sharding.params[p] = (d, way.axis)
+                sharding.params[p] = ShardedParam(d, way.axis)
             if way.gathered:
-                sharding.whole.add(name)
+                sharding.gather([name])
                 self.why[name] = way.why
 
 
@@ -324,9 +324,8 @@ def settle(planner, model, args, kwargs, device=None, sharding=None):
     while True:
         try:
             layout = hoist(graph, lay_out(graph, axes, sharding))
-            if (
-                sharding.whole == sharding.params.keys() and not graph.given
-            ):  # it computes as the whole model does
+            if not graph.given and all(p.gathered for p in sharding.params.values()):
+                # it computes as the whole model does
                 return sharding, layout, compile_programs(graph, layout)
             return (
                 sharding,
@@ -336,14 +335,14 @@ def settle(planner, model, args, kwargs, device=None, sharding=None):
         except LayoutError as first:
             known = len(banned)
             for e in (first, *first.others):
-                names = {p for p, (_, a) in sharding.params.items() if e.axis in (a, None)}
+                names = {p for p, x in sharding.params.items() if e.axis in (x.axis, None)}
                 planner.note(names, str(e))
                 if e.axis in sharding.through and not fixed:
                     banned.add(e.axis)
                 elif e.axis in sharding.through:  # its weights compute alone, completed at once
                     sharding.through.discard(e.axis)
-                elif names - sharding.whole:
-                    sharding.whole |= names
+                elif not all(sharding.params[p].gathered for p in names):
+                    sharding.gather(names)
                 elif e is first:
                     raise
             sharding = planner.choose(banned) if len(banned) > known else sharding

@@ -9,7 +9,7 @@ the same way.
 
 import torch
 
-from ..axes.sharding import Axis, LayoutError, pieces
+from ..axes.sharding import Axis, LayoutError
 from ..comm_ops import SimulatedGroup, chunk_sizes
 from ..ddp import whole_shape
 from ..parts import parameters
@@ -29,7 +29,7 @@ from ..utils import leaves, quiet, replace, silence, tensors
 from .analysis import aligned_only, copes, op_name
 from .compile import Found, compile_programs
 from .indexing import CUTS, INDEXING, bounds, cut_of, indexed_dims, other_elements
-from .sizes import SIZES, groups_at, localise, width
+from .sizes import SIZES, groups_at, localise
 
 
 def prove(model, args, kwargs, graph, axes, layout, sharding, n, device=None):
@@ -58,11 +58,10 @@ def run_local(model, args, kwargs, programs, checker, sharding, n, device=None):
     """Run rank 0's forward of n on fake tensors under `checker`."""
 
     def shape(name, p):
-        whole = list(whole_shape(p))
-        if name in sharding.params:
-            dim, k = sharding.params[name][0], pieces(sharding, name)
-            whole[dim] = k * chunk_sizes(whole[dim] // k, n)[0]
-        return whole
+        whole = tuple(whole_shape(p))
+        if name not in sharding.params:
+            return whole
+        return sharding.params[name].split(whole).local_shape(whole, 0, n)
 
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     copied = ghost(model, fake_mode, local_shape=shape, device=device)
@@ -126,9 +125,7 @@ class _Checker(Recorder):
         state = self.layout.states.get(v.id)
         if not isinstance(state, Axis):
             return v.shape
-        at, shape = state.find(self.axes, v), list(v.shape)
-        shape[at[0]] = width(at) * chunk_sizes(state.size, self.n)[0]
-        return tuple(shape)
+        return state.find(self.axes, v).local_shape(v.shape, 0, self.n)
 
     def run_call(self, name, func, args, kwargs):
         self.at = next_seen(self.whole, self.at)
@@ -160,7 +157,7 @@ class _Checker(Recorder):
                 for v in (*call.inputs.values(), *call.outputs.values())
             ]
             if any(
-                at and width(at) * size * v.dtype.itemsize % 16 for v, at in found for size in sizes
+                at and at.width * size * v.dtype.itemsize % 16 for v, at in found for size in sizes
             ):
                 self.note(
                     "a rank's rows would not be of multiples of 16 bytes, which this operator wants"
@@ -251,7 +248,7 @@ class _Checker(Recorder):
             if axis is None or call.name not in INDEXING
             else axis.find(self.axes, call.args[0][0])
         )
-        places = {path for path, dim in indexed_dims(call).items() if dim == at[0]} if at else ()
+        places = {path for path, dim in indexed_dims(call).items() if dim == at.dim} if at else ()
         for (path, now), (_, then) in zip(leaves((args, kwargs)), leaves(call.args)):
             if not isinstance(now, (int, float, complex)) or now == then:
                 continue

@@ -13,12 +13,6 @@ SIZES = set(
 CONVOLUTIONS = "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split()
 
 
-def width(at):
-    """How long a dim is in which an axis lies so (see `Axis.find`), for each unit of the axis."""
-    _, outer, inner = at
-    return sum(o * i for o, i in outer) if isinstance(outer, tuple) else outer * inner
-
-
 def groups_at(call, args):
     """The path of the number of groups in a group norm's or a convolution's arguments; None in
     other calls."""

@@ -8,6 +8,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from .. import comm_ops
+from ..axes.action import GATHER, Action
 from ..private import RecomputationEnds, compiling, not_compiled, top_not_compiled, within_compiled
 from ..tracing.composites import restated
 from ..utils import by_torch, call_name, lookup, quiet, replace, silence, tensors
@@ -202,6 +203,6 @@ def _gather_buffers(context, whole, parts, at):
             x = lookup(parts, p)
             alike.setdefault((a, x.shape, x.dtype), {})[p] = x
         for (a, _, _), made in alike.items():
-            gather = dataclasses.replace(a, kind="gather", dim=a.dim + 1)
+            gather = Action(GATHER, dataclasses.replace(a.split, dim=a.split.dim + 1))
             for p, x in zip(made, context.act([gather], torch.stack([*made.values()]))):
                 lookup(whole, p).copy_(x)

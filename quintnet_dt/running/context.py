@@ -1,14 +1,15 @@
 """What the hooks of one model share, and the actions: one collective each on one tensor."""
 
-import dataclasses
 import weakref
 from functools import partial
 
 import torch
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from .. import comm_ops
 from ..agreement import share_random_state
+from ..axes.action import ADD_ONCE, EXCHANGE, GATHER, MEAN, SPLIT, SUM, SUM_GRADIENT, TO_DTENSOR
+from ..axes.split import Split
 from ..private import at_end_of_backward, compiling
 from ..tracing.ghost import user_hooks_of_all
 from ..utils import lookup, quiet, replace
@@ -118,14 +119,17 @@ class Context:
         """Apply actions to a tensor."""
         with quiet():
             for a in actions:
-                x = self.shard(x, a) if a.kind == "shard" else _ACTIONS[a.kind](x, a, self.group)
+                if a.kind == TO_DTENSOR:
+                    x = self.to_dtensor(x, a.split)
+                else:
+                    x = _ACTIONS[a.kind](x, a.split, self.group)
         return x
 
-    def shard(self, x, a):
+    def to_dtensor(self, x, split):
         """A DTensor of which `x` is this rank's part."""
         if isinstance(self.group, comm_ops.SimulatedGroup):
             return x
-        return DTensor.from_local(x, self.mesh, [Shard(a.dim)], run_check=False)
+        return DTensor.from_local(x, self.mesh, [split.placement()], run_check=False)
 
     def apply(self, obj, at, fixed=(), depth=-1):
         """Apply `at[path]` to the tensor at each path of a nested argument. A tensor that several
@@ -222,50 +226,55 @@ class _OfOne(torch.autograd.Function):
         return _AddOnce.apply(grad, ctx.first), None
 
 
-def _parts(x, a, group, whole):
-    """View a dim as (outer, units, inner), where outer is not 1; give the dim of the units and each
-    rank's length of it."""
-    units = comm_ops.chunk_sizes(a.units, comm_ops.group_size(group))
-    mine = a.units if whole else units[comm_ops.group_rank(group)]
-    if a.outer == 1:
-        inner = x.shape[a.dim] // mine if mine else a.inner
-        return x, a.dim, [u * inner for u in units], None
-    return x.unflatten(a.dim, (-1, mine, a.inner)), a.dim + 1, units, a.dim
-
-
 def _along(collective, whole):
-    def act(x, a, group):
-        if isinstance(a.outer, tuple):  # piece by piece
-            n = sum(outer * inner for outer, inner in a.outer)
-            parts = x.split(
-                [x.shape[a.dim] // n * outer * inner for outer, inner in a.outer], a.dim
-            )
-            cut = [dataclasses.replace(a, outer=outer, inner=inner) for outer, inner in a.outer]
-            return torch.cat([act(part, piece, group) for part, piece in zip(parts, cut)], a.dim)
-        x, dim, sizes, outer = _parts(x, a, group, whole)
-        x = collective(x, dim, group, sizes)
-        return x if outer is None else x.flatten(outer, outer + 2)
+    """An action that shares each block of a dim by itself."""
+
+    def act(x, split, group):
+        if len(split.segments) > 1:
+            parts = x.split(_lengths(x, split), split.dim)
+            each = [Split(split.dim, split.units, (segment,)) for segment in split.segments]
+            made = [act(part, one, group) for part, one in zip(parts, each)]
+            return torch.cat(made, split.dim)
+        units = comm_ops.chunk_sizes(split.units, comm_ops.group_size(group))
+        present = split.units if whole else units[comm_ops.group_rank(group)]
+        dim, inner = split.dim, split.segments[0].inner
+        if split.blocks == 1:  # what is within a unit may have another length than when traced
+            inner = x.shape[dim] // present if present else inner
+            return collective(x, dim, group, [u * inner for u in units])
+        blocks = x.unflatten(dim, (-1, present, inner))
+        return collective(blocks, dim + 1, group, units).flatten(dim, dim + 2)
 
     return act
 
 
-def _positions(a, group):
-    """Where in the whole dim each rank's part of each piece lies."""
-    n, start, mine = comm_ops.group_size(group), 0, []
-    for outer, inner in a.outer:
-        length = outer * a.units * inner
-        at = torch.arange(start, start + length).view(outer, n, a.units // n * inner)
-        mine.append(at.transpose(0, 1).reshape(n, -1))
-        start += length
-    return torch.cat(mine, 1)
+def _lengths(x, split):
+    """How long each segment is in a tensor that has the dim, or a rank's part of it."""
+    units = x.shape[split.dim] // split.width
+    return [units * outer * inner for outer, inner in split.segments]
 
+
+def _positions(split, group):
+    """Where in the whole dim each rank's part of each block lies."""
+    n, start, found = comm_ops.group_size(group), 0, []
+    for outer, inner in split.segments:
+        length = outer * split.units * inner
+        at = torch.arange(start, start + length).view(outer, n, split.units // n * inner)
+        found.append(at.transpose(0, 1).reshape(n, -1))
+        start += length
+    return torch.cat(found, 1)
+
+
+_gather = _along(comm_ops.all_gather, whole=False)
+_split = _along(comm_ops.split, whole=True)
 
 _ACTIONS = {
-    "enter": lambda x, a, group: comm_ops.copy_in(x, group) if x.requires_grad else x,
-    "sum": lambda x, a, group: comm_ops.all_reduce(x, group),
-    "mean": lambda x, a, group: comm_ops.all_reduce(x, group) / comm_ops.group_size(group),
-    "gather": _along(comm_ops.all_gather, whole=False),
-    "split": _along(comm_ops.split, whole=True),
-    "exchange": lambda x, a, group: comm_ops.exchange(x, a.dim, group, _positions(a, group)),
-    "once": lambda x, a, group: _AddOnce.apply(x, comm_ops.group_rank(group) == 0),
+    SUM_GRADIENT: lambda x, split, group: comm_ops.copy_in(x, group) if x.requires_grad else x,
+    SUM: lambda x, split, group: comm_ops.all_reduce(x, group),
+    MEAN: lambda x, split, group: comm_ops.all_reduce(x, group) / comm_ops.group_size(group),
+    GATHER: _gather,
+    SPLIT: _split,
+    EXCHANGE: lambda x, split, group: comm_ops.exchange(
+        x, split.dim, group, _positions(split, group)
+    ),
+    ADD_ONCE: lambda x, split, group: _AddOnce.apply(x, comm_ops.group_rank(group) == 0),
 }

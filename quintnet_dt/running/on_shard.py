@@ -1,30 +1,31 @@
 """What is run instead of calls that cannot run on a shard: dropout, a lookup of rows, cross entropy
 over classes."""
 
-from dataclasses import replace
-
 import torch
 import torch.nn.functional as F
 
 from .. import comm_ops
+from ..axes.action import SPLIT, Action
 
 
 def on_shard(context, action, func, args, kwargs, order=None):
     """Run a call on this rank's shard, which lies in the whole as `action` says. `order`: of its
     dims in memory in the whole model, where that differs."""
-    if action.kind == "dropout":
+    if action.call == "dropout":
         return _drop_out(context, action, order, func, *args, **kwargs)
-    return _INSTEAD[action.kind](context, action, func, *args, **kwargs)
+    return _INSTEAD[action.call](context, action, func, *args, **kwargs)
 
 
 def _drop_out(context, action, order, func, x, *rest, **kwargs):
     """This rank's part of the whole tensor's mask: results and random states are those of the whole
     model."""
     with torch.no_grad():
-        sizes = comm_ops.chunk_sizes(action.units, comm_ops.group_size(context.group))
+        sizes = comm_ops.chunk_sizes(action.split.units, comm_ops.group_size(context.group))
         shape = list(x.shape)
-        shape[action.dim] = (
-            shape[action.dim] // sizes[comm_ops.group_rank(context.group)] * action.units
+        shape[action.split.dim] = (
+            shape[action.split.dim]
+            // sizes[comm_ops.group_rank(context.group)]
+            * action.split.units
         )
         if order is None:
             order = sorted(
@@ -34,15 +35,15 @@ def _drop_out(context, action, order, func, x, *rest, **kwargs):
         ones = x.new_ones([shape[d] for d in order]).permute(
             [order.index(d) for d in range(x.dim())]
         )
-        mask = context.act([replace(action, kind="split")], func(ones, *rest, **kwargs))
+        mask = context.act([Action(SPLIT, action.split)], func(ones, *rest, **kwargs))
     inplace = kwargs.get("inplace", len(rest) > 2 and rest[2])
     return x.mul_(mask) if inplace else x * mask
 
 
 def _mine(context, action, ids):
-    """Which of the ids in [0, action.units) are elsewhere, and this rank's counted from its first
+    """Which of the ids in [0, action.split.units) are elsewhere, and this rank's counted from its first
     (others are 0)."""
-    sizes = comm_ops.chunk_sizes(action.units, comm_ops.group_size(context.group))
+    sizes = comm_ops.chunk_sizes(action.split.units, comm_ops.group_size(context.group))
     rank = comm_ops.group_rank(context.group)
     ids = ids - sum(sizes[:rank])
     absent = (ids < 0) | (ids >= sizes[rank])
@@ -57,7 +58,7 @@ def _look_up(context, action, func, input, weight, padding_idx=None, *args, **kw
     """
     absent, ids, count = _mine(context, action, input)
     if padding_idx is not None:
-        elsewhere, at, _ = _mine(context, action, torch.tensor(padding_idx % action.units))
+        elsewhere, at, _ = _mine(context, action, torch.tensor(padding_idx % action.split.units))
         padding_idx = None if elsewhere else int(at)
     if count == 0:  # no row to look up: one of zeros, which gets no gradient
         weight = F.pad(weight, (0, 0, 0, 1))
@@ -97,7 +98,7 @@ def _cross_entropy(
     )
     loss = total.log() - own
     if label_smoothing:
-        mean = comm_ops.all_reduce(x.sum(-1), context.group) / action.units
+        mean = comm_ops.all_reduce(x.sum(-1), context.group) / action.split.units
         loss = (1 - label_smoothing) * loss + label_smoothing * (total.log() - mean)
     loss = loss.masked_fill(ignored, 0)
     if reduction != "none":

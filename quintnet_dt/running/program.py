@@ -3,7 +3,7 @@ within it. Pure data."""
 
 from dataclasses import dataclass, field
 
-from ..axes.sharding import Action
+from ..axes.action import OnShard
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class CallProgram:
     kept: dict = field(
         default_factory=dict
     )  # buffers that the call updates: split for it, gathered after it
-    instead: Action | None = None  # what on_shard.py runs in its place
+    instead: OnShard | None = None  # what on_shard.py runs in its place
 
 
 @dataclass

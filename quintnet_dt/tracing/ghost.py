@@ -207,7 +207,7 @@ def fake_inputs(fake_mode, args, kwargs, known=None):
     for _, holder, place, t in held((args, kwargs)) if known is not None else ():
         if (action := shard_kept(holder, place)) is not None:
             shape = list(t.shape)
-            shape[action.dim] = action.outer * action.units * action.inner
+            shape[action.split.dim] = action.split.length
             with fake_mode:
                 memo[id(t)] = torch.empty(shape, dtype=t.dtype, device=t.device)
 
