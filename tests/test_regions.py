@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from quintnet_dt import plan_tensor_parallel
 from quintnet_dt.axes.axes import Axes
 from quintnet_dt.axes.sharding import Sharding
-from quintnet_dt.planning.cost import cost, hoist
+from quintnet_dt.planning.cost import cost
+from quintnet_dt.planning.hoist import hoist
 from quintnet_dt.planning.layout import lay_out
 from quintnet_dt.planning.planner import Planner
 from quintnet_dt.running.program import Program

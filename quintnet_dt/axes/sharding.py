@@ -1,8 +1,4 @@
-"""What is sharded in a model: an Axis, the parameters along it, the states of tensors.
-
-The states of a tensor, seen from one rank: *replicated* (None), *sharded* (the Axis it is a shard
-of), or `PARTIAL` (the ranks' tensors sum to it; `AVERAGED`: their mean is it).
-"""
+"""What is sharded in a model: an Axis, the parameters along it, the states of tensors."""
 
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -10,8 +6,6 @@ from math import prod
 from ..keys import ParamName
 from .factors import leaves
 from .split import NotSplit, Segment, Split
-
-PARTIAL, AVERAGED = "partial", "averaged"
 
 
 class LayoutError(Exception):

@@ -1,199 +1,257 @@
 """One call on a shard: what it needs of its inputs, and what comes out."""
 
+from collections.abc import Iterable
+
 import torch
 
-from ..axes.sharding import AVERAGED, PARTIAL
+from ..axes.axes import Axes, Effect
+from ..axes.sharding import Axis
 from ..axes.split import NotSplit, Split
+from ..axes.state import AVERAGED, LOST, PARTIAL, State
+from ..keys import ValueId
+from ..tracing.graph import Call, Node, Value
 from ..utils import is_float
 
 LINEAR = set(
     "view _unsafe_view reshape t transpose permute unsqueeze squeeze clone alias detach expand "
     "add sub neg slice select".split()
 )
-FIRST = {
-    "div",
-    "index",
-    "index_select",
-    "sum",
-    "mean",
-    "_to_copy",
-}  # linear in their first argument
-ADDITIVE = {
-    "add",
-    "sub",
-}  # only where both are tensors: P + 1 is not the sum of the ranks' (P_r + 1)
+# Linear in their first argument.
+FIRST = {"div", "index", "index_select", "sum", "mean", "_to_copy"}
+# Linear only where both are tensors: P + 1 is not the sum of the ranks' (P_r + 1).
+ADDITIVE = {"add", "sub"}
+# What surely works on an empty shard, beside pointwise operators and linear ones.
+WORKS_ON_NOTHING = LINEAR | FIRST | {"mm", "addmm", "bmm", "embedding"}
 
 
-def op_name(op):
+def op_name(op) -> str:
     """The name of an ATen operator, less its namespace; one of another namespace keeps it."""
     return op._schema.name.removeprefix("aten::")
 
 
-def linear(node):
+def linear(node: Node) -> bool:
     """Whether a node is linear in all its tensor inputs at once: a sum of partial results may then
     be taken after it."""
     name = op_name(node.op)
     return name in LINEAR and (name not in ADDITIVE or len(node.inputs) == 2)
 
 
-def copes(node):
+def copes(node: Node) -> bool:
     """Whether a node surely works on an empty shard: convolutions and norms of nothing fail, or
     crash."""
-    return torch.Tag.pointwise in node.op.tags or op_name(node.op) in LINEAR | FIRST | {
-        "mm",
-        "addmm",
-        "bmm",
-        "embedding",
-    }
+    return torch.Tag.pointwise in node.op.tags or op_name(node.op) in WORKS_ON_NOTHING
 
 
-def aligned_only(node):
+def aligned_only(node: Node) -> bool:
     """Whether a node's kernel wants every tensor's rows to begin at multiples of 16 bytes."""
     return op_name(node.op) == "_grouped_mm"
 
 
+class Refused(Exception):
+    """A call cannot work on a shard of the axis; says why."""
+
+
+class _AnotherSplit(Exception):
+    """One more input has to be split: what was found of the nodes before is to be found anew."""
+
+
 class Analysis:
-    """One call on a shard of one axis: which inputs must be split, entered or added once, and what
-    comes out; or the reason why it needs the whole."""
+    """One call on a shard of one axis: which inputs must be split, which need their gradients
+    summed or are added once, and what comes out; or the reason why it needs the whole.
 
-    def __init__(self, axes, call, axis, state, through):
+    Args: `state`: of the call's inputs by id, those sharded along the axis alone; `through`: the
+    axes that stay sharded through the model.
+    """
+
+    def __init__(
+        self,
+        axes: Axes,
+        call: Call,
+        axis: Axis,
+        state: dict[ValueId, State],
+        through: set[Axis],
+    ):
         self.axes, self.call, self.axis, self.through = axis.axes or axes, call, axis, through
+        self.factors = set(axis.factors)
         self.external = {v.id: v for v in call.inputs.values()}
-        self.given = {i for i, s in state.items() if s is not None}
-        self.slices, self.enter, self.once, self.kept = set(), set(), set(), set()
-        self.instead, self.reason, self.out = None, None, {}
-        self.mine = set(axis.factors)
-        self.made_of = {}  # id of an inner value -> the call's inputs that it is made from, by id
+        self.sharded = {i for i, s in state.items() if s is not None}
+        self.buffers: set[ValueId] = set()  # split for the call, completed after it
+        self.slices: set[ValueId] = set()  # replicated, of which each rank takes its part
+        self.sum_gradient: set[ValueId] = set()  # replicated, their gradients partial
+        self.add_once: set[ValueId] = set()  # addends of a partial sum
+        self.instead: Value | None = None  # the tensor on whose shard on_shard.py works instead
+        self.reason = ""
+        self.out: dict[ValueId, State] = {}
+        self.states: dict[ValueId, State] = {}
+        # Id of an inner value -> the call's inputs that it is made from, by id.
+        self.made_of: dict[ValueId, dict[ValueId, Value]] = {}
 
-    def solve(self):
-        for _ in range(len(self.external) + 1):
-            if self.classes() or self.walk():
+    def solve(self) -> "Analysis":
+        try:
+            if self.sums_over_classes():
                 return self
-        self.reason = self.reason or "its inputs do not agree"
-        return self
+            for _ in range(len(self.external) + 1):  # each time one more input is split
+                if self.walk():
+                    return self
+            raise Refused("its inputs do not agree")
+        except Refused as refused:
+            self.reason = str(refused)
+            return self
 
-    def classes(self):
+    def sums_over_classes(self) -> bool:
         """Whether it is a cross entropy of logits that are sharded over their classes."""
         args, kwargs = self.call.args
         given = {**dict(zip(("input", "target", "weight"), args)), **kwargs}
-        x, target = given.get("input"), given.get("target")
-        if (
-            self.call.name != "cross_entropy"
-            or self.given != {x.id}
-            or target.dtype.is_floating_point
-        ):
+        logits, target = given.get("input"), given.get("target")
+        if self.call.name != "cross_entropy" or self.sharded != {logits.id}:
             return False
-        classes = Split(min(1, len(x.shape) - 1), self.axis.size)
-        if given.get("weight") is not None or self.axis.find(self.axes, x) != classes:
+        if target.dtype.is_floating_point or given.get("weight") is not None:
             return False
-        self.instead, self.out = x, {v.id: None for v in self.call.outputs.values()}
+        classes = Split(min(1, len(logits.shape) - 1), self.axis.size)
+        if self.axis.find(self.axes, logits) != classes:
+            return False
+        self.instead = logits
+        self.out = {v.id: None for v in self.call.outputs.values()}
         return True
 
-    def fail(self, reason):
-        self.reason = reason
-        return True
-
-    def walk(self):
+    def walk(self) -> bool:
         """One pass over the nodes; False when another input needs a split, and the pass must be
         made again."""
-        sharded = self.given | self.slices
-        states = {i: self.axis for i in sharded}
-        self.enter, self.once, self.instead, self.out = set(), set(), None, {}
-        for node in self.call.nodes:
-            effect = self.axes.effect(node)
-            ins = {v.id: v for v in node.inputs}
-            s_in = [v for v in ins.values() if states.get(v.id) is self.axis]
-            p_in = [v for v in ins.values() if states.get(v.id) in (PARTIAL, AVERAGED)]
-            for v in node.outputs:
-                if v.id not in ins:
-                    self.made_of[v.id] = {r.id: r for x in node.inputs for r in self.roots(x)}
-            if p_in:
-                same = len({states[v.id] for v in p_in}) == 1
-                if (
-                    len(p_in) < len(ins) or not same or not linear(node)
-                ):  # also what is no float adds to a sum
-                    return self.fail("a partial sum is used within")
-                states.update((v.id, states[p_in[0].id]) for v in node.outputs)
-                continue
-            if any(states.get(i) == "unknown" for i in ins):
-                return self.fail(f"{op_name(node.op)} reads what has lost the axis")
-            if not s_in:
-                continue
-            if any(effect.whole.get(v.id, set()) & self.mine for v in s_in):
-                return self.fail(f"{op_name(node.op)} needs the whole dim")
-            hit = effect.contract & self.mine
-            if hit and hit != self.mine:
-                return self.fail(f"{op_name(node.op)} sums over a part of the axis")
-            if hit and effect.mean and self.axis not in self.through:
-                return self.fail("it takes a mean over shards that may be uneven")
-            outs = [(v, self.axis.find(self.axes, v)) for v in node.outputs]
-            if hit:
-                if any(at is not NotSplit.ABSENT for _, at in outs):
-                    return self.fail(f"{op_name(node.op)} has the axis twice")
-            elif op_name(node.op).startswith("new_") and outs[0][1] is NotSplit.ABSENT:
-                continue  # it reads no values
-            elif not outs or not outs[0][1]:
-                return self.fail(f"{op_name(node.op)} loses the axis")
-            found = len(self.slices)
-            for v in ins.values():
-                if states.get(v.id) is not None:
-                    continue
-                at = self.axis.find(self.axes, v)
-                if at is NotSplit.IN_PART:
-                    return self.fail(f"{op_name(node.op)} has a part of the axis")
-                roots = self.roots(v)
-                if at:
-                    carrying = [r for r in roots if self.axis.find(self.axes, r)]
-                    if len(roots) != 1 or len(carrying) != 1:
-                        return self.fail(f"{op_name(node.op)} makes the axis anew")
-                    root = roots[0]
-                    written = any(root.id in n.mutated for n in self.call.nodes)
-                    if written and root.producer is None and not root.trainable:
-                        self.kept.add(root.id)  # a buffer
-                    self.slices.add(root.id)
-                    continue
-                if not is_float(v):
-                    continue
-                if hit:
-                    if effect.bias != v.id or v.id not in self.external:
-                        return self.fail(f"{op_name(node.op)} adds to a partial sum")
-                    self.once.add(v.id)
-                else:
-                    if v.id in node.mutated:
-                        return self.fail("a replicated tensor is written to in place")
-                    self.enter |= {r.id for r in roots if r.trainable}
-            if len(self.slices) > found:
-                return False
-            if hit and effect.lookup:
-                whole_dim = self.axis.find(self.axes, node.inputs[0]) == Split(0, self.axis.size)
-                if self.call.name != "embedding" or not whole_dim:
-                    return self.fail("it looks rows up otherwise than F.embedding in all rows")
-                self.instead = node.inputs[0]
-            for v, at in outs:
-                total = AVERAGED if effect.mean else PARTIAL
-                states[v.id] = total if hit else (self.axis if at else "unknown")
-        return self.close(states)
+        self.states = {i: self.axis for i in self.sharded | self.slices}
+        self.sum_gradient, self.add_once, self.instead, self.out = set(), set(), None, {}
+        try:
+            for node in self.call.nodes:
+                self.note_sources(node)
+                self.step(node)
+        except _AnotherSplit:
+            return False
+        self.close()
+        return True
 
-    def close(self, states):
+    def note_sources(self, node: Node) -> None:
+        inputs = {v.id for v in node.inputs}
+        for v in node.outputs:
+            if v.id not in inputs:
+                self.made_of[v.id] = {r.id: r for x in node.inputs for r in self.sources(x)}
+
+    def sources(self, v: Value) -> list[Value]:
+        """The call's inputs that a value is made from."""
+        return [v] if v.id in self.external else list(self.made_of.get(v.id, {}).values())
+
+    def step(self, node: Node) -> None:
+        """The states of what one node makes."""
+        operands = {v.id: v for v in node.inputs}
+        states = [self.states.get(i) for i in operands]
+        if PARTIAL in states or AVERAGED in states:
+            self.pass_on(node, states)
+        elif LOST in states:
+            raise Refused(f"{op_name(node.op)} reads what has lost the axis")
+        elif self.axis in states:
+            self.work_on_shards(node, operands)
+
+    def pass_on(self, node: Node, states: list[State]) -> None:
+        """Of partial operands, a linear operator makes a partial result. What is no float adds to
+        a sum too."""
+        if len(set(states)) > 1 or not linear(node):
+            raise Refused("a partial sum is used within")
+        self.states.update((v.id, states[0]) for v in node.outputs)
+
+    def work_on_shards(self, node: Node, operands: dict[ValueId, Value]) -> None:
+        name, effect = op_name(node.op), self.axes.effect(node)
+        for i in operands:
+            if self.states.get(i) is self.axis and effect.whole.get(i, set()) & self.factors:
+                raise Refused(f"{name} needs the whole dim")
+        summed = self.sums_over_axis(name, effect)
+        outs = [(v, self.axis.find(self.axes, v)) for v in node.outputs]
+        if summed:
+            if any(split is not NotSplit.ABSENT for _, split in outs):
+                raise Refused(f"{name} has the axis twice")
+        elif name.startswith("new_") and outs[0][1] is NotSplit.ABSENT:
+            return  # it reads no values
+        elif not outs or not outs[0][1]:
+            raise Refused(f"{name} loses the axis")
+        self.take_operands(node, operands.values(), effect, summed)
+        if summed and effect.lookup:
+            self.look_up(node)
+        total = AVERAGED if effect.mean else PARTIAL
+        for v, split in outs:
+            self.states[v.id] = total if summed else self.axis if split else LOST
+
+    def sums_over_axis(self, name: str, effect: Effect) -> bool:
+        summed = effect.contract & self.factors
+        if summed and summed != self.factors:
+            raise Refused(f"{name} sums over a part of the axis")
+        if summed and effect.mean and self.axis not in self.through:
+            raise Refused("it takes a mean over shards that may be uneven")
+        return bool(summed)
+
+    def take_operands(
+        self, node: Node, operands: Iterable[Value], effect: Effect, summed: bool
+    ) -> None:
+        """What the operands need that are replicated, for the node to work on shards."""
+        found = len(self.slices)
+        for v in operands:
+            if self.states.get(v.id) is not None:
+                continue
+            split = self.axis.find(self.axes, v)
+            if split is NotSplit.IN_PART:
+                raise Refused(f"{op_name(node.op)} has a part of the axis")
+            if split:
+                self.slice_source(node, v)
+            elif is_float(v) and summed:
+                self.count_once(node, v, effect)
+            elif is_float(v):
+                self.take_whole(node, v)
+        if len(self.slices) > found:
+            raise _AnotherSplit
+
+    def slice_source(self, node: Node, v: Value) -> None:
+        """An operand that has the axis: each rank takes its part of the input that it is made
+        from."""
+        sources = self.sources(v)
+        carrying = [r for r in sources if self.axis.find(self.axes, r)]
+        if len(sources) != 1 or len(carrying) != 1:
+            raise Refused(f"{op_name(node.op)} makes the axis anew")
+        (source,) = sources
+        written = any(source.id in n.mutated for n in self.call.nodes)
+        if written and source.producer is None and not source.trainable:
+            self.buffers.add(source.id)
+        self.slices.add(source.id)
+
+    def count_once(self, node: Node, v: Value, effect: Effect) -> None:
+        """An operand without the axis, of a node that sums over it: it must be an addend."""
+        if effect.bias != v.id or v.id not in self.external:
+            raise Refused(f"{op_name(node.op)} adds to a partial sum")
+        self.add_once.add(v.id)
+
+    def take_whole(self, node: Node, v: Value) -> None:
+        """An operand without the axis that meets shards: its gradient will be partial."""
+        if v.id in node.mutated:
+            raise Refused("a replicated tensor is written to in place")
+        self.sum_gradient |= {r.id for r in self.sources(v) if r.trainable}
+
+    def look_up(self, node: Node) -> None:
+        table = node.inputs[0]
+        all_rows = self.axis.find(self.axes, table) == Split(0, self.axis.size)
+        if self.call.name != "embedding" or not all_rows:
+            raise Refused("it looks rows up otherwise than F.embedding in all rows")
+        self.instead = table
+
+    def close(self) -> None:
+        """The states of what the call makes or writes to."""
         made = [v for v in self.call.outputs.values() if v.id not in self.external]
-        made += [v for n in self.call.nodes if n.mutated for v in n.outputs]
+        made += [v for node in self.call.nodes if node.mutated for v in node.outputs]
         for v in made:
-            s = (
-                None if v.memory.id in self.kept else states.get(v.id)
-            )  # a buffer is completed after the call
-            if s == "unknown":
-                return self.fail("an output loses the axis")
-            if s is None and v.trainable and (self.enter or self.once):
-                return self.fail("it mixes sharded and replicated results")
-            self.out[v.id] = s
-        if self.enter & self.once:
-            return self.fail("an input is used in two ways")
+            is_buffer = v.memory.id in self.buffers  # completed after the call
+            state = None if is_buffer else self.states.get(v.id)
+            if state is LOST:
+                raise Refused("an output loses the axis")
+            if state is None and v.trainable and (self.sum_gradient or self.add_once):
+                raise Refused("it mixes sharded and replicated results")
+            self.out[v.id] = state
+        if self.sum_gradient & self.add_once:
+            raise Refused("an input is used in two ways")
         if self.call.name == "dropout":
             self.instead = self.call.inputs.get((0, 0))
             if self.instead is None:
-                return self.fail("its input is not its first argument")
-        return True
-
-    def roots(self, v):
-        """The call's inputs that a value is made from."""
-        return [v] if v.id in self.external else list(self.made_of.get(v.id, {}).values())
+                raise Refused("its input is not its first argument")

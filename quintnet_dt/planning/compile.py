@@ -11,7 +11,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from ..axes.action import SPLIT, SUM
-from ..axes.sharding import PARTIAL, LayoutError
+from ..axes.sharding import LayoutError
+from ..axes.state import PARTIAL
 from ..running.kinds import call_kind
 from ..running.memory import is_contiguous
 from ..running.program import CallProgram, Program

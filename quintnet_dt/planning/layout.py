@@ -3,9 +3,10 @@ right.
 
 Gradients follow by one rule: the gradient of a tensor sums over every axis it does not have. So a
 replicated tensor that enters a call which works on a shard gets a partial gradient there, and the
-action `enter` (identity forward, all-reduce backward) sums it.
+action SUM_GRADIENT (identity forward, all-reduce backward) sums it.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import combinations
 from math import prod
@@ -22,9 +23,14 @@ from ..axes.action import (
     Action,
     OnShard,
 )
-from ..axes.sharding import AVERAGED, PARTIAL, Axis, LayoutError
-from ..utils import is_float
-from .analysis import FIRST, Analysis, linear, op_name
+from ..axes.axes import Axes
+from ..axes.sharding import Axis, LayoutError, ShardedParam, Sharding
+from ..axes.split import Split
+from ..axes.state import AVERAGED, PARTIAL, State
+from ..keys import ArgPath, CallIndex, ParamName, ValueId
+from ..tracing.graph import Call, Graph, Value
+from .analysis import Analysis
+from .deferral import scaled_by
 
 
 @dataclass
@@ -32,47 +38,49 @@ class Layout:
     """What `lay_out` found. `uses[(call index, path)]`, `values[value id]` and `root[path]` are the
     actions on an argument of a call, on a value where it is made, and on an output of the model."""
 
-    uses: dict = field(default_factory=dict)
-    values: dict = field(default_factory=dict)
-    root: dict = field(default_factory=dict)
-    states: dict = field(default_factory=dict)  # value id -> state as its call makes it
-    # Call index -> OnShard: what on_shard.py runs in its place.
-    instead: dict = field(default_factory=dict)
-    # Call index -> {path: Action}: buffers that the call updates, on its part of them.
-    kept: dict = field(default_factory=dict)
-    axis_of: dict = field(default_factory=dict)  # call index -> Axis that it works on a shard of
-    blockers: list = field(default_factory=list)  # calls that needed something gathered
-    dear: dict = field(
-        default_factory=dict
-    )  # (module path, call's name, line) -> whether it is dearer on shards
+    uses: dict[tuple[CallIndex, ArgPath], list[Action]] = field(default_factory=dict)
+    values: dict[ValueId, list[Action]] = field(default_factory=dict)
+    root: dict[ArgPath, list[Action]] = field(default_factory=dict)
+    states: dict[ValueId, State] = field(default_factory=dict)  # as the value's call makes it
+    # What on_shard.py runs in the place of a call.
+    instead: dict[CallIndex, OnShard] = field(default_factory=dict)
+    # Buffers that a call updates, on its part of them.
+    kept: dict[CallIndex, dict[ArgPath, Action]] = field(default_factory=dict)
+    axis_of: dict[CallIndex, Axis] = field(default_factory=dict)  # what a call works on a shard of
+    blockers: list = field(default_factory=list)  # (call that needed something gathered, why)
+    # (Module path, call's name, line of code) -> whether it is dearer on shards.
+    dear: dict = field(default_factory=dict)
     # Path of an object that keeps tensors -> {place: Action} of those that are shards.
-    shards: dict = field(default_factory=dict)
+    shards: dict[ArgPath, dict] = field(default_factory=dict)
 
 
-def lay_out(graph, axes, sharding, calls=None):
-    """Walk the calls in order (all, or some whose other values are replicated). Returns Layout;
-    raises LayoutError."""
+def lay_out(
+    graph: Graph, axes: Axes, sharding: Sharding, calls: Iterable[Call] | None = None
+) -> Layout:
+    """Walk the calls in order (all, or some whose other values are replicated). Raises
+    LayoutError."""
     return _Pass(graph, axes, sharding).run(graph.calls if calls is None else calls)
 
 
 class _Pass:
-    def __init__(self, graph, axes, sharding):
+    """One walk over the calls of a graph."""
+
+    def __init__(self, graph: Graph, axes: Axes, sharding: Sharding):
         self.graph, self.axes, self.sharding = graph, axes, sharding
         self.layout = Layout()
-        self.now = {}  # value id -> state after the actions on it
-        self.pending = {}  # value id -> Partial value, not yet summed or passed on
-        self.use_count = graph.use_count
-        self.gathered = set()  # ids of weights that are gathered before their use
+        self.now: dict[ValueId, State] = {}  # after the actions on a value
+        self.pending: dict[ValueId, Value] = {}  # partial values, not yet summed or passed on
+        self.gathered: set[ValueId] = set()  # weights that are gathered before their use
         for name, param in sharding.params.items():
             if name in graph.params:
-                self.now[graph.params[name].id] = param.axis
                 self.start(name, param)
         for i, action in graph.given.items():
             self.now[i] = self.layout.states[i] = self.given_axis(graph.values[i], action)
 
-    def start(self, name, param):
-        """Check that a sharded parameter is stored as its axis needs it."""
+    def start(self, name: ParamName, param: ShardedParam) -> None:
+        """A sharded parameter: check that it is stored as its axis needs it."""
         v = self.graph.params[name]
+        self.now[v.id] = param.axis
         if param.gathered:
             self.gathered.add(v.id)
         elif not param.exchanged:
@@ -81,50 +89,7 @@ class _Pass:
                 reason = f"{name} lies otherwise in memory than its axis does in it"
                 raise LayoutError(reason, axis=param.axis)
 
-    def exchanged(self, v):
-        """Whether a value is a weight whose rows are exchanged before its use."""
-        return v.param in self.sharding.params and self.sharding.params[v.param].exchanged
-
-    def run(self, calls):
-        for call in calls:
-            if call.nodes or call.opaque:
-                self.step(call)
-        for path, v in self.graph.outputs.items():
-            state = self.now.get(v.id)
-            if state is not None and state is not PARTIAL:
-                split = self.split(v, state)
-                whole = [Action(GATHER, split)]
-                on_last_dim = split.dim == len(v.shape) - 1 and split.blocks == 1
-                if self.sharding.loss_parallel and on_last_dim:
-                    self.layout.root[path] = [Action(TO_DTENSOR, split)]
-                elif (
-                    self.use_count[v.id] == 1
-                    and v.producer is not None
-                    and v.id not in self.graph.made_in_place
-                ):
-                    self.layout.values[v.id] = whole
-                else:
-                    self.layout.root[path] = whole
-        for v in self.graph.stored:
-            if self.layout.states.get(v.id) is not None:
-                call = self.graph.calls[v.producer]
-                raise LayoutError(
-                    "something keeps what would be a shard",
-                    call,
-                    self.layout.axis_of.get(call.index),
-                )
-        for v in self.graph.seen.values():
-            if self.now.get(v.id) not in (None, PARTIAL) and v.id not in self.gathered:
-                raise LayoutError("a hook sees what would be a shard", axis=self.now[v.id])
-        for v in list(self.pending.values()):
-            self.sum_value(v)
-        for path, place, v in self.graph.held:
-            at, state = self.layout.shards.setdefault(path, {}), v and self.now.get(v.id)
-            if state is not None:
-                at[place] = self.action(GATHER, v, state)
-        return self.layout
-
-    def given_axis(self, v, action):
+    def given_axis(self, v: Value, action: Action) -> Axis:
         """The axis of a shard that was kept from an earlier call."""
         split = action.split
         factors = self.axes.final(v)[split.dim]
@@ -137,10 +102,56 @@ class _Pass:
             " there"
         )
 
-    def action(self, kind, value, axis):
+    def run(self, calls: Iterable[Call]) -> Layout:
+        for call in calls:
+            if call.nodes or call.opaque:
+                self.step(call)
+        for path, v in self.graph.outputs.items():
+            self.complete_output(path, v)
+        self.check_what_is_seen()
+        for v in list(self.pending.values()):
+            self.sum_value(v)
+        for path, place, v in self.graph.held:
+            at, state = self.layout.shards.setdefault(path, {}), v and self.now.get(v.id)
+            if state is not None:
+                at[place] = self.action(GATHER, v, state)
+        return self.layout
+
+    def complete_output(self, path: ArgPath, v: Value) -> None:
+        """Gather an output of the model that is a shard: where it is made, if only the user reads
+        it."""
+        state = self.now.get(v.id)
+        if state is None or state is PARTIAL:
+            return
+        split = self.split(v, state)
+        on_last_dim = split.dim == len(v.shape) - 1 and split.blocks == 1
+        if self.sharding.loss_parallel and on_last_dim:
+            self.layout.root[path] = [Action(TO_DTENSOR, split)]
+            return
+        read_once = self.graph.use_count[v.id] == 1 and v.producer is not None
+        if read_once and v.id not in self.graph.made_in_place:
+            self.layout.values[v.id] = [Action(GATHER, split)]
+        else:
+            self.layout.root[path] = [Action(GATHER, split)]
+
+    def check_what_is_seen(self) -> None:
+        """No shard may be kept by a module, or be given to a hook of the user's."""
+        for v in self.graph.stored:
+            if self.layout.states.get(v.id) is not None:
+                call = self.graph.calls[v.producer]
+                axis = self.layout.axis_of.get(call.index)
+                raise LayoutError("something keeps what would be a shard", call, axis)
+        for v in self.graph.seen.values():
+            state = self.now.get(v.id)
+            if state not in (None, PARTIAL) and v.id not in self.gathered:
+                raise LayoutError("a hook sees what would be a shard", axis=state)
+
+    # What single actions are.
+
+    def action(self, kind: str, value: Value, axis: Axis) -> Action:
         return Action(kind, self.split(value, axis))
 
-    def split(self, value, axis):
+    def split(self, value: Value, axis: Axis) -> Split:
         """How a value is split along an axis that it has."""
         split = axis.find(self.axes, value)
         if split.blocks not in (1, None) and not (axis.axes or self.axes).steady_within(
@@ -149,74 +160,20 @@ class _Pass:
             raise LayoutError("where the axis lies depends on sizes that may vary", axis=axis)
         return split
 
-    def weight_gather(self, v):
+    def weight_gather(self, v: Value) -> Action:
+        """The gather of a weight as it is stored."""
         return Action(GATHER, self.sharding.params[v.param].split(v.shape))
 
-    def sum_value(self, v):
+    def exchanged(self, v: Value) -> bool:
+        """Whether a value is a weight whose rows are exchanged before its use."""
+        return v.param in self.sharding.params and self.sharding.params[v.param].exchanged
+
+    def sum_value(self, v: Value) -> None:
         self.pending.pop(v.id, None)
         self.layout.values.setdefault(v.id, []).append(Action(SUM))
         self.now[v.id] = None
 
-    def step(self, call):
-        inputs = {v.id: v for v in call.inputs.values()}
-        state = {i: self.now.get(i) for i in inputs}
-        for path, v in call.inputs.items():
-            if v.id in self.gathered and state[v.id] is not None:
-                self.use(call, path, self.weight_gather(v))
-            elif self.exchanged(v):
-                self.use(call, path, self.action(EXCHANGE, v, state[v.id]))
-        state = {i: None if i in self.gathered else s for i, s in state.items()}
-        active = [s for s in dict.fromkeys(state.values()) if s is not None and s is not PARTIAL]
-        partial = [inputs[i] for i, s in state.items() if s is PARTIAL]
-        if partial:
-            scales = None if active else self.defers(call, state, inputs)
-            if scales is not None:
-                for v in partial:
-                    self.pending.pop(v.id, None)
-                for path in scales:
-                    self.use(call, path, Action(SUM_GRADIENT))
-                return self.outputs(call, {v.id: PARTIAL for v in call.outputs.values()})
-            for v in partial:
-                self.sum_value(v)
-                state[v.id] = None
-        if not active:
-            return
-        if call.opaque:
-            raise LayoutError(call.opaque, call, active[0])
-        for axis in sorted(
-            active, key=lambda a: -size(inputs[i] for i, s in state.items() if s == a)
-        ):
-            given = {
-                i: s if s == axis else None for i, s in state.items()
-            }  # the others are gathered
-            effect = Analysis(self.axes, call, axis, given, self.sharding.through).solve()
-            reason = effect.reason or self.dearer(call, effect, inputs, given)
-            if not reason:
-                break
-            self.layout.blockers.append((call, reason))
-        for path, v in call.inputs.items():
-            if state[v.id] in active and (reason or state[v.id] != axis):
-                if self.exchanged(v):  # gathered as it is stored, instead
-                    self.layout.uses[call.index, path] = [self.weight_gather(v)]
-                else:
-                    self.use(call, path, self.action(GATHER, v, state[v.id]))
-        if reason:
-            return
-        self.layout.axis_of[call.index] = axis
-        for path, v in call.inputs.items():
-            if v.id in effect.kept:
-                self.layout.kept.setdefault(call.index, {})[path] = self.action(SPLIT, v, axis)
-            elif v.id in effect.slices:
-                self.use(call, path, self.action(SPLIT, v, axis))
-            elif v.id in effect.once:
-                self.use(call, path, Action(ADD_ONCE))
-            elif v.id in effect.enter:
-                self.use(call, path, Action(SUM_GRADIENT))
-        if effect.instead is not None:
-            self.layout.instead[call.index] = OnShard(call.name, self.split(effect.instead, axis))
-        self.outputs(call, effect.out)
-
-    def use(self, call, path, action):
+    def use(self, call: Call, path: ArgPath, action: Action) -> None:
         """An action on an argument. The call gets another tensor, so a write that comes later would
         miss the model's."""
         v = call.inputs[path]
@@ -225,12 +182,114 @@ class _Pass:
             raise LayoutError("a tensor is written to in place", call, axis)
         self.layout.uses.setdefault((call.index, path), []).append(action)
 
-    def dearer(self, call, effect, inputs, given):
+    # One call.
+
+    def step(self, call: Call) -> None:
+        inputs = {v.id: v for v in call.inputs.values()}
+        state = {i: self.now.get(i) for i in inputs}
+        self.take_weights(call, state)
+        active = [s for s in dict.fromkeys(state.values()) if isinstance(s, Axis)]
+        if PARTIAL in state.values():
+            if not active and self.defer(call, state):
+                return
+            for i in [i for i, s in state.items() if s is PARTIAL]:
+                self.sum_value(inputs[i])
+                state[i] = None
+        if active:
+            self.step_on_shards(call, inputs, state, active)
+
+    def take_weights(self, call: Call, state: dict[ValueId, State]) -> None:
+        """Weights that are stored otherwise than the call needs them."""
+        for path, v in call.inputs.items():
+            if v.id in self.gathered:
+                if self.now.get(v.id) is not None:
+                    self.use(call, path, self.weight_gather(v))
+                state[v.id] = None
+            elif self.exchanged(v):
+                self.use(call, path, self.action(EXCHANGE, v, state[v.id]))
+
+    def defer(self, call: Call, state: dict[ValueId, State]) -> bool:
+        """Let a call run on partial results, and its output be summed instead, where it can."""
+        factors = scaled_by(self.graph, call, {i for i, s in state.items() if s is PARTIAL})
+        if factors is None:
+            return False
+        for i, s in state.items():
+            if s is PARTIAL:
+                self.pending.pop(i, None)
+        for path in factors:
+            self.use(call, path, Action(SUM_GRADIENT))
+        self.take_outputs(call, {v.id: PARTIAL for v in call.outputs.values()})
+        return True
+
+    def step_on_shards(
+        self,
+        call: Call,
+        inputs: dict[ValueId, Value],
+        state: dict[ValueId, State],
+        active: list[Axis],
+    ) -> None:
+        """Let the call work on shards of the axis of most of its inputs' bytes that it can; gather
+        the others."""
+        if call.opaque:
+            raise LayoutError(call.opaque, call, active[0])
+
+        def weight(axis: Axis) -> int:
+            return size(inputs[i] for i, s in state.items() if s == axis)
+
+        chosen = None
+        for axis in sorted(active, key=weight, reverse=True):
+            along = {i: s if s == axis else None for i, s in state.items()}
+            analysis = Analysis(self.axes, call, axis, along, self.sharding.through).solve()
+            reason = analysis.reason or self.dearer(call, analysis, inputs, along)
+            if not reason:
+                chosen = analysis
+                break
+            self.layout.blockers.append((call, reason))
+        self.gather_others(call, state, chosen and chosen.axis)
+        if chosen is not None:
+            self.work(call, chosen)
+
+    def gather_others(self, call: Call, state: dict[ValueId, State], axis: Axis | None) -> None:
+        """Gather the inputs that are shards of other axes than the one that the call works on."""
+        for path, v in call.inputs.items():
+            if state[v.id] is None or state[v.id] == axis:
+                continue
+            if self.exchanged(v):  # gathered as it is stored, in place of the exchange
+                self.layout.uses[call.index, path] = [self.weight_gather(v)]
+            else:
+                self.use(call, path, self.action(GATHER, v, state[v.id]))
+
+    def work(self, call: Call, analysis: Analysis) -> None:
+        """Let a call work on shards, as the analysis has found that it can."""
+        axis = analysis.axis
+        self.layout.axis_of[call.index] = axis
+        for path, v in call.inputs.items():
+            if v.id in analysis.buffers:
+                at = self.layout.kept.setdefault(call.index, {})
+                at[path] = self.action(SPLIT, v, axis)
+            elif v.id in analysis.slices:
+                self.use(call, path, self.action(SPLIT, v, axis))
+            elif v.id in analysis.add_once:
+                self.use(call, path, Action(ADD_ONCE))
+            elif v.id in analysis.sum_gradient:
+                self.use(call, path, Action(SUM_GRADIENT))
+        if analysis.instead is not None:
+            split = self.split(analysis.instead, axis)
+            self.layout.instead[call.index] = OnShard(call.name, split)
+        self.take_outputs(call, analysis.out)
+
+    def dearer(
+        self,
+        call: Call,
+        analysis: Analysis,
+        inputs: dict[ValueId, Value],
+        state: dict[ValueId, State],
+    ) -> str:
         """Why a call is not worth running on shards, though it could: what it needs split is larger
         than they are. One line of code is decided once, and as on the path that a forward leaves,
         which what ran must be the same on."""
-        shards = [inputs[i] for i, s in given.items() if s is not None]
-        split = [inputs[i] for i in effect.slices if inputs[i].differentiable]
+        shards = [inputs[i] for i, s in state.items() if s is not None]
+        split = [inputs[i] for i in analysis.slices if inputs[i].differentiable]
         if any(v.param for v in shards) or not split:
             return ""
         key = call.module.path, call.name, call.source
@@ -238,68 +297,32 @@ class _Pass:
         self.layout.dear[key] = dear
         return "its other inputs are larger than its shards" if dear else ""
 
-    def defers(self, call, state, inputs):
-        """Whether the call can run on partial results and its output be summed instead: the paths
-        of the replicated factors that it scales them by (small ones: their gradients are partial),
-        or None."""
-        if (
-            call.opaque
-            or not self.graph.numbered(call, call.module)
-            or any(
-                s is PARTIAL and (self.use_count.get(i) != 1 or i in self.graph.seen)
-                for i, s in state.items()
-            )
-        ):
-            return None
-        summed, scales = {i for i, s in state.items() if s is PARTIAL}, set()
-        for node in call.nodes:
-            ins = {v.id: v for v in node.inputs}
-            mine = [v for i, v in ins.items() if i in summed]
-            others = {i: v for i, v in ins.items() if i not in summed}
-            factors = {i: v for i, v in others.items() if is_float(v)}
-            if len(mine) == 1 and (
-                op_name(node.op) == "mul" or op_name(node.op) in FIRST and node.inputs[0] is mine[0]
-            ):
-                if any(
-                    v.nbytes * 4 > mine[0].nbytes or i not in inputs for i, v in factors.items()
-                ):
-                    return None
-                out = node.outputs[0]
-                if out.dtype.itemsize < mine[0].dtype.itemsize:
-                    return None  # sums in the better precision
-                if not is_float(out) or node.kwargs.get("rounding_mode"):
-                    return None  # what is rounded is no longer linear
-                scales |= factors.keys()
-            elif not mine or others or not linear(node):  # an addend that is no float adds up, too
-                return None
-            summed |= {v.id for v in node.outputs}
-        return [p for p, v in call.inputs.items() if v.id in scales and v.trainable]
-
-    def outputs(self, call, states):
-        mine = {v.id for v in call.inputs.values()}
-        made = {v.id: v for v in call.outputs.values() if v.id not in mine}
+    def take_outputs(self, call: Call, states: dict[ValueId, State]) -> None:
+        """What a call makes, and what is done where it is made."""
+        inputs = {v.id for v in call.inputs.values()}
+        made = {v.id: v for v in call.outputs.values() if v.id not in inputs}
         for node in call.nodes:  # what was written to in place is made anew without being returned
             if node.mutated:
                 made.update({v.id: v for v in node.outputs if v.id in states and v.memory is not v})
         for v in made.values():
-            state = states.get(v.id)
-            self.layout.states[v.id] = state
+            state = self.layout.states[v.id] = states.get(v.id)
+            self.now[v.id] = state
             if state is PARTIAL:
                 self.pending[v.id] = v
-            if state is AVERAGED:
-                self.layout.values.setdefault(v.id, []).append(Action(MEAN))
-                self.now[v.id] = None
-            elif (
-                state is None
-                or state is PARTIAL
-                or state in self.sharding.through
-                or v.id in self.graph.made_of
-            ):
-                self.now[v.id] = state
-            else:  # a weight's own axis ends here
-                self.layout.values.setdefault(v.id, []).append(self.action(GATHER, v, state))
-                self.now[v.id] = None
+            elif state is AVERAGED:
+                self.complete(v, Action(MEAN))
+            elif isinstance(state, Axis) and not self.goes_on(v, state):
+                self.complete(v, self.action(GATHER, v, state))
+
+    def goes_on(self, v: Value, axis: Axis) -> bool:
+        """Whether a value stays a shard beyond the call that makes it: a weight's own axis ends
+        with what is made of weights."""
+        return axis in self.sharding.through or v.id in self.graph.made_of
+
+    def complete(self, v: Value, action: Action) -> None:
+        self.layout.values.setdefault(v.id, []).append(action)
+        self.now[v.id] = None
 
 
-def size(values):
+def size(values: Iterable[Value]) -> int:
     return sum(v.nbytes for v in values)

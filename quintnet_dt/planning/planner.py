@@ -12,7 +12,8 @@ from ..axes.sharding import Axis, LayoutError, ShardedParam, Sharding
 from ..axes.split import NotSplit
 from .candidates import Candidate, Way, divides, indices, regions, spans
 from .compile import compile_programs
-from .cost import cost, hoist
+from .cost import cost
+from .hoist import hoist
 from .indexing import INDEXING, indexed_dims
 from .layout import lay_out
 from .prove import prove

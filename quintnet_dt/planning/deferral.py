@@ -1,0 +1,57 @@
+"""Calls that can run on partial results, so that what they make is summed in their place."""
+
+from collections.abc import Iterable
+
+from ..keys import ArgPath, ValueId
+from ..tracing.graph import Call, Graph, Node, Value
+from ..utils import is_float
+from .analysis import FIRST, linear, op_name
+
+# A factor of a partial result gets a partial gradient, which is summed too: it is to be small.
+SMALLER = 4
+
+
+def scaled_by(graph: Graph, call: Call, partial: set[ValueId]) -> list[ArgPath] | None:
+    """Where the replicated factors lie that a call scales partial inputs by, and whose gradients
+    will be partial; None where it cannot run on them.
+
+    Args: `partial`: ids of the call's inputs that are partial; its others are replicated.
+    """
+    if call.opaque or not graph.numbered(call, call.module):
+        return None
+    if any(graph.use_count.get(i) != 1 or i in graph.seen for i in partial):
+        return None
+    external = {v.id for v in call.inputs.values()}
+    sums, factors = set(partial), set()
+    for node in call.nodes:
+        x = _scaled(node, sums)
+        if x is not None:
+            scales = {v.id: v for v in node.inputs if v is not x and is_float(v)}
+            if not scales.keys() <= external or not _worth_deferring(node, x, scales.values()):
+                return None
+            factors |= scales.keys()
+        elif not sums.issuperset(v.id for v in node.inputs) or not linear(node):
+            return None  # an addend that is no float adds up, too
+        sums |= {v.id for v in node.outputs}
+    return [p for p, v in call.inputs.items() if v.id in factors and v.trainable]
+
+
+def _scaled(node: Node, sums: set[ValueId]) -> Value | None:
+    """The one partial operand of a node that is linear in it, whatever its other operands are."""
+    partial = [v for v in node.inputs if v.id in sums]
+    if len(partial) != 1:
+        return None
+    name = op_name(node.op)
+    if name == "mul" or (name in FIRST and node.inputs[0] is partial[0]):
+        return partial[0]
+    return None
+
+
+def _worth_deferring(node: Node, x: Value, factors: Iterable[Value]) -> bool:
+    """Whether what a node makes of a partial operand is a sum of no less precision, and the factors
+    are small."""
+    out = node.outputs[0]
+    if not is_float(out) or node.kwargs.get("rounding_mode"):
+        return False  # what is rounded is no longer linear
+    in_better_precision = out.dtype.itemsize >= x.dtype.itemsize
+    return in_better_precision and all(v.nbytes * SMALLER <= x.nbytes for v in factors)
