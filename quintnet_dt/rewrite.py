@@ -21,10 +21,13 @@ from .huggingface import mark
 from .layers import ShardedModule
 from .parts import modules, named_modules, named_parameters, parameters, scripts
 from .plan import TensorParallelPlan, check_user_plan
+from .planning.applied import sharding_of
 from .planning.describe import blind_plan, describe, why_blind
-from .planning.paths import Paths, sharding_of
-from .planning.planner import Planner, settle
+from .planning.paths import Paths
+from .planning.planner import Planner
+from .planning.settle import settle
 from .planning.signature import device_of, signature
+from .planning.task import Task
 from .private import SINCE_2_13
 from .processgroup import ProcessGroupManager
 from .running.context import Context
@@ -211,15 +214,15 @@ def _make_plan(model, n, example_inputs, user, loss_parallel, contiguous, kept):
         warnings.warn(f"{type(model).__name__}: {note}", stacklevel=5)  # where the user called
         return blind_plan(model, n, fixed, note, kept), {}
     axes = Axes(graph)
-    planner = Planner(graph, axes, n, fixed, loss_parallel, contiguous)
+    task = Task(graph, axes, n, fixed, loss_parallel, contiguous)
     sharding = sharding_of(user, graph, axes) if whole_plan and n > 1 else None
     if kept and n > 1:
         sharding.follow(graph.params.keys() - kept.keys(), graph, axes)
-    sharding, layout, programs = settle(planner, model, args, kwargs, device, sharding)
-    plan = describe(planner, sharding, layout, fixed)
+    settled = settle(Planner(task), model, args, kwargs, device, sharding)
+    plan = describe(task, settled.sharding, settled.layout, fixed)
     for name, e in kept.items():
         plan.entries[name].why = e.why
-    return plan, {signature(model, args, kwargs): programs}
+    return plan, {signature(model, args, kwargs): settled.programs}
 
 
 def _check_modules(model):

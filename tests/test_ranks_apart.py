@@ -14,6 +14,7 @@ from quintnet_dt.canonical import canonical
 from quintnet_dt.planning.cost import cost
 from quintnet_dt.planning.layout import lay_out
 from quintnet_dt.planning.planner import Planner
+from quintnet_dt.planning.task import Task
 from quintnet_dt.tracing.trace import trace
 
 
@@ -62,9 +63,9 @@ def bytes_weighed(n):
         *(m for i, o in zip(sizes, sizes[1:]) for m in (nn.Linear(i, o), nn.ReLU()))
     )
     graph = trace(model, (torch.ones(5, 7),))
-    planner = Planner(graph, Axes(graph), n)
-    layout = lay_out(graph, planner.axes, planner.choose())
-    return cost(graph, layout, n), planner._apart(set(graph.params))
+    planner = Planner(Task(graph, Axes(graph), n))
+    layout = lay_out(graph, planner.task.axes, planner.choose())
+    return cost(graph, layout, n), planner.bytes_apart(set(graph.params))
 
 
 def split_and_called(rank, n):

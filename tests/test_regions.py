@@ -17,10 +17,12 @@ from torch.utils.checkpoint import checkpoint
 from quintnet_dt import plan_tensor_parallel
 from quintnet_dt.axes.axes import Axes
 from quintnet_dt.axes.sharding import Sharding
+from quintnet_dt.planning.candidates import candidates
 from quintnet_dt.planning.cost import cost
 from quintnet_dt.planning.hoist import hoist
 from quintnet_dt.planning.layout import lay_out
 from quintnet_dt.planning.planner import Planner
+from quintnet_dt.planning.task import Task
 from quintnet_dt.running.program import Program
 from quintnet_dt.tracing.trace import trace
 
@@ -667,8 +669,9 @@ def test_the_choice_is_brute_forces(build, n):
     x = torch.randn(2, 12, next(p.shape[-1] for p in model.parameters()), requires_grad=True)
     graph = trace(model, (x,), {})
     axes = Axes(graph)
-    planner = Planner(graph, axes, n)
-    axes_that_fit = [c for c in planner.candidates() if planner.weigh(c)]
+    task = Task(graph, axes, n)
+    planner = Planner(task)
+    axes_that_fit = [c for c in candidates(task) if planner.weigh(c)]
 
     def sent(sharding):
         return cost(graph, hoist(graph, lay_out(graph, axes, sharding)), n)

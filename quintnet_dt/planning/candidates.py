@@ -1,43 +1,95 @@
-"""What the planner chooses from: axes of the model, and ways to split one weight alone."""
+"""The axes of a model that can be sharded: what the planner chooses from."""
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import combinations
 from math import prod
 
-from ..axes.factors import leaves
-from ..axes.sharding import Axis
+from ..axes.factors import Factor, flat, leaves
+from ..axes.sharding import Axis, ShardedParam
+from ..axes.split import Split
+from ..keys import CallIndex, ParamName
+from ..tracing.graph import Call
+from .task import Task
 
 
 @dataclass
 class Candidate:
-    """An axis of the model, tried alone: the parameters it runs through as {name: ShardedParam},
-    the calls that touch it, bytes a step."""
+    """An axis of the model, tried alone: the parameters that it runs through, the calls that touch
+    it, bytes a step."""
 
     axis: Axis
-    params: dict
-    calls: list
+    params: dict[ParamName, ShardedParam]
+    calls: list[Call]
     elements: int
     bytes: float = 0.0
 
-    def conflicts(self, other):
+    def conflicts(self, other: "Candidate") -> bool:
         """Whether both cannot be sharded: a weight is split once, and a call works on one axis."""
-        return not self.params.keys().isdisjoint(other.params) or not self.indices.isdisjoint(
-            other.indices
-        )
+        shares_a_weight = not self.params.keys().isdisjoint(other.params)
+        return shares_a_weight or not self.indices.isdisjoint(other.indices)
 
     @cached_property
-    def indices(self):
+    def indices(self) -> frozenset[CallIndex]:
         return frozenset(call.index for call in self.calls)
 
 
-def regions(candidates):
+def candidates(task: Task) -> Iterator[Candidate]:
+    """Every axis of the model that the ranks can share."""
+    for factors, names in _axes_of_params(task).items():
+        axis = Axis(factors)
+        params = _params_along(task, axis, names)
+        elements = sum(map(task.numel, params))
+        touched = {i: c for f in factors for i, c in task.calls_with.get(f, {}).items()}
+        calls = [call for _, call in sorted(touched.items())]
+        if elements and calls:  # an axis of weights that the forward did not reach runs nowhere
+            yield Candidate(axis, params, calls, elements)
+
+
+def _axes_of_params(task: Task) -> dict[tuple[Factor, ...], list[ParamName]]:
+    """Adjacent factors -> parameters with them: one that n divides, or as many as it takes."""
+    found: dict[tuple[Factor, ...], list[ParamName]] = {}
+    for name, v in task.params.items():
+        for factors in spans(task.axes.final(v)):
+            for i, j in combinations(range(len(factors) + 1), 2):
+                fewer_do = j - i > 1 and divides(factors[i : j - 1], task.n)
+                if divides(factors[i:j], task.n) and not fewer_do:
+                    found.setdefault(tuple(factors[i:j]), []).append(name)
+    return found
+
+
+def _params_along(
+    task: Task, axis: Axis, names: Iterable[ParamName]
+) -> dict[ParamName, ShardedParam]:
+    """Those of some parameters that can be split along an axis."""
+    params = {}
+    of_inputs = not task.input_factors.isdisjoint(flat(axis.factors))
+    for name in dict.fromkeys(names):
+        split = axis.find(task.axes, task.params[name])
+        if not split or not task.may_split(name, split.dim):
+            continue
+        if of_inputs and split.dim in task.cut_by_numbers.get(name, ()):
+            continue  # a table of positions, of which another input takes other rows
+        params[name] = _stored(axis, split, task.contiguous)
+    return params
+
+
+def _stored(axis: Axis, split: Split, contiguous: bool) -> ShardedParam:
+    """How a parameter is stored that an axis of the model splits so."""
+    if split.blocks is None or (contiguous and split.blocks != 1):
+        return ShardedParam(split.dim, axis, exchanged=True)
+    return ShardedParam(split.dim, axis, split.blocks)
+
+
+def regions(candidates: Iterable[Candidate]) -> list[list[Candidate]]:
     """Candidates in groups: those of different groups have no weight and no call in common."""
-    group_of, groups = {}, {}
+    group_of: dict[ParamName | CallIndex, list[Candidate]] = {}
+    groups: dict[int, list[Candidate]] = {}
     for c in candidates:
-        near = {
-            id(group_of[key]): group_of[key] for key in (*c.params, *c.indices) if key in group_of
-        }
-        group = [c, *(o for g in near.values() for o in g)]
+        keys = [key for key in (*c.params, *c.indices) if key in group_of]
+        near = {id(group_of[key]): group_of[key] for key in keys}
+        group = [c, *(other for joined in near.values() for other in joined)]
         for i in near:
             del groups[i]
         groups[id(group)] = group
@@ -45,31 +97,14 @@ def regions(candidates):
     return list(groups.values())
 
 
-@dataclass
-class Way:
-    """One weight split alone. `gathered`: it is gathered before its use; else `partners` (biases)
-    are split with it."""
-
-    dim: int
-    axis: Axis
-    bytes: float
-    gathered: bool
-    partners: dict
-    why: str = ""
-
-
-def spans(dims):
+def spans(dims: Iterable[Sequence[Factor]]) -> Iterator[Sequence[Factor]]:
     """Lists of adjacent factors: of each dim, and of each unequal piece of one."""
-    for dim in dims:
-        yield dim
-        for f in dim:
+    for factors in dims:
+        yield factors
+        for f in factors:
             yield from spans(map(leaves, f.pieces or ()))
 
 
-def indices(calls):
-    return {call.index for call in calls}
-
-
-def divides(factors, n):
+def divides(factors: Sequence[Factor], n: int) -> bool:
     """Whether n ranks can share adjacent factors."""
     return prod(f.size for f in factors) % n == 0 and not any(f.opaque for f in factors)

@@ -1,6 +1,12 @@
 """A plan as a user reads it, of a forward that was traced, or of none."""
 
-from ..axes.action import GATHER
+from collections.abc import Mapping
+
+from torch import nn
+
+from ..axes.action import GATHER, Action
+from ..axes.sharding import Axis, Sharding
+from ..keys import ArgPath, CallIndex, ParamName, ValueId
 from ..parts import named_parameters
 from ..plan import (
     EXCHANGED,
@@ -11,11 +17,14 @@ from ..plan import (
     Entry,
     TensorParallelPlan,
 )
+from ..tracing.graph import Value
 from ..tracing.trace import UnknownValues
 from .cost import cost
+from .layout import Layout
+from .task import Task
 
 
-def why_blind(failed):
+def why_blind(failed: Exception) -> str:
     """What to say of a plan that was made without a forward."""
     if isinstance(failed, UnknownValues):
         return (
@@ -28,78 +37,87 @@ def why_blind(failed):
     )
 
 
-def blind_plan(model, n, fixed, note, kept):
+def blind_plan(
+    model: nn.Module,
+    n: int,
+    user_dims: Mapping[ParamName, int | None],
+    note: str,
+    applied: Mapping[ParamName, Entry],
+) -> TensorParallelPlan:
     """Every large weight split on its longest dim, but for those that are split already."""
     plan = TensorParallelPlan(n, bytes_per_step=None, note=note)
     for name, p in named_parameters(model):
         longest = max(range(p.dim()), key=lambda d: p.shape[d], default=None)
-        dim = fixed.get(name, longest if p.dim() > 1 and p.shape[longest] >= n else None)
-        pieces = kept[name].pieces if name in kept else 1
-        plan.entries[name] = Entry(
-            name, tuple(p.shape), dim, pieces, REPLICATED if dim is None else GATHERED
-        )
+        worth_it = p.dim() > 1 and p.shape[longest] >= n
+        dim = user_dims.get(name, longest if worth_it else None)
+        pieces = applied[name].pieces if name in applied else 1
+        how = REPLICATED if dim is None else GATHERED
+        plan.entries[name] = Entry(name, tuple(p.shape), dim, pieces, how)
     return plan
 
 
-def describe(planner, sharding, layout, fixed):
+def describe(
+    task: Task, sharding: Sharding, layout: Layout, user_dims: Mapping[ParamName, int | None]
+) -> TensorParallelPlan:
     """The plan as a user reads it."""
-    plan = TensorParallelPlan(
-        planner.n, bytes_per_step=round(cost(planner.graph, layout, planner.n))
-    )
-    plan.loss_parallel = planner.loss_parallel
-    completed = _Completed(planner, layout)
-    for name, v in planner.params.items():
-        entry = plan.entries[name] = Entry(name, v.shape, why=planner.why.get(name, ""))
-        param = sharding.params.get(name)
-        if param is None:
-            entry.why = "small" if planner.n > 1 else "one rank holds all"
-            continue
-        axis, entry.dim, entry.pieces = param.axis, param.dim, param.blocks
-        if param.gathered:
-            entry.how = WEIGHT_GATHERED
-            entry.why = (
-                entry.why if planner.users.get(name) else "the traced forward did not reach it"
-            )
-        elif axis in sharding.through:
-            entry.units = axis.size
-            entry.why = f"an axis of {axis.size} units, {axis.size // planner.n} a rank"
-            if param.exchanged:
-                entry.how = EXCHANGED
-            else:
-                entry.how = GATHERED if completed.at_once(name, axis) else LOCAL
-        else:
-            entry.how = GATHERED
-    for name in fixed.keys() & plan.entries.keys() if planner.n > 1 else ():
-        plan.entries[name].why = "set by the user"
+    sent = round(cost(task.graph, layout, task.n))
+    plan = TensorParallelPlan(task.n, bytes_per_step=sent, loss_parallel=task.loss_parallel)
+    completed = _Completed(task, layout)
+    for name, v in task.params.items():
+        plan.entries[name] = _entry(task, sharding, completed, name, v)
+        if name in user_dims and task.n > 1:
+            plan.entries[name].why = "set by the user"
     return plan
+
+
+def _entry(
+    task: Task, sharding: Sharding, completed: "_Completed", name: ParamName, v: Value
+) -> Entry:
+    param = sharding.params.get(name)
+    if param is None:
+        why = "small" if task.n > 1 else "one rank holds all"
+        return Entry(name, v.shape, why=why)
+    entry = Entry(name, v.shape, param.dim, param.blocks, GATHERED, task.why.get(name, ""))
+    if param.gathered:
+        entry.how = WEIGHT_GATHERED
+        if not task.users.get(name):
+            entry.why = "the traced forward did not reach it"
+    elif param.axis in sharding.through:
+        size = param.axis.size
+        entry.units = size
+        entry.why = f"an axis of {size} units, {size // task.n} a rank"
+        if param.exchanged:
+            entry.how = EXCHANGED
+        elif not completed.at_once(name, param.axis):
+            entry.how = LOCAL
+    return entry
 
 
 class _Completed:
     """Which weights compute on shards only to have their results gathered by all that reads
     them."""
 
-    def __init__(self, planner, layout):
-        self.users, self.layout, self.readers = planner.users, layout, {}
-        for call in planner.graph.calls:
+    def __init__(self, task: Task, layout: Layout):
+        self.users, self.layout = task.users, layout
+        self.readers: dict[ValueId, list[tuple[CallIndex, ArgPath]]] = {}
+        for call in task.graph.calls:
             for path, v in call.inputs.items():
                 self.readers.setdefault(v.id, []).append((call.index, path))
 
-    def at_once(self, name, axis):
+    def at_once(self, name: ParamName, axis: Axis) -> bool:
         """Whether all that is made of a weight on shards of `axis` is gathered where it is made or
         next used."""
-        calls = [
-            call for call in self.users.get(name, ()) if self.layout.axis_of.get(call.index) == axis
-        ]
+        calls = [c for c in self.users.get(name, ()) if self.layout.axis_of.get(c.index) == axis]
         made = [v.id for call in calls for v in call.outputs.values()]
         sharded = [i for i in made if self.layout.states.get(i) == axis]
-        return bool(sharded) and all(map(self._gathered, sharded))
+        return bool(sharded) and all(map(self.gathered, sharded))
 
-    def _gathered(self, value):
+    def gathered(self, value: ValueId) -> bool:
         if _gathers(self.layout.values.get(value)):
             return True
         readers = self.readers.get(value, ())
         return bool(readers) and all(_gathers(self.layout.uses.get(at)) for at in readers)
 
 
-def _gathers(actions):
+def _gathers(actions: list[Action] | None) -> bool:
     return bool(actions) and actions[0].kind == GATHER

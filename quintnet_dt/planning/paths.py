@@ -4,17 +4,16 @@ before it runs, once."""
 import copy
 import weakref
 from dataclasses import replace
-from itertools import combinations
 
 import torch
 
 from ..agreement import agree_on, check_batch, in_pipeline
 from ..around import look_around, undisturbed
-from ..axes.axes import Axes, lone_axis, own_axis
-from ..axes.sharding import Axis, LayoutError, ShardedParam, Sharding
+from ..axes.axes import Axes
+from ..axes.sharding import LayoutError
 from ..in_step import CHECKED, Apart, InStep
 from ..parts import named_modules, named_parameters
-from ..plan import EXCHANGED, WEIGHT_GATHERED, TensorParallelPlan
+from ..plan import TensorParallelPlan
 from ..private import as_compiled
 from ..running.context import AGAIN
 from ..running.structure import hooks_on, pass_added
@@ -22,8 +21,11 @@ from ..together import any_rank, together
 from ..tracing.attributes import kinds_at
 from ..tracing.trace import trace
 from ..utils import leaves, opaque
-from .planner import Planner, divides, indices, settle, spans
+from .applied import sharding_of
+from .planner import Planner
+from .settle import settle
 from .signature import device_of, moded, modes, signature
+from .task import Task
 
 VALUES = 2  # numbers of a kind of call that have programs of their own; all others share theirs
 KEPT = 64  # kinds of calls whose programs are kept
@@ -228,9 +230,8 @@ class Paths:
             sharding = sharding_of(plan, graph, axes)
             if self.key in self.known:  # another path of such a call
                 sharding.dear = self.known[self.key][0][path].dear
-            programs = settle(
-                Planner(graph, axes, plan.tp_size), module, args, kwargs, device, sharding
-            )[2]
+            planner = Planner(Task(graph, axes, plan.tp_size))
+            programs = settle(planner, module, args, kwargs, device, sharding).programs
         except LayoutError as e:
             raise RuntimeError(
                 f"{path or type(module).__name__} was called in a way that was not traced before,"
@@ -281,55 +282,3 @@ def completed(defaults, programs):
             optional = program.optional | unread.keys()
             found[path] = replace(program, params={**program.params, **unread}, optional=optional)
     return found
-
-
-def shared_axis(name, entry, graph, axes, alone):
-    """The axis of a weight that is split alone, which a bias is split along with: in all calls that
-    use it. `alone`: call index -> {parameter: its axis} so far."""
-    calls, v = indices(graph.users.get(name, ())), graph.params[name]
-    if len(entry.shape) != 1 or not calls:
-        return None
-    for p, axis in alone.get(min(calls), {}).items():
-        if (
-            calls <= indices(graph.users[p])
-            and (split := axis.find(axes, v))
-            and split.blocks == entry.pieces
-        ):
-            return axis
-    return None
-
-
-def axis_of_entry(entry, value, axes, n):
-    """The axis of the model along which an applied plan splits a parameter, in another forward."""
-    for factors in spans([axes.final(value)[entry.dim]]):
-        for i, j in combinations(range(len(factors) + 1), 2):
-            axis = Axis(tuple(factors[i:j]))
-            split = axis.find(axes, value) if divides(axis.factors, n) else None
-            if split and (split.blocks == entry.pieces) != (entry.how == EXCHANGED):
-                return axis
-    return None
-
-
-def sharding_of(plan, graph, axes):
-    """The Sharding of an applied plan in another forward's graph."""
-    sharding = Sharding(loss_parallel=plan.loss_parallel)
-    alone = {}  # call index -> {weight that is split alone: its axis}
-    for name, e in plan.entries.items():
-        if e.dim is None or name not in graph.params:
-            continue
-        axis = axis_of_entry(e, graph.params[name], axes, plan.tp_size) if e.units else None
-        if axis is not None:
-            sharding.through.add(axis)
-            exchanged = e.how == EXCHANGED
-            sharding.params[name] = ShardedParam(e.dim, axis, e.pieces, exchanged)
-            continue
-        gathered = e.how in (WEIGHT_GATHERED, EXCHANGED) or e.pieces > 1
-        axis = shared_axis(name, e, graph, axes, alone)
-        if axis is None and gathered:
-            axis = lone_axis(e.shape[e.dim])
-        elif axis is None:
-            axis = own_axis(graph, name, e.dim)
-        for call in graph.users.get(name, ()):
-            alone.setdefault(call.index, {})[name] = axis
-        sharding.params[name] = ShardedParam(e.dim, axis, e.pieces, gathered=gathered)
-    return sharding

@@ -1,0 +1,73 @@
+"""What an applied plan shards, in the graph of another forward."""
+
+from itertools import combinations
+
+from ..axes.axes import Axes, lone_axis, own_axis
+from ..axes.sharding import Axis, ShardedParam, Sharding
+from ..keys import CallIndex, ParamName
+from ..plan import EXCHANGED, WEIGHT_GATHERED, Entry, TensorParallelPlan
+from ..tracing.graph import Graph, Value
+from .alone import indices
+from .candidates import divides, spans
+
+# Call -> the weights it uses that are split by themselves, and the axis of each.
+_Alone = dict[CallIndex, dict[ParamName, Axis]]
+
+
+def sharding_of(plan: TensorParallelPlan, graph: Graph, axes: Axes) -> Sharding:
+    """The Sharding of an applied plan."""
+    sharding = Sharding(loss_parallel=plan.loss_parallel)
+    alone: _Alone = {}
+    for name, entry in plan.entries.items():
+        if entry.dim is None or name not in graph.params:
+            continue
+        axis = _axis_of_model(entry, graph.params[name], axes, plan.tp_size)
+        if axis is None:
+            sharding.params[name] = _split_alone(name, entry, graph, axes, alone)
+        else:
+            sharding.through.add(axis)
+            exchanged = entry.how == EXCHANGED
+            sharding.params[name] = ShardedParam(entry.dim, axis, entry.pieces, exchanged)
+    return sharding
+
+
+def _axis_of_model(entry: Entry, value: Value, axes: Axes, n: int) -> Axis | None:
+    """The axis of the model along which a parameter is split as the plan says."""
+    if not entry.units:
+        return None
+    for factors in spans([axes.final(value)[entry.dim]]):
+        for i, j in combinations(range(len(factors) + 1), 2):
+            axis = Axis(tuple(factors[i:j]))
+            split = axis.find(axes, value) if divides(axis.factors, n) else None
+            if split and (split.blocks == entry.pieces) != (entry.how == EXCHANGED):
+                return axis
+    return None
+
+
+def _split_alone(
+    name: ParamName, entry: Entry, graph: Graph, axes: Axes, alone: _Alone
+) -> ShardedParam:
+    gathered = entry.how in (WEIGHT_GATHERED, EXCHANGED) or entry.pieces > 1
+    axis = _axis_of_partner(name, entry, graph, axes, alone)
+    if axis is None and gathered:
+        axis = lone_axis(entry.shape[entry.dim])
+    elif axis is None:
+        axis = own_axis(graph, name, entry.dim)
+    for call in graph.users.get(name, ()):
+        alone.setdefault(call.index, {})[name] = axis
+    return ShardedParam(entry.dim, axis, entry.pieces, gathered=gathered)
+
+
+def _axis_of_partner(
+    name: ParamName, entry: Entry, graph: Graph, axes: Axes, alone: _Alone
+) -> Axis | None:
+    """The axis of a weight that is split by itself, which a bias is split along with: in all calls
+    that use it."""
+    calls = indices(graph.users.get(name, ()))
+    if len(entry.shape) != 1 or not calls:
+        return None
+    for weight, axis in alone.get(min(calls), {}).items():
+        split = axis.find(axes, graph.params[name])
+        if calls <= indices(graph.users[weight]) and split and split.blocks == entry.pieces:
+            return axis
+    return None
