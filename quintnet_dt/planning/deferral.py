@@ -21,19 +21,27 @@ def scaled_by(graph: Graph, call: Call, partial: set[ValueId]) -> list[ArgPath] 
         return None
     if any(graph.use_count.get(i) != 1 or i in graph.seen for i in partial):
         return None
-    external = {v.id for v in call.inputs.values()}
     sums, factors = set(partial), set()
     for node in call.nodes:
-        x = _scaled(node, sums)
-        if x is not None:
-            scales = {v.id: v for v in node.inputs if v is not x and is_float(v)}
-            if not scales.keys() <= external or not _worth_deferring(node, x, scales.values()):
-                return None
-            factors |= scales.keys()
-        elif not sums.issuperset(v.id for v in node.inputs) or not linear(node):
-            return None  # an addend that is no float adds up, too
+        scales = _factors(node, sums)
+        if scales is None:
+            return None
+        factors |= scales
         sums |= {v.id for v in node.outputs}
+    if not factors <= {v.id for v in call.inputs.values()}:
+        return None  # one is made within the call
     return [p for p, v in call.inputs.items() if v.id in factors and v.trainable]
+
+
+def _factors(node: Node, sums: set[ValueId]) -> set[ValueId] | None:
+    """The factors that a node scales a partial operand by; None where it cannot run on it."""
+    x = _scaled(node, sums)
+    if x is not None:
+        factors = {v.id: v for v in node.inputs if v is not x and is_float(v)}
+        return set(factors) if _worth_deferring(node, x, factors.values()) else None
+    # An addend that is no float adds up, too.
+    all_partial = sums.issuperset(v.id for v in node.inputs)
+    return set() if all_partial and linear(node) else None
 
 
 def _scaled(node: Node, sums: set[ValueId]) -> Value | None:

@@ -27,8 +27,8 @@ from ..tracing.recorder import UNSEEN, Recorder
 from ..tracing.trace import record
 from ..utils import leaves, quiet, replace, silence, tensors
 from .analysis import aligned_only, copes, op_name
-from .compile import Found, compile_programs
 from .indexing import CUTS, INDEXING, bounds, cut_of, indexed_dims, other_elements
+from .programs import Found, make_programs
 from .sizes import SIZES, groups_at, localise
 
 
@@ -39,7 +39,7 @@ def prove(model, args, kwargs, graph, axes, layout, sharding, n, device=None):
     for _ in range(
         3
     ):  # what is found in one run is part of the programs that the next one shows right
-        programs = compile_programs(graph, layout, found)
+        programs = make_programs(graph, layout, found)
         checker = _Checker(graph, axes, layout, n, found)
         try:
             run_local(model, args, kwargs, programs, checker, sharding, n, device)
@@ -50,7 +50,7 @@ def prove(model, args, kwargs, graph, axes, layout, sharding, n, device=None):
             error.others = others
             raise error
         if not checker.changed:
-            return compile_programs(graph, layout, found) if checker.pinned else programs
+            return make_programs(graph, layout, found) if checker.pinned else programs
     raise LayoutError("sizes written into the code could not be replaced")
 
 

@@ -7,10 +7,10 @@ from torch import nn
 from ..axes.sharding import Axis, LayoutError, Sharding
 from ..keys import ModulePath
 from ..running.program import Program
-from .compile import compile_programs
 from .hoist import hoist
 from .layout import Layout, lay_out
 from .planner import Planner
+from .programs import make_programs
 from .prove import prove
 
 
@@ -45,7 +45,7 @@ def settle(
             layout = hoist(graph, lay_out(graph, axes, sharding))
             all_gathered = all(p.gathered for p in sharding.params.values())
             if all_gathered and not graph.given:  # it computes as the whole model does
-                programs = compile_programs(graph, layout)
+                programs = make_programs(graph, layout)
             else:
                 programs = prove(model, args, kwargs, graph, axes, layout, sharding, task.n, device)
             return Settled(sharding, layout, programs)
