@@ -429,6 +429,7 @@ VIEWS = {
     "t": (lambda x: x.t(), r(4, 6)),
     "t 1d": (lambda x: a.t(x), r(4)),
     "transpose": (lambda x: x.transpose(-1, 0), r(2, 4, 6)),
+    "transpose 0d": (lambda x: x.transpose(0, -1), r(1)[0]),
     "transpose_": (lambda x: x.clone().transpose_(-1, 0), r(2, 4, 6)),
     "permute": (lambda x: x.permute(-1, 0, 1), r(2, 4, 6)),
     "unsqueeze": (lambda x: x.unsqueeze(-1).unsqueeze(0).unsqueeze(-2), r(2, 4)),

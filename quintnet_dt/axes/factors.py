@@ -4,19 +4,26 @@ them, and splits one where a view does.
 A factor that `split` or a slice cuts in unequal pieces ([q | k | v]) has factors of its own in each
 piece."""
 
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from math import prod
+from typing import Optional
 
 
+@dataclass(eq=False, slots=True)
 class Factor:
-    """A part of a dim, `size` long; merged with others by `unify`, and split in two (outer, inner)
-    by `take`."""
+    """A part of a dim, `size` long. One that was merged with another has a `parent`, one that was
+    split in two has `parts`, outer and inner. `opaque`: operators cut it at places that have no
+    factors in common, so that it cannot be sharded."""
 
-    __slots__ = ("size", "parent", "parts", "pieces", "opaque")
+    size: int
+    parent: Optional["Factor"] = None
+    parts: list["Factor"] | None = None
+    pieces: list[list["Factor"]] | None = None
+    opaque: bool = False
 
-    def __init__(self, size):
-        self.size, self.parent, self.parts, self.pieces, self.opaque = size, None, None, None, False
-
-    def root(self):
+    def root(self) -> "Factor":
+        """What this factor was merged into."""
         f = self
         while f.parent is not None:
             f = f.parent
@@ -24,11 +31,21 @@ class Factor:
             self.parent = f  # a shorter way next time
         return f
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"<{self.size}>"
 
 
-def leaves(factors):
+def fresh(size: int) -> list[Factor]:
+    """The factors of a dim of which nothing is known: its own. One of size 1 has none."""
+    return [Factor(size)] if size != 1 else []
+
+
+def length(factors: Iterable[Factor]) -> int:
+    """How long a dim of these factors is."""
+    return prod(f.size for f in factors)
+
+
+def leaves(factors: Iterable[Factor]) -> list[Factor]:
     """The unsplit factors that `factors` stand for, outermost first."""
     out = []
     for f in factors:
@@ -37,86 +54,87 @@ def leaves(factors):
     return out
 
 
-def flat(factors):
+def flat(factors: Iterable[Factor]) -> Iterator[Factor]:
     """Leaves, and those within the pieces of a leaf."""
     for f in leaves(factors):
         yield f
-        yield from (g for piece in f.pieces or () for g in flat(piece))
+        for piece in f.pieces or ():
+            yield from flat(piece)
 
 
-def _cut(leaf, outer):
-    leaf.parts = [Factor(outer), Factor(leaf.size // outer)]
-    for part in leaf.parts:
-        part.opaque = leaf.opaque or leaf.pieces is not None
+def _cut(leaf: Factor, outer: int) -> list[Factor]:
+    opaque = leaf.opaque or leaf.pieces is not None
+    leaf.parts = [Factor(size, opaque=opaque) for size in (outer, leaf.size // outer)]
     return leaf.parts
 
 
-def piece(factors, start, length):
+def piece(factors: list[Factor], start: int, size: int) -> list[Factor] | None:
     """The factors of a part of a dim, which need not divide it; None where that is several factors,
     or cut elsewhere."""
     f, *more = leaves(factors)
     if more:
         return None
-    if length == f.size:
+    if size == f.size:
         return [f]
     if f.pieces is None:
-        f.pieces = [
-            [Factor(size)] if size > 1 else []
-            for size in (start, length, f.size - start - length)
-            if size
-        ]
+        cuts = start, size, f.size - start - size
+        f.pieces = [fresh(n) for n in cuts if n]
     for part in f.pieces:
-        size = prod(g.size for g in leaves(part))
-        if start + length <= size:
-            return None if start < 0 else part if length == size else piece(part, start, length)
-        start -= size
+        here = length(part)
+        if start + size <= here:
+            if start < 0:
+                return None
+            return part if size == here else piece(part, start, size)
+        start -= here
+    return None
 
 
-def take(factors, size):
+def take(factors: list[Factor], size: int) -> tuple[list[Factor], list[Factor]] | None:
     """Split a list of factors into (the outer ones that make `size`, the rest), or None if none can
     be cut there."""
-    rest, got = leaves(factors), []
-    need = size
-    while need > 1:
+    rest, outer = leaves(factors), []
+    while size > 1:
         if not rest:
             return None
         leaf = rest[0]
-        if need % leaf.size == 0:
-            need //= leaf.size
-            got.append(rest.pop(0))
-        elif leaf.size % need == 0:
-            rest[:1] = _cut(leaf, need)
+        if size % leaf.size == 0:
+            size //= leaf.size
+            outer.append(rest.pop(0))
+        elif leaf.size % size == 0:
+            rest[:1] = _cut(leaf, size)
         else:
             return None
-    return got, rest
+    return outer, rest
 
 
-def unify(xs, ys):
+def unify(xs: Iterable[Factor], ys: Iterable[Factor]) -> None:
     """Say that two lists of factors are the same positions of the same axes."""
-    xs, ys = leaves(xs), leaves(ys)
-    while xs and ys:
+    while (xs := leaves(xs)) and (ys := leaves(ys)):
         a, b = xs[0], ys[0]
-        if a is b:
-            xs.pop(0), ys.pop(0)
-        elif a.size == b.size:
-            b.parent, a.opaque = a, a.opaque or b.opaque
-            a.pieces, others = a.pieces or b.pieces, b.pieces
-            if others not in (None, a.pieces):
-                same = [
-                    [prod(f.size for f in p) for p in map(leaves, cut)]
-                    for cut in (a.pieces, others)
-                ]
-                a.opaque |= same[0] != same[1]
-                for p, q in zip(a.pieces, others) if not a.opaque else ():
-                    unify(p, q)
-            xs, ys = leaves(xs[1:]), leaves(ys[1:])
+        if a.size == b.size:
+            if a is not b:
+                _merge(a, b)
+            xs, ys = xs[1:], ys[1:]
         elif a.size % b.size == 0:
             _cut(a, b.size)
-            xs, ys = leaves(xs), leaves(ys)
         elif b.size % a.size == 0:
             _cut(b, a.size)
-            xs, ys = leaves(xs), leaves(ys)
         else:  # 8 x 3 against 6 x 4: no common refinement
-            for f in xs + ys:
-                f.opaque = True
-            return
+            return mark_opaque(xs + ys)
+
+
+def mark_opaque(factors: Iterable[Factor]) -> None:
+    for f in leaves(factors):
+        f.opaque = True
+
+
+def _merge(a: Factor, b: Factor) -> None:
+    b.parent = a
+    a.opaque |= b.opaque
+    if a.pieces is None or b.pieces is None:
+        a.pieces = a.pieces or b.pieces
+    elif [length(p) for p in a.pieces] != [length(p) for p in b.pieces]:
+        a.opaque = True
+    elif not a.opaque:
+        for p, q in zip(a.pieces, b.pieces):
+            unify(p, q)

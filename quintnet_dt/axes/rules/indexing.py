@@ -1,61 +1,57 @@
-"""Rules of indexing: the indexed dims are needed whole, the others pass."""
+"""Rules of indexing by tensors: the indexed dims are needed whole, the others pass."""
 
 import torch
 
-from ..factors import unify
-from .table import arg, every, fresh, pass_but, rule, unknown
+from ...tracing.graph import Node
+from ..factors import fresh, unify
+from ..findings import Findings
+from .table import arg, rule, unknown
 
 
 @rule("index")
-def index(node, axes):
+def index(node: Node, axes: Findings) -> None:
     value, out = node.inputs[0], node.outputs[0]
-    indices = list(arg(node, "indices"))
-    indices += [None] * (len(value.shape) - len(indices))
-    if any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices):
+    # The dims that are indexed: dim -> the tensor of its indices.
+    indices = {k: i for k, i in enumerate(arg(node, "indices")) if i is not None}
+    if any(i.dtype in (torch.bool, torch.uint8) for i in indices.values()):
         return unknown(node, axes)
-    dims, at = axes.dims(value), [k for k, i in enumerate(indices) if i is not None]
-    for k in at:
+    dims = axes.dims(value)
+    for k in indices:
         axes.whole(node, value, dims[k])
-    n = max(len(indices[k].shape) for k in at)
-    adjacent = at == list(range(at[0], at[-1] + 1))
-    lead = at[0] if adjacent else 0
-    looked = [fresh(s) for s in out.shape[lead : lead + n]]
-    for k in at:
-        for j, (dim, size) in enumerate(zip(axes.dims(indices[k])[::-1], indices[k].shape[::-1])):
-            if size == out.shape[lead + n - 1 - j]:
-                unify(looked[n - 1 - j], dim)
-    kept = [d for k, d in enumerate(dims) if indices[k] is None]
-    axes.set(out, kept[:lead] + looked + kept[lead:])
-
-
-@rule("index_select")
-def index_select(node, axes):
-    dim = arg(node, "dim") % len(node.inputs[0].shape)
-    axes.whole(node, node.inputs[1], every(axes.dims(node.inputs[1])))
-    pass_but(node, axes, [dim])
+    # The dims of the indices, which broadcast, take the place of the indexed ones; they come first
+    # where those are not adjacent.
+    first = min(indices)
+    adjacent = max(indices) - first + 1 == len(indices)
+    at = first if adjacent else 0
+    n = max(len(i.shape) for i in indices.values())
+    looked_up = [fresh(size) for size in out.shape[at : at + n]]
+    for i in indices.values():
+        places = zip(looked_up[n - len(i.shape) :], axes.dims(i), i.shape)
+        for dim, found, size in places:
+            if size != 1:
+                unify(found, dim)
+    kept = [d for k, d in enumerate(dims) if k not in indices]
+    axes.set(out, kept[:at] + looked_up + kept[at:])
 
 
 @rule(
     "gather scatter scatter_ scatter_add scatter_add_ scatter_reduce scatter_reduce_ index_add"
     " index_add_"
 )
-def along(node, axes):
+def along(node: Node, axes: Findings) -> None:
     """Reads or writes along one dim by index: it is needed whole; so is one that is cut, where an
     index or a source is smaller."""
     value, out = node.inputs[0], node.outputs[0]
-    dim = arg(node, "dim") % max(len(value.shape), 1)
-    alike = [v for v in node.inputs if len(v.shape) == len(value.shape)]
-    same = [
-        i != dim and all(v.shape[i] == n for v in [*alike, out]) for i, n in enumerate(value.shape)
-    ]
+    dims = axes.dims(value)
+    alike = [v for v in node.inputs if len(v.shape) == len(dims)]
+    passing = [len(set(sizes)) == 1 for sizes in zip(out.shape, *(v.shape for v in alike))]
+    if dims:
+        passing[arg(node, "dim")] = False
     for v in node.inputs:
-        if len(v.shape) != len(value.shape):
-            axes.whole(node, v, every(axes.dims(v)))
-            continue
-        for i, d in enumerate(axes.dims(v)):
-            if same[i]:
-                unify(axes.dims(value)[i], d)
+        for i, found in enumerate(axes.dims(v)):
+            if v in alike and passing[i]:
+                unify(dims[i], found)
             else:
-                axes.whole(node, v, d)
+                axes.whole(node, v, found)
     if all(v in alike or len(v.shape) == 1 for v in node.inputs):
-        axes.set(out, [d if s else fresh(n) for d, s, n in zip(axes.dims(value), same, out.shape)])
+        axes.set(out, [d if p else fresh(n) for d, p, n in zip(dims, passing, out.shape)])

@@ -6,22 +6,30 @@ An operator without a rule is assumed to need every dim whole, which is always r
 """
 
 import functools
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, TypeAlias
 
-from ..factors import Factor
+from ...tracing.graph import Node
+from ..factors import Factor, fresh
+from ..findings import Findings
 
-RULES = {}
+Rule: TypeAlias = Callable[[Node, Findings], None]
+
+RULES: dict[str, Rule] = {}  # by the operator's name, that of aten's without "aten::"
 
 
-def rule(names):
-    def add(f):
-        for name in names.split():
-            RULES[name] = f
+def rule(names: str) -> Callable[[Rule], Rule]:
+    """Enter a function as the rule of operators."""
+
+    def add(f: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names.split(), f))
         return f
 
     return add
 
 
-def unknown(node, axes):
+def unknown(node: Node, axes: Findings) -> None:
+    """Everything is needed whole."""
     for v in node.inputs:
         axes.whole(node, v, every(axes.dims(v)))
     for v in node.outputs:
@@ -29,47 +37,54 @@ def unknown(node, axes):
             axes.whole(node, v, every(axes.dims(v)))
 
 
-def every(dims):
+def every(dims: Iterable[list[Factor]]) -> list[Factor]:
+    """All factors of some dims."""
     return [f for d in dims for f in d]
 
 
-def fresh(n):
-    return [Factor(n)] if n != 1 else []
+class Argument(NamedTuple):
+    """An argument of an operator's schema."""
+
+    position: int
+    default: Any
+    is_tensor: bool
 
 
 @functools.cache
-def signature(op):
-    """An operator's arguments as {name: (position, default value, whether it is a tensor)}."""
-    places = enumerate(op._schema.arguments)
+def signature(op: Any) -> dict[str, Argument]:
+    """An operator's arguments by name."""
     return {
-        a.name: (i, a.default_value, str(a.type) in ("Tensor", "Optional[Tensor]"))
-        for i, a in places
+        a.name: Argument(i, a.default_value, str(a.type) in ("Tensor", "Optional[Tensor]"))
+        for i, a in enumerate(op._schema.arguments)
     }
 
 
-def arg(node, name):
+def arg(node: Node, name: str) -> Any:
     """An operator's argument by its schema name, None where it has none of that name."""
-    at, default, _ = signature(node.op).get(name, (len(node.args), None, False))
-    return node.args[at] if at < len(node.args) else node.kwargs.get(name, default)
+    position, default, _ = signature(node.op).get(name, (len(node.args), None, False))
+    return node.args[position] if position < len(node.args) else node.kwargs.get(name, default)
 
 
-def dims_of(node, ndim, name="dim"):
+def dims_of(node: Node, ndim: int, name: str = "dim") -> list[int]:
     """The dims that an operator was given, all of them where it was given none; a scalar has
     none."""
     dims = arg(node, name)
-    if dims is None or ndim == 0 or (isinstance(dims, (list, tuple)) and not dims):
-        return list(range(ndim))
-    return [d % ndim for d in (dims if isinstance(dims, (list, tuple)) else [dims])]
+    if isinstance(dims, int):
+        dims = [dims]
+    return [d % ndim for d in dims] if ndim and dims else list(range(ndim))
 
 
-def pass_but(node, axes, dims):
-    """Outputs of the input's rank, or of it less the given dims; those dims are needed whole."""
-    value = node.inputs[0]
-    for d in dims:
-        axes.whole(node, value, axes.dims(value)[d])
+def pass_but(node: Node, axes: Findings, dims: list[int]) -> None:
+    """The given dims of the first input are needed whole, and all of the other inputs. The other
+    dims pass to outputs of the first's rank, or of that less the given dims."""
+    value, *others = node.inputs
+    for v in others:
+        axes.whole(node, v, every(axes.dims(v)))
+    for i in dims:
+        axes.whole(node, value, axes.dims(value)[i])
+    before = list(enumerate(axes.dims(value)))
+    passing = [(i, d) for i, d in before if i not in dims]
     for out in node.outputs:
-        kept = [(i, d) for i, d in enumerate(axes.dims(value))]
-        if len(out.shape) != len(kept):
-            kept = [(i, d) for i, d in kept if i not in dims]
+        kept = before if len(out.shape) == len(before) else passing
         if len(out.shape) == len(kept):
-            axes.set(out, [fresh(s) if i in dims else d for (i, d), s in zip(kept, out.shape)])
+            axes.set(out, [fresh(n) if i in dims else d for (i, d), n in zip(kept, out.shape)])

@@ -1,138 +1,145 @@
 """Rules of views and of parts of a dim: how factors split, merge, move and are cut."""
 
-from ..factors import leaves, piece, take, unify
-from .table import RULES, arg, dims_of, every, fresh, pass_but, rule, unknown
+from ...tracing.graph import Node, Value
+from ..factors import fresh, mark_opaque, piece, take, unify
+from ..findings import Findings
+from .table import arg, dims_of, every, pass_but, rule, unknown
 
 
 @rule("view _unsafe_view reshape")
-def view(node, axes):
-    out, rest, dims = node.outputs[0], every(axes.dims(node.inputs[0])), []
+def view(node: Node, axes: Findings) -> None:
+    value, out = node.inputs[0], node.outputs[0]
     if 0 in out.shape:
         return unknown(node, axes)
-    for size in out.shape:
-        got = take(rest, size)
-        if got is None:
-            for f in leaves(rest):
-                f.opaque = True
-            dims += [fresh(s) for s in out.shape[len(dims) :]]
+    dims = [fresh(n) for n in out.shape]
+    rest = every(axes.dims(value))
+    for i, size in enumerate(out.shape):
+        taken = take(rest, size)
+        if taken is None:
+            mark_opaque(rest)
             break
-        dims.append(got[0])
-        rest = got[1]
+        dims[i], rest = taken
     axes.set(out, dims)
 
 
-def _reorder(order):
-    def apply(node, axes):
-        dims = axes.dims(node.inputs[0])
-        axes.set(node.outputs[0], [dims[i] for i in order(node, len(dims))])
-
-    return apply
-
-
-def _swap(node, n):
-    a, b = arg(node, "dim0") % n, arg(node, "dim1") % n
-    order = list(range(n))
-    order[a], order[b] = b, a
-    return order
+@rule("expand repeat")
+def repeat(node: Node, axes: Findings) -> None:
+    """A dim that is repeated k times is (k, itself)."""
+    value, out = node.inputs[0], node.outputs[0]
+    if 0 in out.shape:
+        return unknown(node, axes)
+    new = len(out.shape) - len(value.shape)
+    sizes = [1] * new + list(value.shape)
+    dims: list = [[]] * new + axes.dims(value)
+    axes.set(out, [fresh(n // size) + d for n, size, d in zip(out.shape, sizes, dims)])
 
 
-RULES["t"] = _reorder(lambda node, n: list(range(n))[::-1])
-RULES["transpose"] = RULES["transpose_"] = _reorder(_swap)
-RULES["permute"] = _reorder(lambda node, n: [d % n for d in arg(node, "dims")])
+@rule("t")
+def t(node: Node, axes: Findings) -> None:
+    axes.set(node.outputs[0], axes.dims(node.inputs[0])[::-1])
+
+
+@rule("transpose transpose_")
+def transpose(node: Node, axes: Findings) -> None:
+    dims = list(axes.dims(node.inputs[0]))
+    a, b = (arg(node, name) for name in ("dim0", "dim1"))
+    if dims:
+        dims[a], dims[b] = dims[b], dims[a]
+    axes.set(node.outputs[0], dims)
+
+
+@rule("permute")
+def permute(node: Node, axes: Findings) -> None:
+    dims = axes.dims(node.inputs[0])
+    axes.set(node.outputs[0], [dims[i] for i in arg(node, "dims")])
 
 
 @rule("unsqueeze unsqueeze_")
-def unsqueeze(node, axes):
+def unsqueeze(node: Node, axes: Findings) -> None:
     dims = list(axes.dims(node.inputs[0]))
     dims.insert(arg(node, "dim") % (len(dims) + 1), [])
     axes.set(node.outputs[0], dims)
 
 
 @rule("squeeze squeeze_")
-def squeeze(node, axes):
+def squeeze(node: Node, axes: Findings) -> None:
     value = node.inputs[0]
     chosen = [] if arg(node, "dim") == [] else dims_of(node, len(value.shape))
-    drop = {d for d in chosen if value.shape[d] == 1}
-    axes.set(node.outputs[0], [d for i, d in enumerate(axes.dims(value)) if i not in drop])
+    dims = enumerate(zip(axes.dims(value), value.shape))
+    axes.set(node.outputs[0], [d for i, (d, size) in dims if i not in chosen or size != 1])
 
 
 # ---- parts of a dim
 
 
-def _part(node, axes, dim, length, start, value, outs):
-    """Outputs that are parts of a dim, one after the other: equal parts share the factors within,
-    unequal ones have their own."""
-    dims = axes.dims(value)
-    size = value.shape[dim]
-    got = None
-    if length and size % length == 0 and start % length == 0:
-        got = take(dims[dim], size // length)
-    if got is not None:
-        axes.whole(node, value, got[0])
+def _cut(
+    axes: Findings, node: Node, dim: int, outs: list[Value], start: int = 0, equal: int = 0
+) -> None:
+    """Outputs that are parts of a dim, one after the other from `start` on. Parts of the `equal`
+    length share the factors within, unequal ones have their own."""
+    value = node.inputs[0]
+    dims = list(axes.dims(value))
+    whole, taken = dims[dim], None
+    if equal and value.shape[dim] % equal == 0 and start % equal == 0:
+        taken = take(whole, value.shape[dim] // equal)
+    if taken:
+        axes.whole(node, value, taken[0])
     for out in outs:
-        part = got[1] if got is not None else piece(dims[dim], start, out.shape[dim])
-        if part is None or not out.shape[dim]:
-            axes.whole(node, value, dims[dim])
-            part = fresh(out.shape[dim])
-        axes.set(out, [part if i == dim else d for i, d in enumerate(dims)])
-        start += out.shape[dim]
+        size = out.shape[dim]
+        part = taken[1] if taken else piece(whole, start, size)
+        if part is None or size == 0:
+            axes.whole(node, value, whole)
+            part = fresh(size)
+        dims[dim] = part
+        axes.set(out, dims)
+        start += size
 
 
 @rule("slice")
-def slice_(node, axes):
+def slice_(node: Node, axes: Findings) -> None:
     value, out = node.inputs[0], node.outputs[0]
     dim = arg(node, "dim") % len(value.shape)
+    size, length = value.shape[dim], out.shape[dim]
     if out.shape == value.shape:
         return axes.set(out, axes.dims(value))
-    if arg(node, "step") != 1 or out.shape[dim] == 0:
+    if arg(node, "step") != 1 or length == 0:
         return pass_but(node, axes, [dim])
     start = arg(node, "start") or 0
-    start = max(start + value.shape[dim], 0) if start < 0 else start
-    alike = len(axes.sliced[value.id, dim]) == 1
-    _part(node, axes, dim, out.shape[dim] if alike else 0, start, value, [out])
+    start = max(start + size, 0) if start < 0 else start
+    all_equal = len(axes.sliced[value.id, dim]) == 1
+    _cut(axes, node, dim, [out], start, length if all_equal else 0)
 
 
 @rule("split split_with_sizes chunk unsafe_split unsafe_chunk tensor_split unsafe_split_with_sizes")
-def split(node, axes):
-    value = node.inputs[0]
-    dim = arg(node, "dim") % len(value.shape)
-    sizes = {o.shape[dim] for o in node.outputs}
-    _part(node, axes, dim, sizes.pop() if len(sizes) == 1 else 0, 0, value, node.outputs)
-
-
-@rule("select unbind")
-def select(node, axes):
-    value = node.inputs[0]
-    dims = list(axes.dims(value))
-    axes.whole(node, value, dims.pop(arg(node, "dim") % len(value.shape)))
-    for out in node.outputs:
-        axes.set(out, dims)
+def split(node: Node, axes: Findings) -> None:
+    dim = arg(node, "dim") % len(node.inputs[0].shape)
+    sizes = {out.shape[dim] for out in node.outputs}
+    _cut(axes, node, dim, node.outputs, equal=sizes.pop() if len(sizes) == 1 else 0)
 
 
 @rule("cat")
-def cat(node, axes):
+def cat(node: Node, axes: Findings) -> None:
     out = node.outputs[0]
     dim = arg(node, "dim") % len(out.shape)
-    dims = [None] * len(out.shape)
+    dims = [fresh(n) for n in out.shape]
     for v in node.inputs:
         if len(v.shape) != len(out.shape):
             continue  # the legacy empty tensor
-        for i, d in enumerate(axes.dims(v)):
+        for i, found in enumerate(axes.dims(v)):
             if i == dim:
-                axes.whole(node, v, d)
-            elif dims[i] is None:
-                dims[i] = d
+                axes.whole(node, v, found)
             else:
-                unify(dims[i], d)
-    axes.set(out, [fresh(s) if d is None else d for d, s in zip(dims, out.shape)])
+                unify(found, dims[i])
+    axes.set(out, dims)
 
 
 @rule("stack")
-def stack(node, axes):
+def stack(node: Node, axes: Findings) -> None:
     out = node.outputs[0]
-    dims = axes.dims(node.inputs[0])
-    for v in node.inputs[1:]:
-        for a, b in zip(dims, axes.dims(v)):
-            unify(a, b)
     at = arg(node, "dim") % len(out.shape)
-    axes.set(out, [*dims[:at], fresh(out.shape[at]), *dims[at:]])
+    dims = [fresh(n) for n in out.shape]
+    others = dims[:at] + dims[at + 1 :]
+    for v in node.inputs:
+        for found, dim in zip(axes.dims(v), others):
+            unify(found, dim)
+    axes.set(out, dims)
