@@ -9,7 +9,7 @@ from quintnet_dt.axes.axes import Axes
 from quintnet_dt.axes.factors import Factor, leaves, take, unify
 from quintnet_dt.axes.sharding import Axis, LayoutError, ShardedParam, Sharding
 from quintnet_dt.axes.split import Segment, Split
-from quintnet_dt.planning.layout import lay_out
+from quintnet_dt.planning.lay_out import lay_out
 from quintnet_dt.tracing.trace import trace
 
 

@@ -13,7 +13,7 @@ from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 
 from quintnet_dt import TensorParallelPlan, apply_tensor_parallel, plan_tensor_parallel
-from quintnet_dt.planning import planner
+from quintnet_dt.planning import settle
 
 
 def decoder(layers=3, **kw):
@@ -293,7 +293,7 @@ def test_axes_that_cannot_be_shown_are_given_up_together(monkeypatch):
 
     runs = []
     monkeypatch.setattr(
-        planner, "prove", lambda *args, prove=planner.prove: runs.append(1) or prove(*args)
+        settle, "prove", lambda *args, prove=settle.prove: runs.append(1) or prove(*args)
     )
     model = nn.Sequential(*[Scaled(f) for f in ("scalar", "", "scalar", "shape", "", "scalar")])
     plan = plan_tensor_parallel(model, 2, example_inputs=(torch.ones(2, 3, 8),))

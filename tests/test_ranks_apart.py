@@ -12,7 +12,7 @@ from quintnet_dt import apply_tensor_parallel
 from quintnet_dt.axes.axes import Axes
 from quintnet_dt.canonical import canonical
 from quintnet_dt.planning.cost import cost
-from quintnet_dt.planning.layout import lay_out
+from quintnet_dt.planning.lay_out import lay_out
 from quintnet_dt.planning.planner import Planner
 from quintnet_dt.planning.task import Task
 from quintnet_dt.tracing.trace import trace

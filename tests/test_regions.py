@@ -20,7 +20,7 @@ from quintnet_dt.axes.sharding import Sharding
 from quintnet_dt.planning.candidates import candidates
 from quintnet_dt.planning.cost import cost
 from quintnet_dt.planning.hoist import hoist
-from quintnet_dt.planning.layout import lay_out
+from quintnet_dt.planning.lay_out import lay_out
 from quintnet_dt.planning.planner import Planner
 from quintnet_dt.planning.task import Task
 from quintnet_dt.running.program import Program

@@ -9,7 +9,8 @@ from ..axes.split import NotSplit
 from ..keys import CallIndex, ParamName
 from ..tracing.graph import Call
 from .cost import cost
-from .layout import Layout, lay_out
+from .lay_out import lay_out
+from .layout import Layout
 from .task import CROWDED, Task
 
 

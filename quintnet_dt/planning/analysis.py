@@ -162,20 +162,27 @@ class Analysis:
             if self.states.get(i) is self.axis and effect.whole.get(i, set()) & self.factors:
                 raise Refused(f"{name} needs the whole dim")
         summed = self.sums_over_axis(name, effect)
-        outs = [(v, self.axis.find(self.axes, v)) for v in node.outputs]
+        splits = [self.axis.find(self.axes, v) for v in node.outputs]
         if summed:
-            if any(split is not NotSplit.ABSENT for _, split in outs):
-                raise Refused(f"{name} has the axis twice")
-        elif name.startswith("new_") and outs[0][1] is NotSplit.ABSENT:
+            made = self.sum_of_shards(name, effect, splits)
+        elif name.startswith("new_") and splits[0] is NotSplit.ABSENT:
             return  # it reads no values
-        elif not outs or not outs[0][1]:
+        elif not splits or not splits[0]:
             raise Refused(f"{name} loses the axis")
+        else:
+            made = [self.axis if split else LOST for split in splits]
         self.take_operands(node, operands.values(), effect, summed)
         if summed and effect.lookup:
             self.look_up(node)
-        total = AVERAGED if effect.mean else PARTIAL
-        for v, split in outs:
-            self.states[v.id] = total if summed else self.axis if split else LOST
+        self.states.update((v.id, state) for v, state in zip(node.outputs, made))
+
+    def sum_of_shards(
+        self, name: str, effect: Effect, splits: list[Split | NotSplit]
+    ) -> list[State]:
+        """What a node makes that sums over the axis."""
+        if any(split is not NotSplit.ABSENT for split in splits):
+            raise Refused(f"{name} has the axis twice")
+        return [AVERAGED if effect.mean else PARTIAL] * len(splits)
 
     def sums_over_axis(self, name: str, effect: Effect) -> bool:
         summed = effect.contract & self.factors

@@ -50,18 +50,16 @@ class _Hoisting:
         if not group:
             return False
         before = _bytes(out for movable in group for out in movable.outputs)
-        after = _bytes(
-            x
-            for movable in group
-            for x in movable.call.inputs.values()
-            if x.trainable and not self.entries(x)
-        )
-        views = all(len(m.call.inputs) == 1 and m.call.name in ("view", "reshape") for m in group)
-        if after > before or (after == before and not views):
+        after = _bytes(x for movable in group for x in self.inputs_to_sum(movable.call))
+        if after > before or (after == before and not all(map(_is_view, group))):
             return False
         for movable in group:
             self.move(movable)
         return True
+
+    def inputs_to_sum(self, call: Call) -> list[Value]:
+        """The inputs whose gradients are to be summed instead, and are not yet."""
+        return [x for x in call.inputs.values() if x.trainable and not self.entries(x)]
 
     def entries(self, v: Value) -> list[tuple[CallIndex, ArgPath]]:
         """The uses of a value at which its gradient is summed, and nothing else done."""
@@ -72,20 +70,16 @@ class _Hoisting:
         """A call whose results all enter regions, and with which nothing else is done."""
         if call.opaque or call.index in self.layout.axis_of:
             return None
-        if not self.graph.numbered(call, call.module):
+        if not self.graph.numbered(call, call.module) or self.writes_or_is_overwritten(call):
             return None
         if any((call.index, path) in self.layout.uses for path in call.inputs):
             return None
-        if self.writes_or_is_overwritten(call):
-            return None
-        inputs = {v.id for v in call.inputs.values()}
         outputs = {v.id: v for v in call.outputs.values() if v.trainable}
-        for i in outputs:
-            if i in self.escaping or i in inputs:
+        inputs = {v.id for v in call.inputs.values()}
+        for elsewhere in (self.escaping, inputs, self.layout.values, self.layout.states):
+            if not outputs.keys().isdisjoint(elsewhere):
                 return None
-            if i in self.layout.values or i in self.layout.states:
-                return None
-        if all(map(self.only_enters, outputs.values())) and outputs:
+        if outputs and all(map(self.only_enters, outputs.values())):
             return _Movable(call, list(outputs.values()))
         return None
 
@@ -106,6 +100,11 @@ class _Hoisting:
         for path, v in movable.call.inputs.items():
             if v.trainable:
                 self.layout.uses[movable.call.index, path] = [Action(SUM_GRADIENT)]
+
+
+def _is_view(movable: _Movable) -> bool:
+    call = movable.call
+    return len(call.inputs) == 1 and call.name in ("view", "reshape")
 
 
 def _bytes(values: Iterable[Value]) -> int:

@@ -11,7 +11,8 @@ from ..tracing.graph import Call
 from .alone import Alone
 from .candidates import Candidate, candidates, regions
 from .cost import cost
-from .layout import Layout, lay_out
+from .lay_out import lay_out
+from .layout import Layout
 from .task import Task
 
 # Up to so many axes that stand in each other's way, every choice among them is tried.

@@ -8,7 +8,8 @@ from ..axes.sharding import Axis, LayoutError, Sharding
 from ..keys import ModulePath
 from ..running.program import Program
 from .hoist import hoist
-from .layout import Layout, lay_out
+from .lay_out import lay_out
+from .layout import Layout
 from .planner import Planner
 from .programs import make_programs
 from .prove import prove

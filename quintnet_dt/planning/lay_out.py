@@ -1,0 +1,307 @@
+"""Given which axes are sharded: the state of every tensor, and the collectives that make every call
+right.
+
+Gradients follow by one rule: the gradient of a tensor sums over every axis it does not have. So a
+replicated tensor that enters a call which works on a shard gets a partial gradient there, and the
+action SUM_GRADIENT (identity forward, all-reduce backward) sums it.
+"""
+
+from collections.abc import Iterable
+from itertools import combinations
+from math import prod
+
+from ..axes.action import (
+    ADD_ONCE,
+    EXCHANGE,
+    GATHER,
+    MEAN,
+    SPLIT,
+    SUM,
+    SUM_GRADIENT,
+    TO_DTENSOR,
+    Action,
+    OnShard,
+)
+from ..axes.axes import Axes
+from ..axes.sharding import Axis, LayoutError, ShardedParam, Sharding
+from ..axes.split import Split
+from ..axes.state import AVERAGED, PARTIAL, State
+from ..keys import ArgPath, ParamName, ValueId
+from ..tracing.graph import Call, Graph, Value
+from .analysis import Analysis
+from .deferral import scaled_by
+from .layout import Layout
+
+
+def lay_out(
+    graph: Graph, axes: Axes, sharding: Sharding, calls: Iterable[Call] | None = None
+) -> Layout:
+    """Walk the calls in order (all, or some whose other values are replicated). Raises
+    LayoutError."""
+    return _Pass(graph, axes, sharding).run(graph.calls if calls is None else calls)
+
+
+class _Pass:
+    """One walk over the calls of a graph."""
+
+    def __init__(self, graph: Graph, axes: Axes, sharding: Sharding):
+        self.graph, self.axes, self.sharding = graph, axes, sharding
+        self.layout = Layout()
+        self.now: dict[ValueId, State] = {}  # after the actions on a value
+        self.pending: dict[ValueId, Value] = {}  # partial values, not yet summed or passed on
+        self.gathered: set[ValueId] = set()  # weights that are gathered before their use
+        for name, param in sharding.params.items():
+            if name in graph.params:
+                self.start(name, param)
+        for i, action in graph.given.items():
+            self.now[i] = self.layout.states[i] = self.given_axis(graph.values[i], action)
+
+    def start(self, name: ParamName, param: ShardedParam) -> None:
+        """A sharded parameter: check that it is stored as its axis needs it."""
+        v = self.graph.params[name]
+        self.now[v.id] = param.axis
+        if param.gathered:
+            self.gathered.add(v.id)
+        elif not param.exchanged:
+            split = param.axis.find(self.axes, v)
+            if not split or (split.dim, split.blocks) != (param.dim, param.blocks):
+                reason = f"{name} lies otherwise in memory than its axis does in it"
+                raise LayoutError(reason, axis=param.axis)
+
+    def given_axis(self, v: Value, action: Action) -> Axis:
+        """The axis of a shard that was kept from an earlier call."""
+        split = action.split
+        factors = self.axes.final(v)[split.dim]
+        for i, j in combinations(range(len(factors) + 1), 2):
+            outer, units = prod(f.size for f in factors[:i]), prod(f.size for f in factors[i:j])
+            if (outer, units) == (split.blocks, split.units):
+                return Axis(tuple(factors[i:j]))
+        raise LayoutError(
+            f"a shard kept from an earlier call, of shape {v.shape}, is used in another way than"
+            " there"
+        )
+
+    def run(self, calls: Iterable[Call]) -> Layout:
+        for call in calls:
+            if call.nodes or call.opaque:
+                self.step(call)
+        for path, v in self.graph.outputs.items():
+            self.complete_output(path, v)
+        self.check_what_is_seen()
+        for v in list(self.pending.values()):
+            self.sum_value(v)
+        for path, place, v in self.graph.held:
+            at, state = self.layout.shards.setdefault(path, {}), v and self.now.get(v.id)
+            if state is not None:
+                at[place] = self.action(GATHER, v, state)
+        return self.layout
+
+    def complete_output(self, path: ArgPath, v: Value) -> None:
+        """Gather an output of the model that is a shard: where it is made, if only the user reads
+        it."""
+        state = self.now.get(v.id)
+        if state is None or state is PARTIAL:
+            return
+        split = self.split(v, state)
+        on_last_dim = split.dim == len(v.shape) - 1 and split.blocks == 1
+        if self.sharding.loss_parallel and on_last_dim:
+            self.layout.root[path] = [Action(TO_DTENSOR, split)]
+            return
+        read_once = self.graph.use_count[v.id] == 1 and v.producer is not None
+        if read_once and v.id not in self.graph.made_in_place:
+            self.layout.values[v.id] = [Action(GATHER, split)]
+        else:
+            self.layout.root[path] = [Action(GATHER, split)]
+
+    def check_what_is_seen(self) -> None:
+        """No shard may be kept by a module, or be given to a hook of the user's."""
+        for v in self.graph.stored:
+            if self.layout.states.get(v.id) is not None:
+                call = self.graph.calls[v.producer]
+                axis = self.layout.axis_of.get(call.index)
+                raise LayoutError("something keeps what would be a shard", call, axis)
+        for v in self.graph.seen.values():
+            state = self.now.get(v.id)
+            if state not in (None, PARTIAL) and v.id not in self.gathered:
+                raise LayoutError("a hook sees what would be a shard", axis=state)
+
+    # What single actions are.
+
+    def action(self, kind: str, value: Value, axis: Axis) -> Action:
+        return Action(kind, self.split(value, axis))
+
+    def split(self, value: Value, axis: Axis) -> Split:
+        """How a value is split along an axis that it has."""
+        split = axis.find(self.axes, value)
+        if split.blocks not in (1, None) and not (axis.axes or self.axes).steady_within(
+            value, split.dim, axis.factors[-1]
+        ):
+            raise LayoutError("where the axis lies depends on sizes that may vary", axis=axis)
+        return split
+
+    def weight_gather(self, v: Value) -> Action:
+        """The gather of a weight as it is stored."""
+        return Action(GATHER, self.sharding.params[v.param].split(v.shape))
+
+    def exchanged(self, v: Value) -> bool:
+        """Whether a value is a weight whose rows are exchanged before its use."""
+        return v.param in self.sharding.params and self.sharding.params[v.param].exchanged
+
+    def sum_value(self, v: Value) -> None:
+        self.pending.pop(v.id, None)
+        self.layout.values.setdefault(v.id, []).append(Action(SUM))
+        self.now[v.id] = None
+
+    def use(self, call: Call, path: ArgPath, action: Action) -> None:
+        """An action on an argument. The call gets another tensor, so a write that comes later would
+        miss the model's."""
+        v = call.inputs[path]
+        if self.graph.last_write.get(v.memory.id, -1) >= call.index:
+            axis = self.now.get(v.id) or self.layout.axis_of.get(call.index)
+            raise LayoutError("a tensor is written to in place", call, axis)
+        self.layout.uses.setdefault((call.index, path), []).append(action)
+
+    # One call.
+
+    def step(self, call: Call) -> None:
+        inputs = {v.id: v for v in call.inputs.values()}
+        state = {i: self.now.get(i) for i in inputs}
+        self.take_weights(call, state)
+        active = [s for s in dict.fromkeys(state.values()) if isinstance(s, Axis)]
+        if PARTIAL in state.values():
+            if not active and self.defer(call, state):
+                return
+            for i in [i for i, s in state.items() if s is PARTIAL]:
+                self.sum_value(inputs[i])
+                state[i] = None
+        if active:
+            self.step_on_shards(call, inputs, state, active)
+
+    def take_weights(self, call: Call, state: dict[ValueId, State]) -> None:
+        """Weights that are stored otherwise than the call needs them."""
+        for path, v in call.inputs.items():
+            if v.id in self.gathered:
+                if self.now.get(v.id) is not None:
+                    self.use(call, path, self.weight_gather(v))
+                state[v.id] = None
+            elif self.exchanged(v):
+                self.use(call, path, self.action(EXCHANGE, v, state[v.id]))
+
+    def defer(self, call: Call, state: dict[ValueId, State]) -> bool:
+        """Let a call run on partial results, and its output be summed instead, where it can."""
+        factors = scaled_by(self.graph, call, {i for i, s in state.items() if s is PARTIAL})
+        if factors is None:
+            return False
+        for i, s in state.items():
+            if s is PARTIAL:
+                self.pending.pop(i, None)
+        for path in factors:
+            self.use(call, path, Action(SUM_GRADIENT))
+        self.take_outputs(call, {v.id: PARTIAL for v in call.outputs.values()})
+        return True
+
+    def step_on_shards(
+        self,
+        call: Call,
+        inputs: dict[ValueId, Value],
+        state: dict[ValueId, State],
+        active: list[Axis],
+    ) -> None:
+        """Let the call work on shards of the axis of most of its inputs' bytes that it can; gather
+        the others."""
+        if call.opaque:
+            raise LayoutError(call.opaque, call, active[0])
+
+        def weight(axis: Axis) -> int:
+            return size(inputs[i] for i, s in state.items() if s == axis)
+
+        chosen = None
+        for axis in sorted(active, key=weight, reverse=True):
+            along = {i: s if s == axis else None for i, s in state.items()}
+            analysis = Analysis(self.axes, call, axis, along, self.sharding.through).solve()
+            reason = analysis.reason or self.dearer(call, analysis, inputs, along)
+            if not reason:
+                chosen = analysis
+                break
+            self.layout.blockers.append((call, reason))
+        self.gather_others(call, state, chosen and chosen.axis)
+        if chosen is not None:
+            self.work(call, chosen)
+
+    def gather_others(self, call: Call, state: dict[ValueId, State], axis: Axis | None) -> None:
+        """Gather the inputs that are shards of other axes than the one that the call works on."""
+        for path, v in call.inputs.items():
+            if state[v.id] is None or state[v.id] == axis:
+                continue
+            if self.exchanged(v):  # gathered as it is stored, in place of the exchange
+                self.layout.uses[call.index, path] = [self.weight_gather(v)]
+            else:
+                self.use(call, path, self.action(GATHER, v, state[v.id]))
+
+    def work(self, call: Call, analysis: Analysis) -> None:
+        """Let a call work on shards, as the analysis has found that it can."""
+        axis = analysis.axis
+        self.layout.axis_of[call.index] = axis
+        for path, v in call.inputs.items():
+            if v.id in analysis.buffers:
+                at = self.layout.kept.setdefault(call.index, {})
+                at[path] = self.action(SPLIT, v, axis)
+            elif v.id in analysis.slices:
+                self.use(call, path, self.action(SPLIT, v, axis))
+            elif v.id in analysis.add_once:
+                self.use(call, path, Action(ADD_ONCE))
+            elif v.id in analysis.sum_gradient:
+                self.use(call, path, Action(SUM_GRADIENT))
+        if analysis.instead is not None:
+            split = self.split(analysis.instead, axis)
+            self.layout.instead[call.index] = OnShard(call.name, split)
+        self.take_outputs(call, analysis.out)
+
+    def dearer(
+        self,
+        call: Call,
+        analysis: Analysis,
+        inputs: dict[ValueId, Value],
+        state: dict[ValueId, State],
+    ) -> str:
+        """Why a call is not worth running on shards, though it could: what it needs split is larger
+        than they are. One line of code is decided once, and as on the path that a forward leaves,
+        which what ran must be the same on."""
+        shards = [inputs[i] for i, s in state.items() if s is not None]
+        split = [inputs[i] for i in analysis.slices if inputs[i].differentiable]
+        if any(v.param for v in shards) or not split:
+            return ""
+        key = call.module.path, call.name, call.source
+        dear = self.sharding.dear.get(key, self.layout.dear.get(key, size(split) > size(shards)))
+        self.layout.dear[key] = dear
+        return "its other inputs are larger than its shards" if dear else ""
+
+    def take_outputs(self, call: Call, states: dict[ValueId, State]) -> None:
+        """What a call makes, and what is done where it is made."""
+        inputs = {v.id for v in call.inputs.values()}
+        made = {v.id: v for v in call.outputs.values() if v.id not in inputs}
+        for node in call.nodes:  # what was written to in place is made anew without being returned
+            if node.mutated:
+                made.update({v.id: v for v in node.outputs if v.id in states and v.memory is not v})
+        for v in made.values():
+            state = self.layout.states[v.id] = states.get(v.id)
+            self.now[v.id] = state
+            if state is PARTIAL:
+                self.pending[v.id] = v
+            elif state is AVERAGED:
+                self.complete(v, Action(MEAN))
+            elif isinstance(state, Axis) and not self.goes_on(v, state):
+                self.complete(v, self.action(GATHER, v, state))
+
+    def goes_on(self, v: Value, axis: Axis) -> bool:
+        """Whether a value stays a shard beyond the call that makes it: a weight's own axis ends
+        with what is made of weights."""
+        return axis in self.sharding.through or v.id in self.graph.made_of
+
+    def complete(self, v: Value, action: Action) -> None:
+        self.layout.values.setdefault(v.id, []).append(action)
+        self.now[v.id] = None
+
+
+def size(values: Iterable[Value]) -> int:
+    return sum(v.nbytes for v in values)
