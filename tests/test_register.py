@@ -24,9 +24,12 @@ def define(name, f, backward, **kw):
     """A custom operator that computes as `f` does, opaque to the trace."""
     op = torch.library.custom_op(f"mylib::{name}", f, mutates_args=(), **kw)
     op.register_fake(f)
-    op.register_autograd(
-        backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
-    )
+
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*(x for x in inputs if torch.is_tensor(x)))
+        ctx.numbers = [x for x in inputs if not torch.is_tensor(x)]
+
+    op.register_autograd(backward, setup_context=setup_context)
     return op
 
 
@@ -60,9 +63,25 @@ def per_head_backward(ctx, grad):
     return y * (grad - (grad * y).sum(-1, keepdim=True))
 
 
+def grouped(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int) -> torch.Tensor:
+    """A linear layer for each group of features."""
+    x, weight = x.unflatten(-1, (groups, -1)), weight.unflatten(0, (groups, -1))
+    return torch.einsum("btgi,goi->btgo", x, weight).flatten(-2) + bias
+
+
+def grouped_backward(ctx, grad):
+    (x, weight, _), (groups,) = ctx.saved_tensors, ctx.numbers
+    x, weight = x.unflatten(-1, (groups, -1)), weight.unflatten(0, (groups, -1))
+    by_group = grad.unflatten(-1, (groups, -1))
+    grad_x = torch.einsum("btgo,goi->btgi", by_group, weight).flatten(-2)
+    grad_weight = torch.einsum("btgo,btgi->goi", by_group, x).flatten(0, 1)
+    return grad_x, grad_weight, grad.sum((0, 1)), None
+
+
 SWISH = define("swish", swish, swish_backward)
 LINEAR = define("linear", dense, dense_backward)  # a name that aten has too
 VIEW = define("view", per_head, per_head_backward)
+GROUPED = define("grouped", grouped, grouped_backward)
 LINES = {
     "swish": "b t h, h -> b t h",
     "linear": "b t i, o i, +o -> b t o",
@@ -122,6 +141,70 @@ def test_a_custom_operator_without_and_with_a_rule(n):
         return plan.bytes_per_step
 
     assert len(set(run_ranks(ranks, n))) == 1
+
+
+class Grouped(nn.Module):
+    """A linear layer in 4 groups between two others. `groups` is how their number is written."""
+
+    def __init__(self, groups):
+        super().__init__()
+        self.up, self.out = nn.Linear(8, 128), nn.Linear(64, 8)
+        self.weight, self.bias = nn.Parameter(torch.randn(64, 32)), nn.Parameter(torch.randn(64))
+        self.groups = groups
+
+    def forward(self, x):
+        h = self.up(x)
+        y = torch.ops.mylib.grouped(h, self.weight, self.bias, self.groups(h))
+        return self.out(torch.tanh(y))
+
+
+IN_GROUPS = "b t (g i), (g o) i, +(g o) -> b t (g o); g=groups"
+# How the groups are written: [(parameter, the dim that is sharded, of how many blocks)].
+SHARDED = {
+    # features within groups are summed over: each rank has some of every group's
+    "a number": [("up.weight", 0, 4), ("weight", 1, 1)],
+    # this number would change with the shard that is summed over; those that are made do not
+    "by the input's size": [("weight", 0, 4), ("bias", 0, 4), ("out.weight", 1, 4)],
+}
+
+
+@pytest.mark.parametrize("n", [2, 4])
+@pytest.mark.parametrize("written", SHARDED)
+def test_a_rule_with_brackets(written, n):
+    def groups(h):
+        return 4 if written == "a number" else h.shape[-1] // 32
+
+    def ranks(rank):
+        for with_rule in (False, True):
+            if with_rule:
+                register_axis_rule("mylib::grouped", IN_GROUPS)
+            torch.manual_seed(3)
+            x = given()[0].double()
+            sharded, whole = pair(lambda: Grouped(groups), n, example_inputs=(x,))
+            compare(sharded, whole, (x,))
+            plan = sharded.tensor_parallel_plan
+            for name, dim, blocks in SHARDED[written]:
+                found = plan[name].how, plan[name].dim, plan[name].pieces
+                assert (found == ("local", dim, blocks)) == with_rule, plan
+        return plan.bytes_per_step
+
+    assert len(set(run_ranks(ranks, n))) == 1
+
+
+def test_a_length_is_a_number_or_told_by_a_dim():
+    """Each says the same of this model."""
+    plans = []
+    for line in (
+        IN_GROUPS,
+        IN_GROUPS.replace("g=groups", "g=4"),
+        IN_GROUPS.replace("g=groups", "i=32"),
+    ):
+        register_axis_rule("mylib::grouped", line)
+        plans.append(
+            plan_tensor_parallel(make(lambda: Grouped(lambda h: 4)), 2, example_inputs=given())
+        )
+    assert plans[0]["weight"].how == "local"
+    assert all(plan.placements == plans[0].placements for plan in plans)
 
 
 CALLS = {
@@ -194,6 +277,49 @@ def test_lines_that_do_not_fit(line, message):
         message in str(e.value) and "mylib::swish" in str(e.value) and line in str(e.value)
     ), e.value
     assert "mylib::swish" not in RULES
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("b t (g i, (g o) i, (g o) -> b t (g o); g=groups", "found '('"),
+        ("b t (g (i j)), (g o) i, (g o) -> b t (g o); g=groups", "found '('"),
+        ("b t (... i), (g o) i, (g o) -> b t (g o); g=groups", "found '...'"),
+        ("b t (g i)!, (g o) i, (g o) -> b t (g o); g=groups", "found '!'"),
+        ("b t (g i), (g o) i, (g o) -> b t (g p); g=groups", "after '->', found 'p'"),
+        (
+            "b t (g i), (g o) i, (g o) -> b t (g o)",
+            "in (g i) that nothing before it tells: add '; g=",
+        ),
+        ("b t (g i), (g o) i, (g o) -> b t (g o); groups", "'g=groups' after ';', found ' groups'"),
+        (
+            "b t (g i), (g o) i, (g o) -> b t (g o); g=group",
+            "is one (groups) after '=', found 'group'",
+        ),
+        ("b t (g i), (g o) i, (g o) -> b t (g o); g=weight", "(groups) after '=', found 'weight'"),
+        ("b _... ..., (g o) i, (g o) -> b ... (g o); g=groups", "at most one '...' a tensor"),
+    ],
+)
+def test_brackets_that_do_not_fit(line, message):
+    with pytest.raises(ValueError) as e:
+        register_axis_rule(torch.ops.mylib.grouped, line)
+    assert message in str(e.value) and line in str(e.value), e.value
+    assert "mylib::grouped" not in RULES
+
+
+def test_lengths_that_brackets_do_not_fit():
+    register_axis_rule("mylib::grouped", IN_GROUPS.replace("g=groups", "g=3"))
+    message = r"'b t \(g i\), .* g=3' of mylib::grouped: expected a dim \(g i\) of length 3 x 42, found 128"
+    with pytest.raises(ValueError, match=message):
+        plan_tensor_parallel(make(lambda: Grouped(lambda h: 4)), 2, example_inputs=given())
+
+
+def test_a_name_that_is_needed_whole_is_the_same_axis_elsewhere():
+    """The slopes are needed whole: so the features that they are of are not sharded, either."""
+    register_axis_rule("mylib::swish", "b t h, h! -> b t h")
+    plan = plan_tensor_parallel(make(Net), 2, example_inputs=given())
+    assert plan["slope"].how == "weight gathered", plan
+    assert plan["up.weight"].how != "local", plan
 
 
 def test_shapes_that_a_line_does_not_fit():
