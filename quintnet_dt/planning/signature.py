@@ -1,12 +1,15 @@
 """What tells one path through a forward from another before it runs."""
 
+from collections.abc import Iterable, Iterator
 from itertools import combinations
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from ..keys import ModulePath
 from ..parts import modules, parameters
+from ..tracing.attributes import kinds_at
 from ..utils import leaves, opaque
 
 # What computes otherwise in training, of torch's modules. Of others' it shows when they run.
@@ -24,20 +27,46 @@ _INSTANCE_NORMS = nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d
 _MODED = (*_DROPOUTS, *_NORMS, *_INSTANCE_NORMS, nn.MultiheadAttention, nn.RNNBase)
 
 
-def moded(model):
-    """The modules within that compute otherwise in training."""
-    return [m for m in modules(model) if isinstance(m, _MODED)]
+class States:
+    """What tells calls apart beside their arguments, by the path of the module that is called: how
+    modules are set that compute otherwise in training, and what earlier forwards have left in
+    attributes."""
+
+    def __init__(self) -> None:
+        self.moded: dict[ModulePath, list[nn.Module]] = {}  # such modules within
+        # Attributes that a forward of the module changes; their kinds as when they were planned.
+        self.changes: dict[ModulePath, list[tuple[ModulePath, str]]] = {}
+        self.first: dict[ModulePath, tuple] = {}
+
+    def of(self, path: ModulePath, module: nn.Module) -> tuple:
+        """The places, in their list, of the modules within that are not in the module's own mode
+        (dropout that is on for sampling, batch norms that are frozen), and of dropouts that drop
+        nothing, of which no operator tells; and what is left."""
+        if path not in self.moded:
+            self.moded[path] = [m for m in modules(module) if isinstance(m, _MODED)]
+        within = self.moded[path]
+        odd = tuple(i for i, m in enumerate(within) if m.training is not module.training)
+        off = tuple(i for i, m in enumerate(within) if getattr(m, "p", 1) == 0)
+        return odd, off, *self.left(path, module)
+
+    def left(self, path: ModulePath, module: nn.Module) -> tuple:
+        """What an earlier forward has left in attributes; empty if nothing yet."""
+        now = self.kinds(path, module)
+        return () if not now or self.first.setdefault(path, now) == now else now
+
+    def kinds(self, path: ModulePath, module: nn.Module) -> tuple:
+        changes = self.changes.get(path)
+        return (len(changes), *kinds_at(module, changes)) if changes else ()
+
+    def note(self, path: ModulePath, module: nn.Module, changes: list) -> None:
+        """A forward was shown that changes these attributes."""
+        known = self.changes.get(path, [])
+        self.changes[path] = known + [key for key in changes if key not in known]
+        if changes and not known:
+            self.first[path] = self.kinds(path, module)
 
 
-def modes(model, modules):
-    """How the modules in a list compute otherwise than the rest, as their places: those that are
-    not in the model's own mode (dropout that is on for sampling, batch norms that are frozen), and
-    dropouts that drop nothing, of which no operator tells."""
-    odd = tuple(i for i, m in enumerate(modules) if m.training is not model.training)
-    return odd, tuple(i for i, m in enumerate(modules) if getattr(m, "p", 1) == 0)
-
-
-def device_of(model):
+def device_of(model: nn.Module) -> torch.device:
     """Where a model's forward runs; a model on the meta device is imagined on the CPU."""
     device = next((p.device for p in parameters(model)), torch.device("cpu"))
     return torch.device("cpu") if device.type == "meta" else device
@@ -54,38 +83,48 @@ class Signature(NamedTuple):
     shapes: tuple
 
 
-def signature(model, args, kwargs):
+def signature(model: nn.Module, args: tuple, kwargs: dict) -> Signature:
     """The Signature of a call. The order of keyword arguments is none of it: each rank may have its
     own."""
-    numbers, shapes = [], []
     ordered = dict(sorted(kwargs.items())) if len(kwargs) > 1 else kwargs
-    kinds = tuple(_kinds((args, ordered), 0, {}, numbers, shapes))
-    method = getattr(
-        vars(model).get("forward"), "__name__", "forward"
-    )  # see register_forward_method
-    return Signature(
-        (model.training, torch.is_grad_enabled(), method, *kinds), tuple(numbers), tuple(shapes)
-    )
+    given = _Given()
+    kinds = tuple(given.kinds((args, ordered)))
+    # A method that is called as the forward: see register_forward_method.
+    method = getattr(vars(model).get("forward"), "__name__", "forward")
+    mode = model.training, torch.is_grad_enabled(), method
+    return Signature((*mode, *kinds), tuple(given.numbers), tuple(given.shapes))
 
 
-def _kinds(obj, depth, seen, numbers, shapes):
-    for path, x in leaves(obj):
-        if isinstance(x, torch.Tensor):
-            same = seen.setdefault(id(x), len(seen))  # query, key and value may be one tensor
-            if depth == 0:
-                shapes.append(x.shape)
-            yield path, same, x.dtype, x.requires_grad, tuple(s == 1 for s in x.shape)
-        elif isinstance(x, (bool, str, type(None))):
-            yield path, x
-        elif isinstance(x, (int, float)):
-            numbers.append(x)
-            yield path, type(x)
-        elif opaque(x) and depth < 4:  # a cache: empty or filled
-            sizes = [v for v in vars(x).values() if type(v) in (int, float)]
-            yield path, type(x), tuple(
-                (a > b) - (a < b) for a, b in combinations(sizes, 2)
-            )  # of lengths: is it full?
-            others = [v for v in vars(x).values() if type(v) not in (int, float)]
-            yield from _kinds(others, depth + 1, seen, numbers, shapes)
-        else:
-            yield path, type(x)
+class _Given:
+    """What a call is given: the numbers and the shapes that are met on the way."""
+
+    def __init__(self) -> None:
+        self.numbers: list[int | float] = []
+        self.shapes: list[torch.Size] = []
+        self.met: dict[int, int] = {}  # id of a tensor -> its place among those that were met
+
+    def kinds(self, obj: Any, depth: int = 0) -> Iterator[tuple]:
+        """The kind of each leaf of a nested argument, and of what objects keep."""
+        for path, x in leaves(obj):
+            if isinstance(x, torch.Tensor):
+                same = self.met.setdefault(id(x), len(self.met))  # query and key may be one tensor
+                if depth == 0:
+                    self.shapes.append(x.shape)
+                yield path, same, x.dtype, x.requires_grad, tuple(s == 1 for s in x.shape)
+            elif isinstance(x, (bool, str, type(None))):
+                yield path, x
+            elif isinstance(x, (int, float)):
+                self.numbers.append(x)
+                yield path, type(x)
+            elif opaque(x) and depth < 4:  # a cache: empty or filled
+                yield path, type(x), _order(vars(x).values())
+                others = [v for v in vars(x).values() if type(v) not in (int, float)]
+                yield from self.kinds(others, depth + 1)
+            else:
+                yield path, type(x)
+
+
+def _order(values: Iterable) -> tuple[int, ...]:
+    """Which of an object's numbers are larger than which: of lengths, whether it is full."""
+    sizes = [v for v in values if type(v) in (int, float)]
+    return tuple((a > b) - (a < b) for a, b in combinations(sizes, 2))

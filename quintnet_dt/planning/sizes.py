@@ -1,6 +1,10 @@
 """The numbers in a model's code that size a tensor: which of them are of the whole, where a call
 works on a shard."""
 
+from typing import Any, NamedTuple
+
+from ..keys import ArgPath
+from ..tracing.graph import Call
 from ..utils import leaves, lookup, tensors
 
 # Calls whose integers are sizes: they may differ between the whole and the shard when what comes
@@ -8,40 +12,64 @@ from ..utils import leaves, lookup, tensors
 SIZES = set(
     "view reshape expand unflatten zeros ones full empty new_zeros new_ones new_full new_empty".split()
 )
-
-
 CONVOLUTIONS = "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split()
+# Where the number of groups is among the arguments, by position and by name.
+GROUPS = {"group_norm": (1, "num_groups"), **dict.fromkeys(CONVOLUTIONS, (6, "groups"))}
 
 
-def groups_at(call, args):
+class Localised(NamedTuple):
+    """Paths in (args, kwargs) of the sizes that a call on shards needs divided by the number of
+    ranks, and of those that it needs multiplied by it: what the code computed from a shard's own
+    size, `y.shape[-1] // heads`."""
+
+    divided: list[ArgPath]
+    multiplied: list[ArgPath]
+
+
+def integers(obj: Any) -> dict[ArgPath, int]:
+    """The integers in a nested argument, by path."""
+    return {p: x for p, x in leaves(obj) if isinstance(x, int) and not isinstance(x, bool)}
+
+
+def groups_at(call: Call, args: tuple) -> ArgPath | None:
     """The path of the number of groups in a group norm's or a convolution's arguments; None in
     other calls."""
-    known = {"group_norm": (1, "num_groups"), **dict.fromkeys(CONVOLUTIONS, (6, "groups"))}
-    at, keyword = known.get(call.name, (None, None))
-    return None if at is None else (0, at) if at < len(args) else (1, keyword)
+    if call.name not in GROUPS:
+        return None
+    position, keyword = GROUPS[call.name]
+    return (0, position) if position < len(args) else (1, keyword)
 
 
-def localise(call, args, kwargs, expected, n):
-    """Paths into (args, kwargs) of the sizes to divide by the number `n` of ranks for a call to
-    give the expected shapes, and of those to multiply by it: what the code computed from a shard's
-    own size, `y.shape[-1] // heads`."""
-    ints = {
-        p: x for p, x in leaves((args, kwargs)) if isinstance(x, int) and not isinstance(x, bool)
-    }
-    whole = {p: v.shape for p, v in call.outputs.items()}
+def localise(call: Call, args: tuple, kwargs: dict, expected: dict, n: int) -> Localised:
+    """The sizes to change for a call to give the expected shapes on one of `n` ranks."""
+    given = (args, kwargs)
     groups = groups_at(call, args)
-    if groups in ints:
-        x, local = next(iter(call.inputs.values())), next(tensors((args, kwargs)))[1]
-        split = call.name != "group_norm" or x.shape[1] != local.shape[1]
-        return ([groups] if split and ints[groups] == lookup(call.args, groups) else []), []
-    if call.name not in ("view", "reshape", "expand", "unflatten") and not call.name.startswith(
-        "new_"
-    ):
-        return [], []
-    (path, local), *_ = expected.items()
-    first = 1 if call.name == "unflatten" else 0
-    at = args[1] % args[0].dim() if first else 0
-    sizes = list(zip(list(ints.items())[first:], whole[path][at:], local[at:]))
-    divided = [p for (p, x), a, b in sizes if a != b and x == a]
-    multiplied = [p for (p, x), a, b in sizes if a == b == x * n]
-    return divided, multiplied
+    if groups is not None and groups in integers(given):
+        return _groups(call, given, groups)
+    if call.name == "unflatten":  # its first integer names the dim, whose sizes follow
+        dim = args[1] % args[0].dim()
+        return _sizes(call, list(integers(given).items())[1:], expected, dim, n)
+    if call.name in ("view", "reshape", "expand") or call.name.startswith("new_"):
+        return _sizes(call, list(integers(given).items()), expected, 0, n)
+    return Localised([], [])
+
+
+def _groups(call: Call, given: tuple, groups: ArgPath) -> Localised:
+    """Each rank has its groups: of channels that are sharded, or of a convolution's weight."""
+    whole, local = next(iter(call.inputs.values())), next(tensors(given))[1]
+    split = call.name != "group_norm" or whole.shape[1] != local.shape[1]
+    unchanged = lookup(given, groups) == lookup(call.args, groups)
+    return Localised([groups] if split and unchanged else [], [])
+
+
+def _sizes(call: Call, sizes: list, expected: dict, dim: int, n: int) -> Localised:
+    """Sizes in the order of the dims that come out, from `dim` on."""
+    path, local = next(iter(expected.items()))
+    found = Localised([], [])
+    shapes = zip(call.outputs[path].shape[dim:], local[dim:])
+    for (at, size), (whole, wanted) in zip(sizes, shapes):
+        if whole != wanted and size == whole:
+            found.divided.append(at)
+        elif whole == wanted == size * n:
+            found.multiplied.append(at)
+    return found

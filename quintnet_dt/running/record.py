@@ -6,6 +6,22 @@ from typing import Any, NamedTuple
 from .program import CallProgram, Program
 
 
+class UserCall(NamedTuple):
+    """A call that the user makes, of the model that was split or of a part of it. `owners`: as
+    parameter_owners gives them; `compiled`: by torch.compile."""
+
+    path: str
+    owners: dict
+    module: Any
+    args: tuple
+    kwargs: dict
+    compiled: bool = False
+
+    @property
+    def name(self):
+        return self.path or type(self.module).__name__
+
+
 @dataclass(eq=False)
 class Frame:
     """One run of a module in which calls are counted."""
