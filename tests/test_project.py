@@ -50,9 +50,8 @@ PRIVATE = {
     # whether a forward is recomputed in a backward
     "torch._C",
     "torch._C._current_graph_task_id",
-    # the operator of SGD(fused=True), which DTensor has no rule for, and the function that makes
-    # that of fused Adam the stacks of modes that are on, which must not see planning, and of
-    # functional transforms: no public way
+    # the stacks of modes that are on, which must not see planning, and of functional transforms: no
+    # public way
     "torch.overrides._len_torch_function_stack",
     "torch.overrides._pop_mode",
     "torch.overrides._push_mode",

@@ -79,9 +79,8 @@ def keep_data(param, local):
     """What a forward assigned to the `.data` of a parameter's local tensor is the parameter's
     own."""
     with quiet():
-        kept = param.detach()
-        kept = kept.to_local() if isinstance(kept, DTensor) else kept
-        if kept.data_ptr() == local.data_ptr():
+        kept = param.to_local() if isinstance(param, DTensor) else param
+        if _place(kept) == _place(local):
             return
         if (kept.shape, kept.dtype) != (local.shape, local.dtype):
             raise RuntimeError(
@@ -90,6 +89,11 @@ def keep_data(param, local):
                 " in place, or use another tensor"
             )
         kept.data.copy_(local.detach())
+
+
+def _place(tensor):
+    """Where a tensor's elements begin; of a fake one, which has no address, too."""
+    return tensor.untyped_storage(), tensor.storage_offset()
 
 
 @contextlib.contextmanager

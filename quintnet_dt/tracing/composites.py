@@ -6,18 +6,17 @@ model's: in the trace, in the proof, and at run time where a module is watched.
 """
 
 import warnings
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.tensor import distribute_tensor
 
 from ..parts import named_modules
 from ..private import safe_softmax
 from ..utils import quiet
 
 INF = float("inf")
-LOOKUPS = nn.Embedding, nn.EmbeddingBag
 
 
 def restated(func, args, kwargs):
@@ -165,73 +164,42 @@ RESTATED = {
 }
 
 
-class _Beside:
-    """Hooks for what a module of torch.nn did beside its calls."""
-
-    def __init__(self, module, setting):
-        self.module, self.setting = module, setting
-
-    def zero_padding(self, layer, args, kwargs, output):
-        """After an encoder's last layer."""
-        mask = kwargs.get("src_key_padding_mask")
-        slow = (
-            layer.training
-            or torch.is_autocast_enabled()
-            or not torch.backends.mha.get_fastpath_enabled()
-        )
-        if (
-            slow
-            or mask is None
-            or kwargs.get("src_mask") is not None
-            or output.dim() != 3
-            or output.requires_grad
-        ):
-            return None
-        with quiet():
-            shown = mask == 0
-            left = not self.module.mask_check or not (shown[:, 1:] > shown[:, :-1]).any()
-            return output.masked_fill(~shown.unsqueeze(-1), 0.0) if left else None
-
-    def scale_rows(self, module, args, kwargs):
-        """Before a lookup. The weight is gathered for it."""
-        p, ids = module._parameters["weight"], args[0] if args else kwargs["input"]
-        with quiet(), torch.no_grad():
-            whole = p.full_tensor().clone()
-            torch.embedding_renorm_(whole, ids.contiguous(), self.setting, module.norm_type)
-            p.to_local().copy_(
-                distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None).to_local()
-            )
-
-
 def plain(module):
-    """Turn off what a module of torch.nn does beside calls that can be sharded; returns the setting
-    that it had."""
-    name = "use_nested_tensor" if isinstance(module, nn.TransformerEncoder) else "max_norm"
-    setting = (
-        getattr(module, name, None)
-        if isinstance(module, (nn.TransformerEncoder, *LOOKUPS))
-        else None
-    )
-    if setting:
-        setattr(module, name, None)
-    return setting
+    """Turn off what an nn.TransformerEncoder does beside calls that can be sharded: without
+    gradients it packs what is not padding in nested tensors. Returns whether it was on."""
+    packs = isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor
+    if packs:
+        module.use_nested_tensor = False
+    return packs
 
 
 def adapt(model):
-    """Do otherwise what `plain` turned off. Without gradients nn.TransformerEncoder packs what is
-    not padding in nested tensors, and gives zeros for padding; an embedding with max_norm writes to
-    its weight. (And with sparse=True makes gradients that a DTensor cannot have.)
-    """
+    """Give modules of torch.nn what a split model cannot have from them otherwise."""
     for path, module in named_modules(model):
-        if setting := plain(module):
-            beside = _Beside(module, setting)
-            if isinstance(module, nn.TransformerEncoder):
-                module.layers[-1].register_forward_hook(beside.zero_padding, with_kwargs=True)
-            else:
-                module.register_forward_pre_hook(beside.scale_rows, with_kwargs=True, prepend=True)
-        if isinstance(module, LOOKUPS) and module.sparse:
+        if plain(module):
+            zero_padding = partial(_zero_padding, module)
+            module.layers[-1].register_forward_hook(zero_padding, with_kwargs=True)
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
             module.sparse = False
             warnings.warn(
                 f"{path or 'the model'}: sparse=True is now False: gradients of a DTensor cannot be"
                 " sparse"
             )
+
+
+def _zero_padding(encoder, layer, args, kwargs, output):
+    """After an encoder's last layer: zeros for padding, as nested tensors give."""
+    mask = kwargs.get("src_key_padding_mask")
+    slow = (
+        layer.training
+        or torch.is_autocast_enabled()
+        or not torch.backends.mha.get_fastpath_enabled()
+        or kwargs.get("src_mask") is not None
+    )
+    if slow or mask is None or output.dim() != 3 or output.requires_grad:
+        return None
+    with quiet():
+        shown = mask == 0
+        if encoder.mask_check and (shown[:, 1:] > shown[:, :-1]).any():  # not padded on the right
+            return None
+        return output.masked_fill(~shown.unsqueeze(-1), 0.0)
