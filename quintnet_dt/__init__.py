@@ -2,6 +2,9 @@
 tp_size=4)`."""
 
 import importlib
+from typing import Any
+
+__version__ = "0.1.0"
 
 # Where each public name lives; loaded when first asked for, since torch.distributed.tensor alone
 # takes most of a second to import.
@@ -26,7 +29,11 @@ _PUBLIC = {
 __all__ = list(_PUBLIC)
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -1,14 +1,20 @@
 """The ParallelStyle that makes a module compute on shards, and drop-in layers for models that are
 written for it."""
 
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
+from torch.distributed.tensor.placement_types import Placement
 
 from .adopt import Replaced
 from .axes.action import ADD_ONCE, GATHER, SPLIT, SUM, SUM_GRADIENT, Action, OnShard
 from .axes.split import Split
 from .carried import distribute
+from .keys import ModulePath, ParamName
 from .processgroup import ProcessGroupManager
 from .running.context import Context
 from .running.install import hook
@@ -16,56 +22,79 @@ from .running.program import CallProgram, Program
 from .running.structure import parameter_owners
 from .state.loading import place_on_load
 
+# Parameter -> every (module, attribute) that holds it.
+Owners: TypeAlias = dict[ParamName, list[tuple[nn.Module, str]]]
+
+
+class ModelParameters:
+    """The parameters of one model, and the DTensors that take their places; ties stay tied."""
+
+    def __init__(self, owners: Owners, placements: Mapping[ParamName, Placement]):
+        self.owners = owners
+        self.placements = {
+            (id(module), attr): placements[name]
+            for name, places in owners.items()
+            for module, attr in places
+        }
+        self.replaced: dict[int, Replaced] = {}  # by the id of the plain parameter
+
+    def dtensor(
+        self, module: nn.Module, attr: str, mesh: DeviceMesh, src_data_rank: int | None
+    ) -> DTensor:
+        """What a module is to have in the place of its plain parameter."""
+        p = module._parameters[attr]
+        if id(p) not in self.replaced:
+            placement, new = self.placements[id(module), attr], p
+            if not isinstance(p, DTensor):
+                new = _distribute_parameter(p, mesh, placement, src_data_rank)
+            self.replaced[id(p)] = Replaced(p, new)
+        return self.replaced[id(p)].new
+
+
+def _distribute_parameter(
+    p: nn.Parameter, mesh: DeviceMesh, placement: Placement, src_data_rank: int | None
+) -> nn.Parameter:
+    """A DTensor with a parameter's values, its attributes and its gradient."""
+    new = nn.Parameter(distribute(p.detach(), mesh, placement, src_data_rank), p.requires_grad)
+    vars(new).update(vars(p))
+    if p.grad is not None:
+        new.grad = distribute(p.grad, mesh, placement, src_data_rank)
+    return new
+
 
 class ShardedModule(ParallelStyle):
     """The style that `apply_tensor_parallel` gives every module: its parameters become DTensors,
-    its hooks are registered.
+    its hooks are registered."""
 
-    `placements`: parameter name -> placement; `made`: Splits by the id of the plain parameter, so
-    that ties stay tied.
-    """
+    def __init__(self, context: Context, path: ModulePath, parameters: ModelParameters):
+        self.context, self.path, self.parameters = context, path, parameters
 
-    def __init__(self, context, path, owners, placements, made):
-        self.context, self.path, self.owners = context, path, owners
-        self.names = {(id(m), a): n for n, at in owners.items() for m, a in at}
-        self.placements, self.made = placements, made
-
-    def _apply(self, module, mesh):
-        for attr, p in list(module._parameters.items()):
-            if p is None:
-                continue
-            if id(p) not in self.made:
-                placement = self.placements[self.names[id(module), attr]]
-                self.made[id(p)] = Replaced(
-                    p, p if isinstance(p, DTensor) else self.distribute(p, mesh, placement)
-                )
-            setattr(module, attr, self.made[id(p)].new)
-        hook(module, self.context, self.path, self.owners)
+    def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+        for attr in [attr for attr, p in module._parameters.items() if p is not None]:
+            new = self.parameters.dtensor(module, attr, mesh, self.src_data_rank)
+            setattr(module, attr, new)
+        hook(module, self.context, self.path, self.parameters.owners)
         place_on_load(module)
         return module
 
-    def distribute(self, p, mesh, placement):
-        def split(t):
-            return distribute(t, mesh, placement, self.src_data_rank)
 
-        new = nn.Parameter(split(p.detach()), p.requires_grad)
-        vars(new).update(vars(p))
-        if p.grad is not None:
-            new.grad = split(p.grad)
-        return new
-
-
-def _shard(layer, mesh, placements, program, src_data_rank):
+def _shard(
+    layer: nn.Module,
+    mesh: DeviceMesh | ProcessGroupManager,
+    placements: Mapping[ParamName, Placement],
+    program: Program,
+    src_data_rank: int | None,
+) -> None:
     """Give one layer its style. `placements` and the program's params go by attribute name."""
     mesh = mesh.mesh if isinstance(mesh, ProcessGroupManager) else mesh
     context = Context(mesh)
     context.programs = {"": program}
-    style = ShardedModule(context, "", parameter_owners(layer), placements, {})
+    style = ShardedModule(context, "", ModelParameters(parameter_owners(layer), placements))
     parallelize_module(layer, mesh, style, src_data_rank=src_data_rank)
     layer.register_forward_pre_hook(_positional, with_kwargs=True, prepend=True)
 
 
-def _positional(module, args, kwargs):
+def _positional(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """A layer's input given by keyword is its first argument."""
     return (args or (kwargs["input"],)), {}
 
@@ -83,7 +112,14 @@ class ColumnParallelLinear(nn.Linear):
     are the whole layer's under the same seed.
     """
 
-    def __init__(self, *args, mesh, gather_output=True, src_data_rank=0, **kwargs):
+    def __init__(
+        self,
+        *args: Any,
+        mesh: DeviceMesh | ProcessGroupManager,
+        gather_output: bool = True,
+        src_data_rank: int | None = 0,
+        **kwargs: Any,
+    ):
         super().__init__(*args, **kwargs)
         program = Program({"weight": ()}, {(0, 0): (Action(SUM_GRADIENT),)})
         placements = {"weight": Shard(0)}
@@ -105,7 +141,14 @@ class RowParallelLinear(nn.Linear):
     gather_output=False returns), else it is whole and is split here.
     """
 
-    def __init__(self, *args, mesh, input_is_parallel=False, src_data_rank=0, **kwargs):
+    def __init__(
+        self,
+        *args: Any,
+        mesh: DeviceMesh | ProcessGroupManager,
+        input_is_parallel: bool = False,
+        src_data_rank: int | None = 0,
+        **kwargs: Any,
+    ):
         super().__init__(*args, **kwargs)
         program = Program({"weight": ()}, {}, {(): (Action(SUM),)})
         placements = {"weight": Shard(1)}
@@ -124,7 +167,13 @@ class VocabParallelEmbedding(nn.Embedding):
     `mesh`, `src_data_rank` as for ColumnParallelLinear. Raises ValueError for `max_norm`.
     """
 
-    def __init__(self, *args, mesh, src_data_rank=0, **kwargs):
+    def __init__(
+        self,
+        *args: Any,
+        mesh: DeviceMesh | ProcessGroupManager,
+        src_data_rank: int | None = 0,
+        **kwargs: Any,
+    ):
         super().__init__(*args, **kwargs)
         if self.max_norm is not None:
             raise ValueError(

@@ -2,14 +2,16 @@
 
 import contextlib
 import functools
+from collections.abc import Callable, Iterator
 from types import FunctionType, MethodType
+from typing import Any
 
 from torch import nn
 
 from .running.structure import hooks_on
 
 
-def register_forward_method(module, name):
+def register_forward_method(module: nn.Module, name: str) -> None:
     """Make a method of a split model, or of a part of it, a forward of its own: CLIP's
     `encode_text`, say. As `torch.distributed.fsdp.register_fsdp_forward_method` does for FSDP2.
 
@@ -34,7 +36,7 @@ def register_forward_method(module, name):
         )
 
     @functools.wraps(found)
-    def method(self, *args, **kwargs):
+    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         hooks = hooks_on(self)
         if hooks is None or hooks.context.running:
             return found(self, *args, **kwargs)
@@ -43,7 +45,9 @@ def register_forward_method(module, name):
     setattr(module, name, MethodType(method, module))
 
 
-def _as_forward(module, hooks, function, args, kwargs):
+def _as_forward(
+    module: nn.Module, hooks: Any, function: Callable, args: tuple, kwargs: dict[str, Any]
+) -> Any:
     """Run a method as the module's forward, within this library's hooks."""
     with _forward_is(module, function):
         args, kwargs = hooks.before(module, args, kwargs) or (args, kwargs)
@@ -56,7 +60,7 @@ def _as_forward(module, hooks, function, args, kwargs):
 
 
 @contextlib.contextmanager
-def _forward_is(module, function):
+def _forward_is(module: nn.Module, function: Callable) -> Iterator[None]:
     """For a while, what a copy of the module runs as its forward."""
     own = vars(module).get("forward")
     vars(module)["forward"] = MethodType(function, module)

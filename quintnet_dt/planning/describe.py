@@ -24,7 +24,7 @@ from .layout import Layout
 from .task import Task
 
 
-def why_blind(failed: Exception) -> str:
+def why_blind(failed: Exception | None) -> str:
     """What to say of a plan that was made without a forward."""
     if isinstance(failed, UnknownValues):
         return (

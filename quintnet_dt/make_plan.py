@@ -1,0 +1,165 @@
+"""Making a plan: a forward of the model is traced, what to shard is chosen, and the choice is
+proven to compute what the whole model does."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from .axes.axes import Axes
+from .fsdp import wrapped_by_fsdp1
+from .keys import ModulePath, ParamName
+from .parts import named_parameters
+from .plan import Entry, TensorParallelPlan, check_user_plan
+from .planning.applied import sharding_of
+from .planning.describe import blind_plan, describe, why_blind
+from .planning.planner import Planner
+from .planning.settle import settle
+from .planning.signature import Signature, device_of, signature
+from .planning.task import Task
+from .running.program import Program
+from .tracing import inputs
+from .tracing.ghost import SplitWithin, StrayParameter
+from .tracing.graph import Graph
+from .tracing.trace import UnknownValues, trace
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asks for: see `apply_tensor_parallel`."""
+
+    tp_size: int
+    example_inputs: Any
+    plan: Any
+    loss_parallel: bool
+    contiguous: bool
+    # Of the parameters that are split already.
+    before: dict[ParamName, Entry] = field(default_factory=dict)
+
+
+class Planned(NamedTuple):
+    """A plan, and how the traced call runs by it; no programs where nothing was traced."""
+
+    plan: TensorParallelPlan
+    programs: dict[Signature, dict[ModulePath, Program]]
+
+
+class _Forward(NamedTuple):
+    """A traced forward, and what it was given."""
+
+    graph: Graph
+    args: tuple
+    kwargs: dict
+
+
+class _Untraced(Exception):
+    """No inputs were given, and none that were made up fit; or values are not known."""
+
+
+@torch.enable_grad()
+def make_plan(model: nn.Module, request: Request) -> Planned:
+    """The plan for a model that `check_model` let pass."""
+    n, before = request.tp_size, request.before
+    plan = _plan_to_apply(request)
+    user_dims = _user_dims(model, request, plan)
+    device = device_of(model)
+    try:
+        graph, args, kwargs = _trace(model, request.example_inputs, device)
+    except _Untraced as e:
+        return Planned(blind_plan(model, n, user_dims, str(e), before), {})
+    axes = Axes(graph)
+    loss_parallel = request.loss_parallel if plan is None else plan.loss_parallel
+    task = Task(graph, axes, n, user_dims, loss_parallel, request.contiguous)
+    applied = None
+    if plan is not None and n > 1:
+        applied = sharding_of(plan, graph, axes)
+        if before:
+            applied.follow(graph.params.keys() - before.keys(), graph, axes)
+    settled = settle(Planner(task), model, args, kwargs, device, applied)
+    described = describe(task, settled.sharding, settled.layout, user_dims)
+    for name, entry in before.items():
+        described.entries[name].why = entry.why
+    return Planned(described, {signature(model, args, kwargs): settled.programs})
+
+
+def _plan_to_apply(request: Request) -> TensorParallelPlan | None:
+    """The plan that is not to be chosen: the user's, or that of the parameters that are split
+    already."""
+    n, plan = request.tp_size, request.plan
+    if request.before:
+        if plan is not None:
+            raise ValueError(
+                "plan: expected none for a model that was split before, found a"
+                f" {type(plan).__name__}: its parameters stay as they are"
+            )
+        return TensorParallelPlan(n, request.before, loss_parallel=request.loss_parallel)
+    if not isinstance(plan, TensorParallelPlan):
+        return None
+    if plan.tp_size != n:
+        raise ValueError(f"plan: expected one for tp_size {n}, found one for {plan.tp_size}")
+    loss_parallel = request.loss_parallel or plan.loss_parallel
+    plan = plan.contiguous() if request.contiguous else plan
+    return replace(plan, loss_parallel=loss_parallel)
+
+
+def _user_dims(
+    model: nn.Module, request: Request, plan: TensorParallelPlan | None
+) -> dict[ParamName, int | None]:
+    """The dims that parameters must be split on (None: replicate), by the user or an earlier
+    split."""
+    placements = {} if request.plan is None else request.plan
+    if plan is not None:
+        placements = plan.placements
+    if not isinstance(placements, dict):
+        raise TypeError(
+            "plan: expected a TensorParallelPlan or a dict of placements, found"
+            f" {type(placements).__name__}"
+        )
+    params = dict(named_parameters(model))
+    strange = [n for n, p in params.items() if isinstance(p, DTensor) and n not in request.before]
+    if strange:
+        raise ValueError(
+            f"{', '.join(strange[:5])}: expected a model that is whole, or that this function"
+            " split, found DTensors already: apply tensor parallelism before fully_shard"
+        )
+    shapes = {name: tuple(p.shape) for name, p in params.items()}
+    check_user_plan(placements, shapes)
+    if request.tp_size == 1:
+        return dict.fromkeys(shapes)
+    return {name: getattr(placement, "dim", None) for name, placement in placements.items()}
+
+
+def _trace(model: nn.Module, example_inputs: Any, device: torch.device) -> _Forward:
+    """A forward on the user's inputs, or on the first that were made up and fit."""
+    given = None if example_inputs is None else [inputs.check(example_inputs)]
+    failed: Exception | None = None
+    for args, kwargs in given or inputs.made_up(model, device):
+        try:
+            return _Forward(trace(model, args, kwargs, device=device), args, kwargs)
+        except (StrayParameter, SplitWithin):
+            raise
+        except Exception as e:
+            if given and not isinstance(e, UnknownValues):
+                raise
+            failed = failed or e
+    raise _Untraced(why_blind(failed)) from failed
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise TypeError where a model is of a kind that cannot be split."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, found {type(model).__name__}")
+    if wrapped := wrapped_by_fsdp1(model):
+        raise TypeError(
+            f"{wrapped}: expected a model that is split before any data parallelism, found"
+            " FullyShardedDataParallel: apply tensor parallelism first, then"
+            " torch.distributed.fsdp.fully_shard"
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            "the model: expected modules written in Python, found a ScriptModule, whose weights and"
+            " calls are out of reach: use the module that it was made from (within a model, one is"
+            " left whole)"
+        )
