@@ -13,6 +13,8 @@ from torch.distributed import DeviceMesh, ProcessGroup, init_device_mesh
 # died.
 TIMEOUT = 600
 
+# What a launcher tells each process.
+_LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _RUN = "run: torchrun --standalone --nproc-per-node %s your_script.py"
 
 
@@ -26,8 +28,7 @@ class ProcessGroupManager(AbstractContextManager):
 
     Args:
         tp_size: an int, ranks in a tp group; with ``mesh`` or ``group``, must be theirs. Alone, of
-        the processes that
-            torchrun started: initialises the default process group if there is none, with nccl (and
+            the processes that torchrun started: initialises the default process group if there is none, with nccl (and
             ``torch.cuda.set_device(LOCAL_RANK)``) where CUDA is available, else gloo. A size of 1
             needs no launcher. In a larger world, ranks ``k * tp_size ... (k + 1) * tp_size - 1``
             are one tp group.
@@ -35,8 +36,7 @@ class ProcessGroupManager(AbstractContextManager):
         group: a ProcessGroup that this process is in.
         device_type: "cpu", "cuda", ...; None for that of the mesh or the group's backend.
         timeout: seconds, above 0, after which a collective raises in the groups that this makes;
-        None for those of the
-            default process group where there is one, else 600.
+            None for those of the default process group where there is one, else 600.
 
     Attributes: ``mesh``, the 1-D mesh of the tp group; ``world_mesh``, of all ranks, ("dp", "tp"),
     or ``mesh`` if tp_size is the world's or a mesh or group was given.
@@ -52,90 +52,62 @@ class ProcessGroupManager(AbstractContextManager):
             print(pgm.tp_rank, pgm.dp_rank)  # 0 0, 1 0, 0 1, 1 1
     """
 
-    def __init__(self, tp_size=None, *, mesh=None, group=None, device_type=None, timeout=None):
+    def __init__(
+        self,
+        tp_size: int | None = None,
+        *,
+        mesh: DeviceMesh | None = None,
+        group: ProcessGroup | None = None,
+        device_type: str | None = None,
+        timeout: float | None = None,
+    ):
         # No ProcessGroup is stored: it cannot be copied, and a mesh can.
-        self._opened = None  # "world", "groups" of a given world, or None
-        self.alone = (
-            False  # whether it opened a world of this process alone, which no launcher started
-        )
+        self._opened: str | None = None  # "world", "groups" of a given world, or None
+        self.alone = False  # whether it opened a world of one process, which no launcher started
         if tp_size is not None and (type(tp_size) is not int or tp_size < 1):
             raise ValueError(f"expected tp_size to be an int from 1 on, found {tp_size!r}")
         if mesh is not None and group is not None:
             raise ValueError("expected a mesh or a group, found a mesh and a group")
-        timeout = _checked(timeout, mesh if mesh is not None else group)
+        wait = _checked_timeout(timeout, made=mesh is None and group is None)
         if mesh is not None:
-            if mesh.ndim != 1:
-                raise ValueError(f"expected a 1-D mesh, found {mesh}; pass mesh['tp'], say")
-            if mesh.get_coordinate() is None:
-                raise ValueError(f"rank {dist.get_rank()} is not in the mesh {mesh}")
-            if device_type not in (None, mesh.device_type):
-                raise ValueError(
-                    f"expected a mesh of device_type {device_type!r}, found {mesh.device_type!r}"
-                )
-            self.mesh = self.world_mesh = mesh
+            self.mesh = self.world_mesh = _checked_mesh(mesh, device_type)
         elif group is not None:
-            if not isinstance(group, ProcessGroup):  # new_group gives outsiders an int
-                found = f"found {group!r}; call this on the ranks of the group only"
-                raise ValueError(f"expected a ProcessGroup that this rank is in, {found}")
-            device_type = device_type or _device_type(group)
-            self.mesh = self.world_mesh = DeviceMesh.from_group(
-                group, device_type, mesh_dim_names=("tp",)
-            )
+            self.mesh = self.world_mesh = _mesh_of_group(group, device_type)
         else:
-            self._open(tp_size, device_type, timeout)
+            self._open(tp_size, device_type, wait)
         if tp_size not in (None, self.tp_size):
             raise ValueError(
                 f"expected tp_size={tp_size} ranks, found {self.tp_size}; leave tp_size out"
             )
 
-    def _open(self, tp_size, device_type, timeout):
+    def _open(
+        self, tp_size: int | None, device_type: str | None, timeout: timedelta | None
+    ) -> None:
+        """Lay out the world, which is initialised first if there is none."""
         fresh = not dist.is_initialized()
-        missing = [
-            v
-            for v in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-            if fresh and v not in os.environ
-        ]
-        if missing and (tp_size not in (None, 1) or os.environ.get("WORLD_SIZE", "1") != "1"):
-            unset = (
-                f"there is no default process group: {', '.join(missing)} not set;"
-                f" {_RUN % (tp_size or 'N')}"
-            )
-            raise RuntimeError(f"tp_size={tp_size} needs a launcher and {unset}")
-        world = 1 if missing else int(os.environ["WORLD_SIZE"]) if fresh else dist.get_world_size()
+        unset = [name for name in _LAUNCHED if fresh and name not in os.environ]
+        world = _world_size(fresh, unset, tp_size)
         tp_size = tp_size or world
         if world % tp_size:
             relation = "is larger than" if tp_size > world else "does not divide"
             what = f"tp_size={tp_size} {relation} the world size {world}"
             raise ValueError(f"{what}; {_RUN % tp_size} (or a multiple of it)")
-        if fresh:
-            device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
-            backend = dist.get_default_backend_for_device(device_type)
-            if device_type == "cuda":
-                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-            one = dict(store=dist.HashStore(), rank=0, world_size=1) if missing else {}
-            wait = timeout or timedelta(seconds=TIMEOUT)
-            dist.init_process_group(
-                backend, timeout=wait, **one
-            )  # after all that can be checked is
-            self._opened, self.alone = "world", bool(missing)
+        if fresh:  # after all that can be checked is
+            device_type = _initialise(device_type, timeout, alone=bool(unset))
+            self._opened, self.alone = "world", bool(unset)
         device_type = device_type or _device_type(dist.group.WORLD)
         if tp_size == world:
-            self.mesh = self.world_mesh = init_device_mesh(
-                device_type, (world,), mesh_dim_names=("tp",)
-            )
-        else:
-            self._opened = self._opened or "groups"
-            self.world_mesh = init_device_mesh(
-                device_type, (world // tp_size, tp_size), mesh_dim_names=("dp", "tp")
-            )
-            self.mesh = self.world_mesh["tp"]
-            for (
-                group
-            ) in (
-                self.world_mesh.get_all_groups()
-            ):  # a mesh makes them with the backend's own timeout
-                if group is not dist.group.WORLD and hasattr(group, "set_timeout"):
-                    group.set_timeout(timeout or timeout_of(dist.group.WORLD))
+            self.mesh = init_device_mesh(device_type, (world,), mesh_dim_names=("tp",))
+            self.world_mesh = self.mesh
+            return
+        self._opened = self._opened or "groups"
+        shape = (world // tp_size, tp_size)
+        self.world_mesh = init_device_mesh(device_type, shape, mesh_dim_names=("dp", "tp"))
+        self.mesh = self.world_mesh["tp"]
+        # A mesh makes its groups with the backend's own timeout.
+        for group in self.world_mesh.get_all_groups():
+            if group is not dist.group.WORLD and hasattr(group, "set_timeout"):
+                group.set_timeout(timeout or timeout_of(dist.group.WORLD))
 
     @property
     def group(self) -> ProcessGroup:
@@ -170,7 +142,7 @@ class ProcessGroupManager(AbstractContextManager):
                 if group is not dist.group.WORLD:  # a dim of the whole world borrows it
                     dist.destroy_process_group(group)  # of None: all
 
-    def __exit__(self, *exc_info) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.close()
 
     def __getstate__(self) -> dict:
@@ -183,18 +155,68 @@ class ProcessGroupManager(AbstractContextManager):
         return f"ProcessGroupManager({values}, {self.mesh.device_type})"
 
 
-def _checked(timeout, given):
-    """The timeout as torch takes it, None where there is none."""
+def _checked_timeout(timeout: float | None, made: bool) -> timedelta | None:
+    """The timeout as torch takes it. `made`: whether there will be groups that it is for."""
     if timeout is None:
         return None
     number = isinstance(timeout, (int, float)) and not isinstance(timeout, bool)
     if not number or not math.isfinite(timeout) or timeout <= 0:
         raise ValueError(f"timeout: expected a number of seconds above 0, found {timeout!r}")
-    if given is not None:
+    if not made:
         raise ValueError(
             f"timeout: expected None with a mesh or a group, which have theirs, found {timeout!r}"
         )
     return timedelta(seconds=timeout)
+
+
+def _checked_mesh(mesh: DeviceMesh, device_type: str | None) -> DeviceMesh:
+    if mesh.ndim != 1:
+        raise ValueError(f"expected a 1-D mesh, found {mesh}; pass mesh['tp'], say")
+    if mesh.get_coordinate() is None:
+        raise ValueError(f"rank {dist.get_rank()} is not in the mesh {mesh}")
+    if device_type not in (None, mesh.device_type):
+        raise ValueError(
+            f"expected a mesh of device_type {device_type!r}, found {mesh.device_type!r}"
+        )
+    return mesh
+
+
+def _mesh_of_group(group: ProcessGroup, device_type: str | None) -> DeviceMesh:
+    if not isinstance(group, ProcessGroup):  # new_group gives outsiders an int
+        raise ValueError(
+            f"expected a ProcessGroup that this rank is in, found {group!r}; call this on the ranks"
+            " of the group only"
+        )
+    device_type = device_type or _device_type(group)
+    return DeviceMesh.from_group(group, device_type, mesh_dim_names=("tp",))
+
+
+def _world_size(fresh: bool, unset: list[str], tp_size: int | None) -> int:
+    """How many processes there are. `fresh`: they have no process group yet; `unset`: what no
+    launcher has set."""
+    if not fresh:
+        return dist.get_world_size()
+    if not unset:
+        return int(os.environ["WORLD_SIZE"])
+    if tp_size not in (None, 1) or os.environ.get("WORLD_SIZE", "1") != "1":
+        raise RuntimeError(
+            f"tp_size={tp_size} needs a launcher and there is no default process group:"
+            f" {', '.join(unset)} not set; {_RUN % (tp_size or 'N')}"
+        )
+    return 1
+
+
+def _initialise(device_type: str | None, timeout: timedelta | None, alone: bool) -> str:
+    """Initialise the default process group; returns the type of its devices."""
+    device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device_type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    dist.init_process_group(
+        dist.get_default_backend_for_device(device_type),
+        timeout=timeout or timedelta(seconds=TIMEOUT),
+        **(dict(store=dist.HashStore(), rank=0, world_size=1) if alone else {}),
+    )
+    return device_type
 
 
 def timeout_of(group: ProcessGroup) -> timedelta:
@@ -205,8 +227,5 @@ def timeout_of(group: ProcessGroup) -> timedelta:
 
 
 def _device_type(group: ProcessGroup) -> str:
-    return (
-        "cuda"
-        if "nccl" in str(dist.get_backend_config(group)) and torch.cuda.is_available()
-        else "cpu"
-    )
+    nccl = "nccl" in str(dist.get_backend_config(group))
+    return "cuda" if nccl and torch.cuda.is_available() else "cpu"

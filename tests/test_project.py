@@ -4,6 +4,7 @@ import ast
 import graphlib
 import importlib.metadata
 import importlib.util
+import inspect
 import json
 import re
 import subprocess
@@ -12,6 +13,7 @@ import textwrap
 from pathlib import Path
 
 import house
+import pytest
 
 import quintnet_dt
 
@@ -19,8 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "quintnet_dt"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# The one file that may read private names of torch, and those that it may read.
-PRIVATE_FILE = "quintnet_dt.private"
+# The one folder whose files may read private names of torch, and those that they may read.
+PRIVATE_FOLDER = PACKAGE / "private"
 PRIVATE = {
     "torch.utils.checkpoint._StopRecomputationError",
     # every shape of a forward with no memory and no arithmetic: no public way
@@ -185,6 +187,42 @@ def test_files_are_short():
     assert [name for name, lines in texts.items() if any(len(line) > 100 for line in lines)] == []
 
 
+@pytest.mark.xfail(strict=False, reason="planning/, running/ and axes/ are being annotated")
+def test_types():
+    """Annotations are checked; torch's types are taken as they come (pyproject.toml)."""
+    mypy = subprocess.run(
+        [sys.executable, "-m", "mypy"], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert mypy.returncode == 0, mypy.stdout + mypy.stderr
+
+
+def public_functions():
+    """The public functions, and the methods of the public classes."""
+    for name in quintnet_dt.__all__:
+        public = getattr(quintnet_dt, name)
+        members = vars(public) if inspect.isclass(public) else {name: public}
+        for member, x in members.items():
+            function = x.fget if isinstance(x, property) else getattr(x, "__func__", x)
+            if inspect.isfunction(function) and (member[0] != "_" or member == "__init__"):
+                yield f"{name}.{member}", inspect.unwrap(function)
+
+
+@pytest.mark.xfail(strict=False, reason="others are being annotated")
+def test_public_names_are_annotated():
+    missing = []
+    for name, function in public_functions():
+        annotated = {"self", "cls", *function.__annotations__}
+        result = [] if function.__name__ == "__init__" else ["return"]
+        needed = [*inspect.signature(function).parameters, *result]
+        missing += [(name, x) for x in needed if x not in annotated]
+    assert missing == []
+
+
+def test_the_package_lists_its_public_names():
+    assert {*quintnet_dt.__all__, "__version__"} <= set(dir(quintnet_dt))
+    assert f'version = "{quintnet_dt.__version__}"' in (ROOT / "pyproject.toml").read_text()
+
+
 def module_name(file: Path) -> str:
     parts = file.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
@@ -253,10 +291,11 @@ def private_torch_names(code: str, file: Path) -> set[str]:
     }
 
 
-def test_private_torch_names_are_few_and_in_one_file():
-    found = {module_name(f): private_torch_names(f.read_text(), f) for f in FILES}
-    assert found.pop(PRIVATE_FILE) == PRIVATE
-    assert {name: names for name, names in found.items() if names} == {}
+def test_private_torch_names_are_few_and_in_one_folder():
+    found = {file: private_torch_names(file.read_text(), file) for file in FILES}
+    read = {file: names for file, names in found.items() if names}
+    assert set().union(*read.values()) == PRIVATE
+    assert [file for file in read if PRIVATE_FOLDER not in file.parents] == []
 
 
 def test_a_private_torch_name_is_found_however_it_is_read():
