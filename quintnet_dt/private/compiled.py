@@ -55,14 +55,13 @@ def as_compiled(compiled: bool) -> Iterator[None]:
     if not compiled:
         yield
         return
-    compiler = torch.compiler
     with _asked:
-        was = compiler._is_compiling_flag, compiler.is_dynamo_compiling
-        compiler._is_compiling_flag, compiler.is_dynamo_compiling = True, lambda: True
+        was, ask = torch.compiler._is_compiling_flag, torch.compiler.is_dynamo_compiling
+        torch.compiler._is_compiling_flag, torch.compiler.is_dynamo_compiling = True, lambda: True
         try:
             yield
         finally:
-            compiler._is_compiling_flag, compiler.is_dynamo_compiling = was
+            torch.compiler._is_compiling_flag, torch.compiler.is_dynamo_compiling = was, ask
 
 
 def constant(function: Callable) -> Callable:
