@@ -187,6 +187,17 @@ def test_files_are_short():
     assert [name for name, lines in texts.items() if any(len(line) > 100 for line in lines)] == []
 
 
+def test_the_tour_names_every_file():
+    """quintnet_dt/README.md: a new file is named there, at the place where it acts."""
+    page = (PACKAGE / "README.md").read_text()
+    named = set(re.findall(r"`([\w/]+\.py)`", page))
+    files = {file.relative_to(PACKAGE).as_posix() for file in FILES}
+    assert named - files == set(), "not there"
+    assert {f for f in files - named if not f.endswith("__init__.py")} == set(), "not named"
+    words = re.findall(r"^\| ([^|]+) \|", page.partition("## Words")[2], re.M)[1:]
+    assert len(words) == len(set(words)) <= 60
+
+
 @pytest.mark.xfail(strict=False, reason="planning/, running/ and axes/ are being annotated")
 def test_types():
     """Annotations are checked; torch's types are taken as they come (pyproject.toml)."""
