@@ -7,9 +7,12 @@ import os
 import sys
 import uuid
 import zlib
+from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from .around import undisturbed
@@ -19,7 +22,7 @@ from .processgroup import ProcessGroupManager
 from .utils import leaves
 
 
-def agree(model, options, programs, mesh):
+def agree(model: nn.Module, options: dict[str, Any], programs: Any, mesh: DeviceMesh) -> str:
     """Raise RuntimeError, on every rank, unless all ranks of a tp group are about to split the same
     model in the same way; called on every rank, before any collective depends on it.
 
@@ -29,7 +32,7 @@ def agree(model, options, programs, mesh):
     """
     held, group = {**_held(model), **options}, mesh.get_group()
     digest = hashlib.sha256(canonical(([*held.items()], programs)).encode()).hexdigest()
-    everyone = [None] * mesh.size()
+    everyone: list = [None] * mesh.size()
     dist.all_gather_object(everyone, (digest, uuid.uuid4().hex), group=group)
     if len({digest for digest, _ in everyone}) == 1:
         return everyone[0][1]
@@ -43,10 +46,10 @@ def agree(model, options, programs, mesh):
     )
 
 
-def agree_on(programs, mesh):
+def agree_on(programs: Any, mesh: DeviceMesh) -> None:
     """Raise RuntimeError, on every rank, unless all are about to run a new kind of call by the same
     programs."""
-    digests = [None] * mesh.size()
+    digests: list = [None] * mesh.size()
     mine = hashlib.sha256(canonical(programs).encode()).hexdigest()
     dist.all_gather_object(digests, mine, group=mesh.get_group())
     if len(set(digests)) > 1:
@@ -56,7 +59,7 @@ def agree_on(programs, mesh):
         )
 
 
-def _held(model):
+def _held(model: nn.Module) -> dict[str, str]:
     """What a model holds, in its order: {name: a text}."""
     held = {}
     for kind, tensors in ("parameter", model.named_parameters()), ("buffer", model.named_buffers()):
@@ -68,7 +71,7 @@ def _held(model):
     return held
 
 
-def _difference(first, other, rank):
+def _difference(first: dict, other: dict, rank: int) -> str | None:
     """The first thing that rank 0 and another have otherwise, and what to do about it; None where
     nothing is."""
     for name in {**first, **other}:
@@ -94,7 +97,7 @@ def _difference(first, other, rank):
 
 
 @undisturbed
-def check_batch(batch, mesh, values=True):
+def check_batch(batch: Any, mesh: DeviceMesh | ProcessGroupManager, values: bool = True) -> None:
     """Raise ValueError, on every rank, unless all ranks of a tp mesh were given the same batch;
     called on every rank.
 
@@ -118,27 +121,28 @@ def check_batch(batch, mesh, values=True):
     mine = {path: _digest(x) if values else (_digest(x)[0], 0) for path, x in leaves(batch)}
     if mesh.size() == 1 or _alike(zlib.crc32(repr(mine).encode()), mesh):
         return
-    everyone = [None] * mesh.size()
+    everyone: list = [None] * mesh.size()
     dist.all_gather_object(everyone, mine, group=mesh.get_group())
+    first, nothing = everyone[0], ("nothing", 0)
     for rank, other in enumerate(everyone):
-        for path in {**everyone[0], **other}:
-            (a, x), (b, y) = (ranks.get(path, ("nothing", 0)) for ranks in (everyone[0], other))
-            if (a, x) != (b, y):
-                where, values = "".join(f"[{key!r}]" for key in path), (
-                    "" if a != b else ", with other values"
-                )
-                raise ValueError(
-                    f"the ranks of a tp group were given different batches: (args, kwargs){where}"
-                    f" is {a} on rank 0 and {b}{values} on rank {rank}: give all of them the same"
-                    " (a DistributedSampler's rank is that of the dp group,"
-                    " ProcessGroupManager.dp_rank)"
-                )
+        for path in {**first, **other}:
+            here, there = first.get(path, nothing), other.get(path, nothing)
+            if here == there:
+                continue
+            where = "".join(f"[{key!r}]" for key in path)
+            differing = ", with other values" if here[0] == there[0] else ""
+            raise ValueError(
+                f"the ranks of a tp group were given different batches: (args, kwargs){where} is"
+                f" {here[0]} on rank 0 and {there[0]}{differing} on rank {rank}: give all of them"
+                " the same (a DistributedSampler's rank is that of the dp group,"
+                " ProcessGroupManager.dp_rank)"
+            )
 
 
-def in_pipeline():
+def in_pipeline() -> bool:
     """Whether this is called by torch.distributed.pipelining, which first runs a stage on
     uninitialised inputs, to learn the shapes of its outputs."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None and not frame.f_code.co_filename.startswith(_PIPELINING):
         frame = frame.f_back
     return frame is not None
@@ -147,37 +151,34 @@ def in_pipeline():
 _PIPELINING = os.path.join(os.path.dirname(dist.__file__), "pipelining", "")
 
 
-def _digest(x):
+def _digest(x: Any) -> tuple[str, int]:
     """(What it is, a checksum of its values)."""
     if not isinstance(x, torch.Tensor):
-        return (
-            (repr(x), 0)
-            if isinstance(x, (bool, int, float, str, type(None)))
-            else (type(x).__name__, 0)
-        )
+        plain = isinstance(x, (bool, int, float, str, type(None)))
+        return repr(x) if plain else type(x).__name__, 0
     what = f"a tensor of shape {tuple(x.shape)}, {x.dtype}"
     if x.device.type == "meta" or x.layout != torch.strided or type(x) is not torch.Tensor:
         return what, 0
     return what, _checksum(x.detach().cpu().contiguous())
 
 
-def _checksum(x):
+def _checksum(x: torch.Tensor) -> int:
     """The CRC-32 of a tensor's bytes, in memory of the CPU."""
     return zlib.crc32((ctypes.c_char * x.nbytes).from_address(x.data_ptr())) if x.numel() else 0
 
 
-def _alike(number, mesh):
+def _alike(number: int, mesh: DeviceMesh) -> bool:
     """Whether all ranks have the same number."""
     numbers = all_gather(torch.tensor([number], device=mesh.device_type), 0, mesh.get_group())
     return len(set(numbers.tolist())) == 1
 
 
-def random_state(cuda):
+def random_state(cuda: bool) -> list[torch.Tensor]:
     """Torch's states, of the CPU and, if asked for, of the present CUDA device."""
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if cuda else [])]
 
 
-def set_random_state(states):
+def set_random_state(states: list[torch.Tensor]) -> None:
     """Go on from states that `random_state` gave; that of a CUDA device is left out where none is
     in use."""
     torch.set_rng_state(states[0])
@@ -186,7 +187,7 @@ def set_random_state(states):
 
 
 @undisturbed
-def share_random_state(mesh):
+def share_random_state(mesh: DeviceMesh) -> None:
     """Every rank of a tp group goes on with the random state of its first, so that what is drawn
     outside a shard is the same on all of them, however they were seeded, and what is drawn for a
     shard is a part of the whole's."""

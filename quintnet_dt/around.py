@@ -3,25 +3,30 @@ functional transforms."""
 
 import contextlib
 import functools
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch.autograd.forward_ad import unpack_dual
 from torch.distributed.tensor import Replicate
 
+from .keys import ModulePath
 from .private import forward_mode, global_hooks, is_any_true, modes_aside, transform
 from .utils import Quietly, tensors
 
 _NOTHING = contextlib.nullcontext()
+_Given = ParamSpec("_Given")
+_Result = TypeVar("_Result")
 
 
-def undisturbed(function):
+def undisturbed(function: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
     """Of a function that computes beside the model: no mode that is on around the call sees it (one
     that counts operators or collectives, a selective checkpoint, the meta device as the default).
     Nor is it in inference mode, in which operators are seen as they are called (linear, reshape),
     and not the ones that they are made of."""
 
     @functools.wraps(function)
-    def run(*args, **kwargs):
+    def run(*args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
         with (
             modes_aside(),
             torch.inference_mode(False) if torch.is_inference_mode_enabled() else _NOTHING,
@@ -31,7 +36,7 @@ def undisturbed(function):
     return run
 
 
-def let_anomalies_be_found():
+def let_anomalies_be_found() -> None:
     """torch.autograd.detect_anomaly asks whether any element of a gradient is NaN, for which a
     DTensor has no rule: it is asked of the whole gradient, so that all ranks find the same."""
     if torch.is_anomaly_check_nan_enabled():
@@ -46,13 +51,13 @@ def _rule_of_any_true():
         register_sharding(is_any_true)(lambda x: [([Replicate()], [Replicate()])])
 
 
-def is_tools(hook):
+def is_tools(hook: Any) -> bool:
     """Whether a hook for every module is that of a tool of torch's, which watches and changes
     nothing."""
     return str(getattr(hook, "__module__", "")).startswith("torch.")
 
 
-def quieten_tools():
+def quieten_tools() -> None:
     """The hooks that torch's tools put on every module compute beside the model: their calls are
     not the model's."""
     for hooks in filter(None, global_hooks()):
@@ -60,7 +65,7 @@ def quieten_tools():
 
 
 @contextlib.contextmanager
-def tools_aside():
+def tools_aside() -> Iterator[None]:
     """For a while, the hooks that torch's tools put on every module are off."""
     kept = [(hooks, dict(hooks)) for hooks in global_hooks()]
     for hooks, all_hooks in kept:
@@ -82,7 +87,7 @@ NAMES = {
 }
 
 
-def look_around(path, args, kwargs):
+def look_around(path: ModulePath, args: tuple, kwargs: dict) -> None:
     """Before a call of a split model, or of a part of it: come to terms with what is around it, or
     raise RuntimeError."""
     refuse_transforms(path, args, kwargs)
@@ -90,7 +95,7 @@ def look_around(path, args, kwargs):
     let_anomalies_be_found()
 
 
-def refuse_transforms(path, args, kwargs):
+def refuse_transforms(path: ModulePath, args: tuple, kwargs: dict) -> None:
     """Raise RuntimeError where a functional transform, or forward-mode differentiation, is around a
     call."""
     found = transform()
