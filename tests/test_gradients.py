@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import check, compare, loss_of, pair, same_grads
+from models.gpt import GPT, GatedMLP, features, ids, mlp
 from ranks import run_ranks
-from test_apply import GPT, GatedMLP, features, ids, mlp
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -25,11 +25,11 @@ def test_adamw_and_clipping(n, options):
             torch.optim.AdamW(m.parameters(), lr=1e-2, weight_decay=0.1, eps=1e-4)
             for m in (sharded, whole)
         ]
-        for ids in x:
+        for batch in x:
             norms = []
             for model, opt in zip((sharded, whole), optimizers):
                 opt.zero_grad()
-                F.cross_entropy(model(ids).flatten(0, 1), ids.flatten()).backward()
+                F.cross_entropy(model(batch).flatten(0, 1), batch.flatten()).backward()
                 norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5))
                 opt.step()
             total = norms[0].full_tensor() if hasattr(norms[0], "full_tensor") else norms[0]

@@ -4,7 +4,7 @@ that was traced."""
 import pytest
 import torch
 import torch.nn.functional as F
-from test_written import Net, X, Y, heads, mlp, model, rows, run_models
+from models.written import Net, X, Y, heads, mlp, model, rows, run_models
 from torch import nn
 
 

@@ -1,0 +1,1 @@
+"""Models that several test files use, by kind, with inputs and checks of their own."""

@@ -1,0 +1,188 @@
+"""Regions of mixtures of experts, of state spaces and of linear attention."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models.regions import FLOAT32, HEADS, TEXT, D, attention, check_all, features, ids, model
+from torch import nn
+
+# ------------------------------------------------------------------ experts
+
+
+def experts(kind, e=4, hidden=32):
+    """Experts as parameters of three dims; all compute each token, and the weights of those not
+    chosen are zero."""
+
+    def forward(m, x):
+        flat = x.flatten(0, 1)
+        probs = m.router(flat).softmax(-1)
+        value, index = probs.topk(2, dim=-1)
+        weights = torch.zeros_like(probs).scatter(1, index, value / value.sum(-1, keepdim=True))
+        if kind == "bmm":
+            gate, up = torch.bmm(flat.expand(e, -1, -1), m.up).chunk(2, dim=-1)
+            return (torch.bmm(F.silu(gate) * up, m.down) * weights.t()[..., None]).sum(0).view_as(x)
+        gate, up = torch.einsum("td,edh->teh", flat, m.up).chunk(2, dim=-1)
+        return torch.einsum("teh,ehd,te->td", F.silu(gate) * up, m.down, weights).view_as(x)
+
+    router = lambda: nn.Linear(D, e, bias=False)  # noqa: E731
+    return model(
+        forward, lambda: {"router": router(), "up": (e, D, 2 * hidden), "down": (e, hidden, D)}
+    )
+
+
+def routed(m, x):
+    """Modules, each for the tokens that go to it; and one that all tokens pass."""
+    flat = x.view(-1, x.shape[-1])
+    weight, chosen = m.router(flat).softmax(-1).topk(1, dim=-1)
+    out = torch.zeros_like(flat)
+    for e, expert in enumerate(m.experts):
+        token, slot = torch.where(chosen == e)
+        out.index_add_(0, token, expert(flat[token]) * weight[token, slot].unsqueeze(-1))
+    return out.view_as(x) + m.shared(x)
+
+
+def expert_list():
+    shared, *each = (nn.Sequential(nn.Linear(D, 32), nn.GELU(), nn.Linear(32, D)) for _ in range(4))
+    return {"router": nn.Linear(D, 3), "shared": shared, "experts": nn.ModuleList(each)}
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_experts(n):
+    hf = pytest.importorskip("transformers")
+
+    def split(*ends):
+        def then(sharded):
+            plan = sharded.tensor_parallel_plan
+            assert all(
+                e.dim is not None for name, e in plan.entries.items() if name.endswith(ends)
+            ), plan
+
+        return then
+
+    config = dict(
+        TEXT,
+        num_key_value_heads=4,
+        num_local_experts=4,
+        experts_implementation="eager",
+        use_cache=False,
+    )
+    mixtral = lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**config))  # noqa: E731
+    x, calls, local = (
+        features(2, 5, D),
+        [features(1, 1, D), features(3, 7, D)],
+        {"up": None, "down": None},
+    )
+    cases = {kind: dict(build=experts(kind), given=x, local=local) for kind in ("bmm", "einsum")}
+    cases["list"] = dict(
+        build=model(routed, expert_list), given=x, calls=calls, then=split("0.weight", "2.weight")
+    )
+    parts = split("experts.gate_up_proj", "experts.down_proj")
+    cases["mixtral"] = dict(
+        build=mixtral, given=ids(2, 6), calls=[ids(1, 9)], then=parts, tol=FLOAT32
+    )
+    check_all(cases, n)
+
+
+# ------------------------------------------- state spaces, linear attention
+
+
+def mamba(m, x, inner=32, state=4, rank=3):
+    t = x.shape[1]
+    x, gate = m.in_proj(x).chunk(2, dim=-1)
+    x = F.silu(m.conv(x.transpose(1, 2))[..., :t]).transpose(1, 2)
+    step, b, c = m.x_proj(x).split([rank, state, state], dim=-1)
+    step = F.softplus(m.dt_proj(step))
+    decay = torch.exp(step.unsqueeze(-1) * -m.A_log.exp())
+    drive = (step * x).unsqueeze(-1) * b.unsqueeze(2)
+    h, out = torch.zeros(x.shape[0], inner, state, dtype=x.dtype), []
+    for i in range(t):
+        h = decay[:, i] * h + drive[:, i]
+        out.append((h * c[:, i, None]).sum(-1))
+    return m.out_proj((torch.stack(out, dim=1) + x * m.D) * F.silu(gate))
+
+
+def mamba_parts():
+    ends = {
+        "in_proj": nn.Linear(D, 64, bias=False),
+        "out_proj": nn.Linear(32, D, bias=False),
+        "A_log": (32, 4),
+        "D": (32,),
+    }
+    conv = nn.Conv1d(32, 32, 3, groups=32, padding=2)
+    return {
+        **ends,
+        "conv": conv,
+        "x_proj": nn.Linear(32, 11, bias=False),
+        "dt_proj": nn.Linear(3, 32),
+    }
+
+
+def linear_attention(q, k, v, m):
+    """A recurrence: a matrix of state for each head, which decays."""
+    b, t, h, d = q.shape
+    state, out = q.new_zeros(b, h, d, d), []
+    for i in range(t):
+        new = k[:, i].unsqueeze(-1) * v[:, i].unsqueeze(-2)
+        out.append(torch.einsum("bhk,bhkv->bhv", q[:, i], state + m.bonus.unsqueeze(-1) * new))
+        state = state * torch.sigmoid(m.decay) + new
+    return m.after(torch.stack(out, 1).reshape(b * t, -1)).view(b, t, -1)
+
+
+def rwkv(m, x):
+    """Each token is mixed with the one before it; keys weigh values, with a decay for each
+    channel."""
+    mixed = x * m.mix + F.pad(x, (0, 0, 1, -1)) * (1 - m.mix)
+    k, v, r = m.key(mixed), m.value(mixed), torch.sigmoid(m.gate(mixed))
+    num, den, out = torch.zeros_like(v[:, 0]), torch.zeros_like(v[:, 0]), []
+    for i in range(x.shape[1]):
+        here = torch.exp(m.first + k[:, i])
+        out.append((num + here * v[:, i]) / (den + here))
+        fade = torch.exp(-torch.exp(m.decay))
+        num, den = fade * num + k[:, i].exp() * v[:, i], fade * den + k[:, i].exp()
+    return m.out(r * torch.stack(out, dim=1))
+
+
+def rwkv_parts():
+    linears = {p: nn.Linear(D, D, bias=False) for p in ("key", "value", "gate", "out")}
+    return {**linears, "mix": (D,), "decay": (D,), "first": (D,)}
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_state_spaces_and_linear_attention(n):
+    hf = pytest.importorskip("transformers")
+    config = dict(
+        vocab_size=48,
+        hidden_size=16,
+        num_hidden_layers=1,
+        state_size=4,
+        time_step_rank=4,
+        use_cache=False,
+    )
+    real = lambda: hf.MambaForCausalLM(hf.MambaConfig(**config))  # noqa: E731
+    inner = {
+        "in_proj.weight": 0,
+        "conv.weight": 0,
+        "x_proj.weight": 1,
+        "dt_proj.weight": 0,
+        "A_log": 0,
+    }
+    x, mix = features(2, 5, D), {
+        "key.weight": 0,
+        "value.weight": 0,
+        "gate.weight": 0,
+        "out.weight": 1,
+    }
+    linear = attention(
+        linear_attention, decay=(4, 1, 1), bonus=(4, 6), after=lambda: nn.GroupNorm(4, D)
+    )
+    cases = {
+        "mamba": dict(
+            build=model(mamba, mamba_parts), given=x, local={**inner, "out_proj.weight": 1}
+        ),
+        # A length equal to the number of heads (4) would be taken for it in new_zeros: right, but
+        # not local then.
+        "linear attention": dict(build=linear, given=x, local=HEADS),
+        "rwkv": dict(build=model(rwkv, rwkv_parts), given=x, local=mix),
+        "transformers' mamba": dict(build=real, given=ids(2, 4), share=0.1, tol=FLOAT32),
+    }
+    check_all(cases, n)
