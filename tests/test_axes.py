@@ -81,7 +81,7 @@ def test_unify_refines_both():
     a, b = [Factor(4), Factor(6)], [Factor(8), Factor(3)]
     unify(a, b)
     assert leaves(a) == leaves(b) and [f.size for f in leaves(a)] == [4, 2, 3]
-    assert not any(f.opaque for f in leaves(a))
+    assert not any(f.unshardable for f in leaves(a))
 
 
 def test_unify_is_transitive_and_idempotent():
@@ -92,19 +92,19 @@ def test_unify_is_transitive_and_idempotent():
     assert leaves(a) == leaves(b) == leaves(c) and [f.size for f in leaves(a)] == [3, 4]
 
 
-def test_unify_without_a_common_refinement_is_opaque():
+def test_unify_without_a_common_refinement_is_unshardable():
     a, b = [Factor(3), Factor(2)], [Factor(2), Factor(3)]
     unify(a, b)
-    assert all(f.opaque for f in leaves(a) + leaves(b))
+    assert all(f.unshardable for f in leaves(a) + leaves(b))
 
 
-def test_opaque_is_kept_through_merging_and_cutting():
+def test_unshardable_is_kept_through_merging_and_cutting():
     a, b, c = [Factor(12)], [Factor(12)], [Factor(12)]
-    a[0].opaque = True
+    a[0].unshardable = True
     unify(b, a)
     unify(c, b)
     got, rest = take(c, 3)
-    assert all(f.opaque for f in [*got, *rest, *leaves(a), *leaves(b)])
+    assert all(f.unshardable for f in [*got, *rest, *leaves(a), *leaves(b)])
 
 
 def test_a_factor_that_meets_its_own_outer_part():
@@ -280,7 +280,7 @@ def test_a_tied_embedding_has_its_rows_on_the_vocabulary():
     assert places("e.weight[0] 1x40x1") in found
 
 
-def test_dims_that_no_factors_describe_are_opaque():
+def test_dims_that_no_factors_describe_are_unshardable():
     class Crossing(nn.Module):
         def __init__(self):
             super().__init__()
@@ -290,7 +290,7 @@ def test_dims_that_no_factors_describe_are_opaque():
             return self.w(x).view(x.shape[0] * 6 // 4, 4)  # 6 and 4 cross
 
     graph, axes = axes_of(Crossing(), torch.randn(2, 4))
-    assert all(f.opaque for f in axes.final(graph.params["w.weight"])[0])
+    assert all(f.unshardable for f in axes.final(graph.params["w.weight"])[0])
 
 
 def test_the_sizes_of_factors_are_those_of_the_dims():

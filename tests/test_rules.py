@@ -150,7 +150,7 @@ def axes_of(node, axes):
     found = []
     for v in node.inputs:
         for dim in axes.final(v):
-            found += [Axis((f,)) for f in dim if not f.opaque and f.size % N == 0]
+            found += [Axis((f,)) for f in dim if not f.unshardable and f.size % N == 0]
             if dim and Axis(tuple(dim)).size >= N:
                 found.append(Axis(tuple(dim)))
     return list(dict.fromkeys(found))
@@ -209,7 +209,7 @@ def check_claim(node, axes, axis, env, outs):
             try:
                 results.append(run(node, local, args, kwargs))
             except RuntimeError:
-                if any(f.opaque for f in axis.factors):
+                if any(f.unshardable for f in axis.factors):
                     return 0  # dims that have no factors in common: refused when it is shown right
                 raise
     claims = 0

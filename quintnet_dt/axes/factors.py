@@ -13,14 +13,14 @@ from typing import Optional
 @dataclass(eq=False, slots=True)
 class Factor:
     """A part of a dim, `size` long. One that was merged with another has a `parent`, one that was
-    split in two has `parts`, outer and inner. `opaque`: operators cut it at places that have no
+    split in two has `parts`, outer and inner. `unshardable`: operators cut it at places that have no
     factors in common, so that it cannot be sharded."""
 
     size: int
     parent: Optional["Factor"] = None
     parts: list["Factor"] | None = None
     pieces: list[list["Factor"]] | None = None
-    opaque: bool = False
+    unshardable: bool = False
 
     def root(self) -> "Factor":
         """What this factor was merged into."""
@@ -63,8 +63,8 @@ def flat(factors: Iterable[Factor]) -> Iterator[Factor]:
 
 
 def _cut(leaf: Factor, outer: int) -> list[Factor]:
-    opaque = leaf.opaque or leaf.pieces is not None
-    leaf.parts = [Factor(size, opaque=opaque) for size in (outer, leaf.size // outer)]
+    unshardable = leaf.unshardable or leaf.pieces is not None
+    leaf.parts = [Factor(size, unshardable=unshardable) for size in (outer, leaf.size // outer)]
     return leaf.parts
 
 
@@ -120,21 +120,21 @@ def unify(xs: Iterable[Factor], ys: Iterable[Factor]) -> None:
         elif b.size % a.size == 0:
             _cut(b, a.size)
         else:  # 8 x 3 against 6 x 4: no common refinement
-            return mark_opaque(xs + ys)
+            return mark_unshardable(xs + ys)
 
 
-def mark_opaque(factors: Iterable[Factor]) -> None:
+def mark_unshardable(factors: Iterable[Factor]) -> None:
     for f in leaves(factors):
-        f.opaque = True
+        f.unshardable = True
 
 
 def _merge(a: Factor, b: Factor) -> None:
     b.parent = a
-    a.opaque |= b.opaque
+    a.unshardable |= b.unshardable
     if a.pieces is None or b.pieces is None:
         a.pieces = a.pieces or b.pieces
     elif [length(p) for p in a.pieces] != [length(p) for p in b.pieces]:
-        a.opaque = True
-    elif not a.opaque:
+        a.unshardable = True
+    elif not a.unshardable:
         for p, q in zip(a.pieces, b.pieces):
             unify(p, q)

@@ -107,4 +107,4 @@ def spans(dims: Iterable[Sequence[Factor]]) -> Iterator[Sequence[Factor]]:
 
 def divides(factors: Sequence[Factor], n: int) -> bool:
     """Whether n ranks can share adjacent factors."""
-    return prod(f.size for f in factors) % n == 0 and not any(f.opaque for f in factors)
+    return prod(f.size for f in factors) % n == 0 and not any(f.unshardable for f in factors)

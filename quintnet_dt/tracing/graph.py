@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
+from typing import Any
 
 import torch
 
@@ -37,7 +38,7 @@ class Value:
 class Node:
     """One ATen operator. `args` and `kwargs` hold Values where the operator had tensors."""
 
-    op: object
+    op: Any
     args: tuple
     kwargs: dict
     inputs: list  # Values, in order

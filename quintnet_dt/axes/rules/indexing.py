@@ -5,7 +5,7 @@ import torch
 from ...tracing.graph import Node
 from ..factors import fresh, unify
 from ..findings import Findings
-from .table import arg, rule, unknown
+from .table import aligned, arg, rule, unknown
 
 
 @rule("index")
@@ -24,12 +24,7 @@ def index(node: Node, axes: Findings) -> None:
     adjacent = max(indices) - first + 1 == len(indices)
     at = first if adjacent else 0
     n = max(len(i.shape) for i in indices.values())
-    looked_up = [fresh(size) for size in out.shape[at : at + n]]
-    for i in indices.values():
-        places = zip(looked_up[n - len(i.shape) :], axes.dims(i), i.shape)
-        for dim, found, size in places:
-            if size != 1:
-                unify(found, dim)
+    looked_up = aligned(axes, indices.values(), out.shape[at : at + n])
     kept = [d for k, d in enumerate(dims) if k not in indices]
     axes.set(out, kept[:at] + looked_up + kept[at:])
 

@@ -3,7 +3,7 @@
 from ...tracing.graph import Node
 from ..factors import fresh, unify
 from ..findings import Findings
-from .table import arg, every, rule, unknown
+from .table import aligned, arg, every, rule, unknown
 
 SAME = (
     "clone _to_copy detach alias lift_fresh contiguous zeros_like ones_like full_like empty_like"
@@ -14,16 +14,10 @@ SAME = (
 
 @rule(SAME)
 def pointwise(node: Node, axes: Findings) -> None:
-    """Dims are aligned from the right; a dim of size 1 broadcasts."""
     if not node.outputs:  # torch.equal reads values
         return unknown(node, axes)
     shape = node.outputs[0].shape
-    dims = [fresh(n) for n in shape]
-    for v in node.inputs:
-        first = len(shape) - len(v.shape)
-        for dim, found, size, n in zip(dims[first:], axes.dims(v), v.shape, shape[first:]):
-            if size == n:
-                unify(found, dim)
+    dims = aligned(axes, node.inputs, shape)
     for v in node.outputs:
         if v.shape == shape:
             axes.set(v, dims)

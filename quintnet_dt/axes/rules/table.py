@@ -6,11 +6,11 @@ An operator without a rule is assumed to need every dim whole, which is always r
 """
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from ...tracing.graph import Node
-from ..factors import Factor, fresh
+from ...tracing.graph import Node, Value
+from ..factors import Factor, fresh, unify
 from ..findings import Findings
 
 Rule: TypeAlias = Callable[[Node, Findings], None]
@@ -72,6 +72,18 @@ def dims_of(node: Node, ndim: int, name: str = "dim") -> list[int]:
     if isinstance(dims, int):
         dims = [dims]
     return [d % ndim for d in dims] if ndim and dims else list(range(ndim))
+
+
+def aligned(axes: Findings, values: Iterable[Value], shape: Sequence[int]) -> list[list[Factor]]:
+    """The dims of values as they broadcast to a shape: aligned from the right, dims of size 1 are
+    repeated."""
+    dims = [fresh(n) for n in shape]
+    for v in values:
+        first = len(shape) - len(v.shape)
+        for dim, found, size, n in zip(dims[first:], axes.dims(v), v.shape, shape[first:]):
+            if size == n:
+                unify(found, dim)
+    return dims
 
 
 def pass_but(node: Node, axes: Findings, dims: list[int]) -> None:

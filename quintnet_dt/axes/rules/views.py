@@ -1,9 +1,9 @@
 """Rules of views and of parts of a dim: how factors split, merge, move and are cut."""
 
 from ...tracing.graph import Node, Value
-from ..factors import fresh, mark_opaque, piece, take, unify
+from ..factors import fresh, mark_unshardable, piece, take
 from ..findings import Findings
-from .table import arg, dims_of, every, pass_but, rule, unknown
+from .table import aligned, arg, dims_of, every, pass_but, rule, unknown
 
 
 @rule("view _unsafe_view reshape")
@@ -16,7 +16,7 @@ def view(node: Node, axes: Findings) -> None:
     for i, size in enumerate(out.shape):
         taken = take(rest, size)
         if taken is None:
-            mark_opaque(rest)
+            mark_unshardable(rest)
             break
         dims[i], rest = taken
     axes.set(out, dims)
@@ -72,23 +72,24 @@ def squeeze(node: Node, axes: Findings) -> None:
 # ---- parts of a dim
 
 
-def _cut(
+def _set_parts(
     axes: Findings, node: Node, dim: int, outs: list[Value], start: int = 0, equal: int = 0
 ) -> None:
-    """Outputs that are parts of a dim, one after the other from `start` on. Parts of the `equal`
-    length share the factors within, unequal ones have their own."""
+    """Outputs that are parts of a dim, one after the other from `start` on. Parts that all are
+    `equal` long share the factors within a part, unequal ones have their own."""
     value = node.inputs[0]
     dims = list(axes.dims(value))
-    whole, taken = dims[dim], None
+    cut, shared = dims[dim], None
     if equal and value.shape[dim] % equal == 0 and start % equal == 0:
-        taken = take(whole, value.shape[dim] // equal)
-    if taken:
-        axes.whole(node, value, taken[0])
+        taken = take(cut, value.shape[dim] // equal)
+        if taken is not None:
+            parts, shared = taken
+            axes.whole(node, value, parts)
     for out in outs:
         size = out.shape[dim]
-        part = taken[1] if taken else piece(whole, start, size)
+        part = piece(cut, start, size) if shared is None else shared
         if part is None or size == 0:
-            axes.whole(node, value, whole)
+            axes.whole(node, value, cut)
             part = fresh(size)
         dims[dim] = part
         axes.set(out, dims)
@@ -107,39 +108,33 @@ def slice_(node: Node, axes: Findings) -> None:
     start = arg(node, "start") or 0
     start = max(start + size, 0) if start < 0 else start
     all_equal = len(axes.sliced[value.id, dim]) == 1
-    _cut(axes, node, dim, [out], start, length if all_equal else 0)
+    _set_parts(axes, node, dim, [out], start, length if all_equal else 0)
 
 
 @rule("split split_with_sizes chunk unsafe_split unsafe_chunk tensor_split unsafe_split_with_sizes")
 def split(node: Node, axes: Findings) -> None:
     dim = arg(node, "dim") % len(node.inputs[0].shape)
     sizes = {out.shape[dim] for out in node.outputs}
-    _cut(axes, node, dim, node.outputs, equal=sizes.pop() if len(sizes) == 1 else 0)
+    _set_parts(axes, node, dim, node.outputs, equal=sizes.pop() if len(sizes) == 1 else 0)
 
 
 @rule("cat")
 def cat(node: Node, axes: Findings) -> None:
     out = node.outputs[0]
     dim = arg(node, "dim") % len(out.shape)
-    dims = [fresh(n) for n in out.shape]
-    for v in node.inputs:
-        if len(v.shape) != len(out.shape):
-            continue  # the legacy empty tensor
-        for i, found in enumerate(axes.dims(v)):
-            if i == dim:
-                axes.whole(node, v, found)
-            else:
-                unify(found, dims[i])
+    # not those that are empty, which torch allows to have one dim
+    tensors = [v for v in node.inputs if len(v.shape) == len(out.shape)]
+    dims = aligned(axes, tensors, out.shape)
+    dims[dim] = fresh(out.shape[dim])
+    for v in tensors:
+        axes.whole(node, v, axes.dims(v)[dim])
     axes.set(out, dims)
 
 
 @rule("stack")
 def stack(node: Node, axes: Findings) -> None:
     out = node.outputs[0]
-    at = arg(node, "dim") % len(out.shape)
-    dims = [fresh(n) for n in out.shape]
-    others = dims[:at] + dims[at + 1 :]
-    for v in node.inputs:
-        for found, dim in zip(axes.dims(v), others):
-            unify(found, dim)
+    dims = aligned(axes, node.inputs, node.inputs[0].shape)
+    dim = arg(node, "dim") % len(out.shape)
+    dims.insert(dim, fresh(out.shape[dim]))
     axes.set(out, dims)
