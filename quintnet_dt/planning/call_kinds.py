@@ -22,7 +22,7 @@ def kind_of(call: Call) -> CallKind:
         if not isinstance(x, int) or isinstance(x, bool) or _in_slice((args, kwargs), path):
             continue
         if x in named or call.name in NAME_DIMS:
-            dims.append(path[1:])
+            dims.append(path)
     return call_kind(call.func, args, kwargs, dims)
 
 

@@ -51,7 +51,7 @@ def _actions(graph: Graph, layout: Layout) -> Iterator[tuple[ValueId, Action]]:
         yield from ((value, a) for a in actions)
     for path, actions in layout.root.items():
         yield from ((graph.outputs[path].id, a) for a in actions)
-    for i, at in layout.kept.items():  # buffers are gathered after the call
+    for i, at in layout.buffers.items():  # buffers are gathered after the call
         for path, a in at.items():
             yield graph.calls[i].inputs[path].id, Action(GATHER, Split(a.split.dim, 0))
 

@@ -244,7 +244,7 @@ class _Pass:
         self.layout.axis_of[call.index] = axis
         for path, v in call.inputs.items():
             if v.id in analysis.buffers:
-                at = self.layout.kept.setdefault(call.index, {})
+                at = self.layout.buffers.setdefault(call.index, {})
                 at[path] = self.action(SPLIT, v, axis)
             elif v.id in analysis.slices:
                 self.use(call, path, self.action(SPLIT, v, axis))

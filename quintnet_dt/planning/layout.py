@@ -20,7 +20,7 @@ class Layout:
     # What on_shard.py runs in the place of a call.
     instead: dict[CallIndex, OnShard] = field(default_factory=dict)
     # Buffers that a call updates, on its part of them.
-    kept: dict[CallIndex, dict[ArgPath, Action]] = field(default_factory=dict)
+    buffers: dict[CallIndex, dict[ArgPath, Action]] = field(default_factory=dict)
     axis_of: dict[CallIndex, Axis] = field(default_factory=dict)  # what a call works on a shard of
     blockers: list = field(default_factory=list)  # (call that needed something gathered, why)
     # (Module path, call's name, line of code) -> whether it is dearer on shards.

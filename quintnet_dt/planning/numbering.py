@@ -3,7 +3,7 @@
 from ..axes.sharding import LayoutError
 from ..keys import CallIndex, ModulePath
 from ..running.program import CallProgram, Program
-from ..tracing.graph import Call, Graph, ModuleCall
+from ..tracing.graph import Graph, ModuleCall
 from .call_kinds import kind_of
 from .layout import Layout
 from .origin import axis_behind, on_shards
@@ -44,36 +44,29 @@ class Numbering:
             per_run[id(run)].names = []
         for call in self.graph.calls:
             run = self.caller(call.module)
-            if not call.hidden and per_run[id(run)].names is not None:
-                self.number(call, run, per_run[id(run)], at_calls.get(call.index))
+            program, at_call = per_run[id(run)], at_calls.get(call.index)
+            if call.hidden or program.names is None:
+                continue
+            number = len(program.names)
+            program.names.append(call.name)
+            if at_call is not None:
+                if not self.graph.numbered(call, run):
+                    raise LayoutError(UNNUMBERED, call, axis_behind(call, self.graph, self.layout))
+                program.calls[number] = at_call
+            if at_call is not None or call.index in self.sensitive:
+                program.kinds[number] = kind_of(call)
 
     def watched_runs(
         self, per_run: dict[int, Program], at_calls: dict[CallIndex, CallProgram]
     ) -> list[ModuleCall]:
-        calls, modules = self.graph.calls, self.graph.modules
-        acted_on = {self.caller(calls[i].module).path for i in at_calls}
-        paths = set(acted_on)
-        for call in calls:
-            if call.index in self.sensitive and not call.module.steady:
-                paths.add(self.caller(call.module).path)
-        for run in modules[1:]:
-            if per_run[id(run)].inside and not run.parent.steady:
-                paths.add(self.caller(run.parent).path)
-        unsteady = self.graph.unsteady
+        """The runs whose calls are counted: something is done at one of them, or one must be as it
+        was shown, in a forward that makes the same calls each time. (Torch's own always do.)"""
+        acted_on = {self.caller(self.graph.calls[i].module).path for i in at_calls}
+        sensitive = [self.graph.calls[i].module for i in self.sensitive]
+        starting = [run.parent for run in self.graph.modules[1:] if per_run[id(run)].inside]
+        careful = {self.caller(run).path for run in (*sensitive, *starting) if not run.steady}
         return [
             run
-            for run in modules
-            if run.path in paths and (run.path in acted_on or id(run) not in unsteady)
+            for run in self.graph.modules
+            if run.path in acted_on or run.path in careful and id(run) not in self.graph.unsteady
         ]
-
-    def number(
-        self, call: Call, run: ModuleCall, program: Program, at_call: CallProgram | None
-    ) -> None:
-        number = len(program.names)
-        program.names.append(call.name)
-        if at_call is not None:
-            if not self.graph.numbered(call, run):
-                raise LayoutError(UNNUMBERED, call, axis_behind(call, self.graph, self.layout))
-            program.calls[number] = at_call
-        if at_call is not None or call.index in self.sensitive:
-            program.kinds[number] = kind_of(call)

@@ -63,7 +63,7 @@ class Paths:
         state = self.states.of("", model)
         for given, programs in known.items():
             self.known[self.key_of("", given, False, state)] = [completed(defaults, programs)]
-            self.states.changes[""] = programs[""].changes
+            self.states.changes[""] = programs[""].forward.changes
 
     def programs(
         self,
@@ -172,7 +172,7 @@ class Paths:
         if self.fresh or not torch.is_grad_enabled():
             return True
         shown = path in programs and self.reached(path, programs)
-        return programs[path].random if shown else module.training
+        return programs[path].forward.random if shown else module.training
 
     def reached(self, path: ModulePath, programs: Programs) -> bool:
         """Whether the forward that programs were shown for ran a module."""
@@ -195,8 +195,8 @@ class Paths:
         """Programs for this call, shown right in the gradient mode that it was made in."""
         made = UserCall(*call)
         another = self.known.get(self.key)  # paths of such a call
-        dear = another[0][made.path].dear if another else None
+        dear = another[0][made.path].forward.dear if another else None
         with torch.set_grad_enabled(self.grad), as_compiled(made.compiled):
             programs = learn(made, self.plan, self.any_rank, dear)
-        self.states.note(made.path, made.module, programs[""].changes)
+        self.states.note(made.path, made.module, programs[""].forward.changes)
         return completed(self.defaults, at_split(made, programs))

@@ -8,22 +8,19 @@ torch-function mode around that module's forward.
 """
 
 from dataclasses import dataclass, field
-from typing import TypeAlias
 
-from ..axes.action import SPLIT, SUM, Action
+from ..axes.action import SPLIT, SUM
 from ..axes.sharding import Axis, LayoutError
-from ..keys import ArgPath, CallIndex, ModulePath, ValueId
+from ..keys import ArgPath, CallIndex, ModulePath
 from ..running.memory import is_contiguous
-from ..running.program import Bound, CallProgram, Program
+from ..running.program import Actions, Bound, CallProgram, Forward, Program
 from ..tracing.graph import Call, Graph, ModuleCall, Value
 from ..tracing.recorder import HIDDEN
 from .analysis import linear
 from .layout import Layout
 from .numbering import Numbering
 from .origin import axis_behind
-from .readers import Readers, holds, paths_of
-
-Actions: TypeAlias = tuple[Action, ...]
+from .readers import Readers, holds, origin, paths_of
 
 
 @dataclass
@@ -67,10 +64,9 @@ class _Maker:
         self.graph, self.layout, self.found, self.aside = graph, layout, found, aside
         # Modules at whose borders nothing is done: hooks of the user's see what crosses them.
         self.closed = aside | {run.path for run in graph.modules if run.watched}
-        self.readers = Readers(graph)
+        self.readers = Readers(graph, layout)
         self.per_run = {id(run): Program() for run in graph.modules}
         self.at_calls: dict[CallIndex, CallProgram] = {}
-        self._on_arguments: dict[CallIndex, dict[ValueId, set[Actions]]] = {}
 
     def run(self) -> dict[ModulePath, Program]:
         for call in self.graph.calls:
@@ -97,7 +93,7 @@ class _Maker:
 
     def place_use(self, call: Call, path: ArgPath, v: Value) -> None:
         """Attach what is done to an argument of a call as far out as it can be."""
-        actions = tuple(self.layout.uses.get((call.index, path), ()))
+        actions = self.readers.wants(call, path)
         if v.param is not None and self.on_parameter(call.module, v, actions):
             return
         if not actions or self.on_input(call.module, v, actions):
@@ -106,19 +102,13 @@ class _Maker:
             raise self.refuse(call.opaque or HIDDEN, call)
         self.at_call(call).inputs[path] = actions
         if self.unwritten(v):
-            self.at_call(call).fixed.add(path)
+            self.at_call(call).unwritten.add(path)
 
     def on_parameter(self, run: ModuleCall, v: Value, actions: Actions) -> bool:
-        """Whether the module that reads a parameter can do these actions for all its uses; its hook
-        shows the parameter in any case."""
-        reader = run
-        if holds(run.inputs, v):  # passed in by the module that read it
-            while holds(reader.inputs, v) and reader.parent is not None:
-                reader = reader.parent
-            alike = self.alike(self.readers.anywhere_in(v, reader), v, actions)
-        else:
-            stays = not self.readers.passed_on(v, run) and run.path not in self.aside
-            alike = stays and self.alike(self.readers.directly_in(v, run), v, actions)
+        """Whether the module that reads a parameter can do these actions for all that get it from
+        there; its hook shows the parameter in any case."""
+        reader = origin(run, v)
+        alike = self.readers.want_through(v, reader) == {actions} and reader.path not in self.aside
         # What is written to is several values, which may be treated otherwise.
         alike = alike and v.param not in self.graph.rewritten
         self.program(reader).params[v.param] = actions if alike else ()
@@ -129,28 +119,13 @@ class _Maker:
         paths = paths_of(v, run.inputs)
         if not paths or run.path in self.closed or holds(run.outputs, v):
             return False
-        if self.readers.deeper_in(v, run):
-            return False
-        if not self.alike(self.readers.directly_in(v, run), v, actions):
+        if self.readers.reads_deeper(v, run) or self.readers.want_directly(v, run) != {actions}:
             return False
         program = self.program(run)
         program.inputs.update(dict.fromkeys(paths, actions))
         if self.unwritten(v):
-            program.fixed.update(paths)
+            program.unwritten.update(paths)
         return True
-
-    def alike(self, calls: list[Call], v: Value, actions: Actions) -> bool:
-        """Whether each of these calls has these actions done to a value."""
-        return all(self.on_arguments(call)[v.id] == {actions} for call in calls)
-
-    def on_arguments(self, call: Call) -> dict[ValueId, set[Actions]]:
-        """The actions on each value that a call is given, maybe in several arguments."""
-        if call.index not in self._on_arguments:
-            found = self._on_arguments[call.index] = {}
-            for path, v in call.inputs.items():
-                actions = tuple(self.layout.uses.get((call.index, path), ()))
-                found.setdefault(v.id, set()).add(actions)
-        return self._on_arguments[call.index]
 
     def unwritten(self, v: Value) -> bool:
         """Whether no call writes to a value's memory once it is made."""
@@ -199,7 +174,7 @@ class _Maker:
             return False
         run = self.graph.calls[v.producer].module
         paths = paths_of(v, run.outputs)
-        if not paths or run.path in self.closed or self.readers.anywhere_in(v, run):
+        if not paths or run.path in self.closed or self.readers.reads(v, run):
             return False
         if any(v is x for _, _, x in self.graph.held):
             return False
@@ -212,12 +187,20 @@ class _Maker:
         root = self.program(self.graph.modules[0])
         for path, actions in self.layout.root.items():
             root.outputs[path] = tuple(actions)
-        root.shards, root.dear = self.layout.shards, self.layout.dear
-        root.random, root.changes = self.graph.random, self.graph.changes
-        root.modules = len(self.graph.modules)
+        root.forward = Forward(
+            random=self.graph.random,
+            modules=len(self.graph.modules),
+            changes=self.graph.changes,
+            dear=self.layout.dear,
+            shards=self.layout.shards,
+        )
 
     def describe_calls(self) -> None:
-        beside = {"instead": self.layout.instead, "kept": self.layout.kept, **vars(self.found)}
+        beside = {
+            "instead": self.layout.instead,
+            "buffers": self.layout.buffers,
+            **vars(self.found),
+        }
         for attribute, by_call in beside.items():
             for index, x in by_call.items():
                 setattr(self.at_call(self.graph.calls[index]), attribute, x)
@@ -254,7 +237,7 @@ class _Maker:
             if old != new:
                 raise _Differ(run.path, self.axis_within(run))
             old.inside |= new.inside
-            old.fixed &= new.fixed
+            old.unwritten &= new.unwritten
             old.written = old.params.keys() & self.graph.rewritten
             old.aside = run.path in self.aside
             if (old.training, old.settings) != (new.training, new.settings):

@@ -1,45 +1,59 @@
-"""Who reads a value, and from where."""
+"""Which calls read a value, in which runs of modules, and what they want done to it first."""
 
-from collections import Counter
+from collections import defaultdict
+from typing import TypeAlias
 
 from ..keys import ArgPath, ValueId
+from ..running.program import Actions
 from ..tracing.graph import Call, Graph, ModuleCall, Value
+from .layout import Layout
 
-_Run = int  # the id of a ModuleCall
+_At: TypeAlias = tuple[ValueId, int]  # a value in a run of a module, by its id()
 
 
 class Readers:
-    """The calls that read a value: in one run of a module, in what it calls, and elsewhere."""
+    """The actions that a layout asks for on each value, by the runs in which it is read."""
 
-    def __init__(self, graph: Graph):
-        self._all: dict[ValueId, list[Call]] = {}
-        self._direct: dict[tuple[ValueId, _Run], list[Call]] = {}
-        self._within: Counter[tuple[ValueId, _Run]] = Counter()
-        self._passed: set[tuple[ValueId, _Run]] = set()
+    def __init__(self, graph: Graph, layout: Layout):
+        self.layout = layout
+        self._direct: dict[_At, set[Actions]] = defaultdict(set)
+        self._through: dict[_At, set[Actions]] = defaultdict(set)
+        self._deeper: set[_At] = set()
         for call in graph.calls:
-            for i in {v.id for v in call.inputs.values()} if call.nodes else ():
-                self._all.setdefault(i, []).append(call)
-                self._direct.setdefault((i, id(call.module)), []).append(call)
-                self._within.update((i, id(run)) for run in call.module.chain())
-        for run in graph.modules:
-            callers = list(run.chain())[1:]
-            self._passed.update((v.id, id(m)) for v in run.inputs.values() for m in callers)
+            run, *callers = call.module.chain()
+            for path, v in call.inputs.items() if call.nodes else ():
+                wanted = self.wants(call, path)
+                self._direct[v.id, id(run)].add(wanted)
+                self._deeper.update((v.id, id(caller)) for caller in callers)
+                if v.param is not None:
+                    self._through[v.id, id(origin(run, v))].add(wanted)
 
-    def directly_in(self, v: Value, run: ModuleCall) -> list[Call]:
-        """The calls of a run's own code that read a value."""
-        return self._direct.get((v.id, id(run)), [])
+    def wants(self, call: Call, path: ArgPath) -> Actions:
+        """What is to be done to an argument of a call."""
+        return tuple(self.layout.uses.get((call.index, path), ()))
 
-    def deeper_in(self, v: Value, run: ModuleCall) -> bool:
+    def want_directly(self, v: Value, run: ModuleCall) -> set[Actions]:
+        """What the calls of a run's own code want done to a value, in any of their arguments."""
+        return self._direct[v.id, id(run)]
+
+    def want_through(self, v: Value, run: ModuleCall) -> set[Actions]:
+        """What all calls want done to a parameter that get it from the run that reads it."""
+        return self._through[v.id, id(run)]
+
+    def reads_deeper(self, v: Value, run: ModuleCall) -> bool:
         """Whether what a run calls reads a value."""
-        return self._within[v.id, id(run)] > len(self.directly_in(v, run))
+        return (v.id, id(run)) in self._deeper
 
-    def anywhere_in(self, v: Value, run: ModuleCall) -> list[Call]:
-        """The calls that read a value in a run, and in what it calls."""
-        return [call for call in self._all.get(v.id, ()) if call.module.within(run)]
+    def reads(self, v: Value, run: ModuleCall) -> bool:
+        """Whether a run, or what it calls, reads a value."""
+        return self.reads_deeper(v, run) or (v.id, id(run)) in self._direct
 
-    def passed_on(self, v: Value, run: ModuleCall) -> bool:
-        """Whether a run gives a value to something that it calls."""
-        return (v.id, id(run)) in self._passed
+
+def origin(run: ModuleCall, v: Value) -> ModuleCall:
+    """The run that a parameter was read in: the first around a run that was not given it."""
+    while holds(run.inputs, v) and run.parent is not None:
+        run = run.parent
+    return run
 
 
 def holds(values: dict[ArgPath, Value], v: Value) -> bool:

@@ -142,11 +142,11 @@ class _Calls(threading.local, TorchFunctionMode):
         if call is None:
             return func(*args, **kwargs)
         whole = (args, kwargs)
-        if call.kept:
+        if call.buffers:
             args, kwargs = replace(
-                whole, {p: context.act([a], lookup(whole, p)) for p, a in call.kept.items()}
+                whole, {p: context.act([a], lookup(whole, p)) for p, a in call.buffers.items()}
             )
-        args, kwargs = context.apply((args, kwargs), call.inputs, call.fixed)
+        args, kwargs = context.apply((args, kwargs), call.inputs, call.unwritten)
         if call.divided or call.multiplied:
             n = comm_ops.group_size(context.group)
             args, kwargs = resize((args, kwargs), call.divided, call.multiplied, n, frame)
@@ -161,11 +161,11 @@ class _Calls(threading.local, TorchFunctionMode):
                 with quiet():
                     out = on_shard(context, call.instead, func, args, kwargs, call.order)
         except RecomputationEnds:
-            if call.kept:  # the call has written to them by then
-                _gather_buffers(context, whole, (args, kwargs), call.kept)
+            if call.buffers:  # the call has written to them by then
+                _gather_buffers(context, whole, (args, kwargs), call.buffers)
             raise
-        if call.kept:
-            _gather_buffers(context, whole, (args, kwargs), call.kept)
+        if call.buffers:
+            _gather_buffers(context, whole, (args, kwargs), call.buffers)
         return context.apply(out, call.outputs)
 
 

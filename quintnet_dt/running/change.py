@@ -114,7 +114,9 @@ def go_on(context, programs, frames):
     """Run on by other programs, from these frames of the running modules; returns those that stay
     on calls' stack."""
     context.programs, staying = programs, []
-    if programs[context.call[0]].random:  # nothing was drawn so far, or they share one already
+    if programs[
+        context.call.path
+    ].forward.random:  # nothing was drawn so far, or they share one already
         context.share_random()
     for i, frame in enumerate(frames):
         # One that ends is still to be popped.

@@ -28,7 +28,7 @@ from ..utils import SHARDS, lookup, quiet, tensors
 from .calls import calls
 from .context import AGAIN
 from .program import NOTHING
-from .record import Ended, Running, Started, Starts
+from .record import Ended, Running, Started, Starts, UserCall
 from .shown import Shown, hide, keep_data, show, writable
 from .structure import (  # noqa: F401  hooks_on: scripts that look at a split model read it here
     Hooks,
@@ -117,7 +117,7 @@ class ModuleHooks(Hooks):
                 transforms_aside(),
             ):  # gathered as they are, within torch.vmap and the like too
                 self.show_params(shown)
-        return context.apply((args, kwargs), program.inputs, program.fixed, -2)
+        return context.apply((args, kwargs), program.inputs, program.unwritten, -2)
 
     def choose(self, module, args, kwargs, compiled):
         """The programs for a call that the user makes."""
@@ -130,7 +130,8 @@ class ModuleHooks(Hooks):
             take_local(module)
             self.hooked = len(module._forward_pre_hooks)
         if not in_backward():
-            context.call, context.log = (self.path, self.owners, module, args, kwargs, compiled), []
+            context.call = UserCall(self.path, self.owners, module, args, kwargs, compiled)
+            context.log = []
             context.first_hook, context.compiled, context.recomputing = (
                 RemovableHandle.next_id,
                 False,
@@ -289,7 +290,9 @@ class ModuleHooks(Hooks):
         if failed and (error := sys.exc_info()[1]) is not None:
             context.paths.in_step.explain(error)
         if not failed and (
-            context.compiled or program is None or context.ran in (program.modules, *context.counts)
+            context.compiled
+            or program is None
+            or context.ran in (program.forward.modules, *context.counts)
         ):
             return
         changed = context.structures.changed(module, context, self.path)
@@ -320,6 +323,6 @@ class ModuleHooks(Hooks):
     def mark(self, objects):
         """Tell objects such as a key-value cache which of the tensors that they keep are shards."""
         program = self.context.programs.get(self.path)
-        for path, shards in program.shards.items() if program is not None else ():
+        for path, shards in program.forward.shards.items() if program is not None else ():
             if (holder := lookup(objects, path)) is not None:
                 vars(holder)[SHARDS] = shards

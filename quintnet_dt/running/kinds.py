@@ -6,52 +6,17 @@ same name.
 """
 
 import inspect
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from types import FunctionType, NoneType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from ..keys import ArgPath
+from ..utils import lookup
+
 TENSOR, INTEGER, NUMBER = "tensor", "integer", "number"
-
-
-@dataclass(frozen=True)
-class CallKind:
-    """`arguments`: the kinds of (args, kwargs), as `kinds` gives them. `dims`: ((argument,
-    ...path), a number that names a dim). `named`: of a function that is written in Python, the kind
-    of each of its parameters by name, those left out too: torch.compile sees such a call as the
-    user wrote it, a torch-function mode as the function passes it on."""
-
-    arguments: tuple
-    dims: tuple
-    named: tuple = ()
-    defaults: tuple = ()
-
-    def fits(self, args, kwargs, compiled=False):
-        """Whether a call with these arguments is one of this kind."""
-        if compiled and self.named:
-            return self._fits_by_name(args, kwargs)
-        if kinds(args, kwargs) != self.arguments:
-            return False
-        for where, what in self.dims:
-            if _at(args, kwargs, where) != what:
-                return False
-        return True
-
-    def _fits_by_name(self, args, kwargs):
-        for place, (name, expected) in enumerate(self.named):
-            if place < len(args):
-                found = args[place]
-            elif name in kwargs:
-                found = kwargs[name]
-            else:
-                found = self.defaults[place]
-            if type(expected) is Dim:
-                if found != expected.number:
-                    return False
-            elif kind(found) != expected:
-                return False
-        return True
 
 
 class Dim(NamedTuple):
@@ -60,29 +25,81 @@ class Dim(NamedTuple):
     number: int
 
 
-def call_kind(func, args, kwargs, dims):
+class Pinned(NamedTuple):
+    """A number that names a dim, and where it lies in (args, kwargs)."""
+
+    path: ArgPath
+    number: int
+
+
+class Parameter(NamedTuple):
+    """A parameter of a function that is written in Python: what it was given, or left to be."""
+
+    name: str
+    kind: Any
+    default: Any
+
+
+@dataclass(frozen=True)
+class CallKind:
+    """`arguments`: the kinds of (args, kwargs), as `kinds` gives them. `dims`: the numbers among
+    them that name dims. `named`: of a function that is written in Python, its parameters: so
+    torch.compile sees such a call, as the user wrote it; a torch-function mode sees it as the
+    function passes it on."""
+
+    arguments: tuple
+    dims: tuple[Pinned, ...]
+    named: tuple[Parameter, ...] = ()
+
+    def fits(self, args: tuple, kwargs: dict, compiled: bool = False) -> bool:
+        """Whether a call with these arguments is one of this kind."""
+        if compiled and self.named:
+            return self._fits_by_name(args, kwargs)
+        if kinds(args, kwargs) != self.arguments:
+            return False
+        for path, number in self.dims:
+            if lookup((args, kwargs), path) != number:
+                return False
+        return True
+
+    def _fits_by_name(self, args: tuple, kwargs: dict) -> bool:
+        for place, (name, expected, default) in enumerate(self.named):
+            found = args[place] if place < len(args) else kwargs.get(name, default)
+            if type(expected) is Dim:
+                if found != expected.number:
+                    return False
+            elif kind(found) != expected:
+                return False
+        return True
+
+
+def call_kind(func: Callable, args: tuple, kwargs: dict, dims: Iterable[ArgPath]) -> CallKind:
     """The CallKind of a call, with the paths in (args, kwargs) of the numbers that name dims."""
-    pinned = tuple((path, _at(args, kwargs, path)) for path in dims)
-    found = CallKind(kinds(args, kwargs), pinned)
+    pinned = tuple(Pinned(path, lookup((args, kwargs), path)) for path in dims)
+    return CallKind(kinds(args, kwargs), pinned, _named(func, args, kwargs, pinned))
+
+
+def _named(
+    func: Callable, args: tuple, kwargs: dict, pinned: tuple[Pinned, ...]
+) -> tuple[Parameter, ...]:
+    """The parameters of a function that is written in Python, where each may be given by name."""
     if not isinstance(func, FunctionType):
-        return found
+        return ()
     takes = inspect.signature(func, follow_wrapped=False).parameters
     if any(p.kind is not p.POSITIONAL_OR_KEYWORD for p in takes.values()):
-        return found
-    values = {name: p.default for name, p in takes.items()} | dict(zip(takes, args)) | kwargs
-    names = list(takes)
-    at_dims = {
-        path[0] if isinstance(path[0], str) else names[path[0]]: x
-        for path, x in pinned
-        if len(path) == 1
-    }
-    named = tuple(
-        (n, Dim(at_dims[n]) if n in at_dims else kind(values[n])) for n in takes if n in values
-    )
-    return replace(found, named=named, defaults=tuple(p.default for p in takes.values()))
+        return ()
+    given = {**dict(zip(takes, args)), **kwargs}
+    names: dict[int | str, str] = {**dict(enumerate(takes)), **{name: name for name in takes}}
+    # An argument that is a dim itself, and not a list of them.
+    dims = {names[path[1]]: Dim(number) for path, number in pinned if len(path) == 2}
+    found = []
+    for name, p in takes.items():
+        what = dims[name] if name in dims else kind(given.get(name, p.default))
+        found.append(Parameter(name, what, p.default))
+    return tuple(found)
 
 
-def kinds(args, kwargs):
+def kinds(args: tuple, kwargs: dict) -> tuple:
     """Of positional arguments in order, and of keyword ones by name."""
     found = [kind(x) for x in args]
     if kwargs:
@@ -90,29 +107,29 @@ def kinds(args, kwargs):
     return tuple(found)
 
 
-def kind(x):
+def kind(x: Any) -> Any:
     """What an argument is: of a tensor that it is one, of a number whether it is zero, of other
     constants their value."""
     return _KINDS.get(type(x), _other)(x)
 
 
-def _number(x):
+def _number(x: float) -> Any:
     return NUMBER if x else 0.0
 
 
-def _itself(x):
+def _itself(x: Any) -> Any:
     return x
 
 
-def _several(x):
+def _several(x: Iterable) -> tuple:
     return tuple([kind(y) for y in x])
 
 
-def _slice(x):
+def _slice(x: slice) -> tuple:
     return "slice", kind(x.start), kind(x.stop), kind(x.step)
 
 
-def _other(x):
+def _other(x: Any) -> Any:
     if isinstance(x, torch.Tensor) or hasattr(x, "producer"):  # a Value of a graph
         return TENSOR
     if isinstance(x, (tuple, list)):
@@ -122,11 +139,11 @@ def _other(x):
     return type(x).__name__
 
 
-def _tensor(x):
+def _tensor(x: Any) -> str:
     return TENSOR
 
 
-def _integer(x):
+def _integer(x: Any) -> str:
     return INTEGER
 
 
@@ -142,11 +159,3 @@ _KINDS = {
     list: _several,
     slice: _slice,
 }
-
-
-def _at(args, kwargs, where):
-    first, *rest = where
-    x = args[first] if type(first) is int else kwargs[first]
-    for key in rest:
-        x = x[key]
-    return x

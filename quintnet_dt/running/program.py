@@ -2,8 +2,15 @@
 within it. Pure data."""
 
 from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
-from ..axes.action import OnShard
+from torch import nn
+
+from ..axes.action import Action, OnShard
+from ..keys import ArgPath, CallNumber, ModulePath, ParamName
+from .kinds import CallKind
+
+Actions: TypeAlias = tuple[Action, ...]  # on one tensor, in order
 
 
 @dataclass(frozen=True)
@@ -20,23 +27,35 @@ class CallProgram:
     """What is done around a call: actions on its arguments and outputs, sizes replaced, what is run
     instead."""
 
-    inputs: dict = field(default_factory=dict)
-    outputs: dict = field(default_factory=dict)
-    fixed: set = field(default_factory=set)  # paths of those inputs that no later call writes to
-    divided: list = field(default_factory=list)  # paths of sizes to divide by the number of ranks
-    multiplied: list = field(
-        default_factory=list
-    )  # and to multiply: computed from a shard's own size
-    bounds: dict = field(
-        default_factory=dict
-    )  # path -> Bound of the numbers that index a sharded dim
-    order: tuple | None = (
-        None  # of the dims in memory, outermost first, that its input has in the whole model
-    )
-    kept: dict = field(
-        default_factory=dict
-    )  # buffers that the call updates: split for it, gathered after it
-    instead: OnShard | None = None  # what on_shard.py runs in its place
+    inputs: dict[ArgPath, Actions] = field(default_factory=dict)
+    outputs: dict[ArgPath, Actions] = field(default_factory=dict)
+    # Those inputs that no later call writes to.
+    unwritten: set[ArgPath] = field(default_factory=set)
+    # Sizes to divide by the number of ranks, and to multiply: computed from a shard's own size.
+    divided: list[ArgPath] = field(default_factory=list)
+    multiplied: list[ArgPath] = field(default_factory=list)
+    # The numbers that index a sharded dim.
+    bounds: dict[ArgPath, Bound] = field(default_factory=dict)
+    # Of the dims in memory, outermost first, that its input has in the whole model.
+    order: tuple[int, ...] | None = None
+    # Buffers that the call updates: split for it, gathered after it.
+    buffers: dict[ArgPath, Action] = field(default_factory=dict)
+    # What on_shard.py runs in its place.
+    instead: OnShard | None = None
+
+
+@dataclass
+class Forward:
+    """What was found of a whole forward, of the module that the user calls."""
+
+    random: bool = False  # whether it draws random numbers
+    modules: int = 0  # how many modules run in it
+    # Attributes of modules that it changes.
+    changes: list[tuple[ModulePath, str]] = field(default_factory=list)
+    # What was decided of its lines, as Layout has it.
+    dear: dict = field(default_factory=dict)
+    # Path of an object in (args, kwargs, output) -> {place: Action} of the shards that it keeps.
+    shards: dict[ArgPath, dict[Any, Action]] = field(default_factory=dict)
 
 
 @dataclass
@@ -44,45 +63,31 @@ class Program:
     """One module's program. Paths lead into (args, kwargs) for inputs and into the output for
     outputs."""
 
-    params: dict = field(default_factory=dict)  # parameter name -> actions on its local tensor
-    inputs: dict = field(default_factory=dict)
-    outputs: dict = field(default_factory=dict)
-    calls: dict = field(default_factory=dict)
-    names: list | None = None  # of all its calls, where they are watched
-    # Number of a call -> CallKind that it was shown right for, where it works on shards or may draw
-    # random numbers.
-    kinds: dict = field(default_factory=dict)
-    training: bool | None = field(
-        default=None, compare=False
-    )  # the module's mode; None where it had both
+    params: dict[ParamName, Actions] = field(default_factory=dict)  # on its local tensor
+    inputs: dict[ArgPath, Actions] = field(default_factory=dict)
+    outputs: dict[ArgPath, Actions] = field(default_factory=dict)
+    calls: dict[CallNumber, CallProgram] = field(default_factory=dict)
+    names: list[str] | None = None  # of all its calls, where they are counted
+    # What a call was shown right for, where it works on shards or may draw random numbers.
+    kinds: dict[CallNumber, CallKind] = field(default_factory=dict)
+
+    # What runs of the module may differ in.
+
+    # The module's mode; None where it had both, or was set in several ways.
+    training: bool | None = field(default=None, compare=False)
     # Its attributes that may choose what it does: {name: flag, string, None, number}.
-    settings: dict = field(default_factory=dict, compare=False)
-    written: set = field(
-        default_factory=set, compare=False
-    )  # parameters that the forward writes to
-    optional: set = field(
-        default_factory=set, compare=False
-    )  # parameters that not every run of it reads
+    settings: dict[str, Any] = field(default_factory=dict, compare=False)
+    # Parameters that the forward writes to, and that not every run of the module reads.
+    written: set[ParamName] = field(default_factory=set, compare=False)
+    optional: set[ParamName] = field(default_factory=set, compare=False)
+    # Those inputs that no later call writes to.
+    unwritten: set[ArgPath] = field(default_factory=set, compare=False)
     aside: bool = field(default=False, compare=False)  # its calls are numbered by its callers
-    fixed: set = field(
-        default_factory=set, compare=False
-    )  # paths of those inputs that no later call writes to
-    random: bool = field(
-        default=False, compare=False
-    )  # of what the user calls: whether it draws random numbers
-    modules: int = field(default=0, compare=False)  # and how many modules run in it
-    changes: list = field(
-        default_factory=list, compare=False
-    )  # and which attributes of modules are changed by it
-    dear: dict = field(
-        default_factory=dict, compare=False
-    )  # and what was decided of its lines, as Layout has it
     # Whether hooks would see shards or partial results at its border.
     inside: bool = field(default=False, compare=False)
-    # Path of an object in (args, kwargs, output) -> {place: Action} of the shards that it keeps.
-    shards: dict = field(default_factory=dict)
+    forward: Forward = field(default_factory=Forward, compare=False)
 
-    def fits(self, module):
+    def fits(self, module: nn.Module) -> bool:
         """Whether a module is set as it was when its forward was shown."""
         if self.training is None:
             return True
@@ -91,13 +96,11 @@ class Program:
         now = vars(module)
         for name, then in self.settings.items():
             x = now.get(name, self)
-            if x is not then and (
-                type(x) is not type(then) or x != then
-            ):  # a tensor now is not to be compared
+            # What is a tensor now is not to be compared.
+            if x is not then and (type(x) is not type(then) or x != then):
                 return False
         return True
 
 
-NOTHING = Program(
-    aside=True
-)  # that of a module that no traced forward reached: its calls are its callers'
+# That of a module that no traced forward reached: its calls are its callers'.
+NOTHING = Program(aside=True)

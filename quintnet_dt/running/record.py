@@ -18,7 +18,7 @@ class UserCall(NamedTuple):
     compiled: bool = False
 
     @property
-    def name(self):
+    def name(self) -> str:
         return self.path or type(self.module).__name__
 
 
@@ -35,7 +35,7 @@ class Frame:
     number: int = 0  # of the call that comes next
 
     @property
-    def path(self):
+    def path(self) -> str:
         return self.of.path
 
 
@@ -100,7 +100,7 @@ class Ends:
     """The innermost module ends."""
 
 
-def watching(frames):
+def watching(frames: list[Frame]) -> Frame | None:
     """The Frame in which a call is counted: of the innermost module whose calls are its own, if
     they are watched."""
     for frame in reversed(frames):

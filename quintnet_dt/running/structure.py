@@ -1,7 +1,11 @@
 """Whether a split model still has the modules that were split, and which it was given since."""
 
+from typing import Any
+
+from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from ..keys import ModulePath, ParamName
 from ..parts import modules, named_parameters
 from ..tracing.ghost import PASSED
 
@@ -9,18 +13,21 @@ from ..tracing.ghost import PASSED
 class Hooks:
     """What is known of one module that was split: its `context`, and its `path` then."""
 
+    context: Any
+    path: ModulePath
+
 
 class _Registrations:
     """How many modules have become another's in this process: where it is the same, no model has
     changed."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.count, self.handle = 0, None
 
-    def __call__(self, module, name, child):
+    def __call__(self, module: nn.Module, name: str, child: nn.Module | None) -> None:
         self.count += 1
 
-    def watch(self):
+    def watch(self) -> None:
         if self.handle is None:
             self.handle = register_module_module_registration_hook(self)
 
@@ -28,54 +35,53 @@ class _Registrations:
 registrations = _Registrations()
 
 
-def hooks_on(module):
+def hooks_on(module: nn.Module) -> Any:
     """The Hooks of a module, None where it has none."""
     mine = (getattr(hook, "__self__", None) for hook in module._forward_hooks.values())
     return next((h for h in mine if isinstance(h, Hooks)), None)
 
 
-def changed_modules(module, context, prefix=""):
+def changed_modules(module: nn.Module, context: Any, prefix: ModulePath = "") -> list[ModulePath]:
     """Paths of the modules that were added, removed or replaced since the split, in a model or its
     part at `prefix`. One that was moved, into a wrapper say, is still there."""
-    now = {p: hooks_on(m) for p, m in module.named_modules(prefix=prefix)}
-    there = {id(h) for h in now.values()}
-    added = [p for p, h in now.items() if h is None or h.context is not context]
-    then = (
-        h
-        for h in context.hooks
-        if not prefix or h.path == prefix or h.path.startswith(f"{prefix}.")
-    )
-    return added + [h.path for h in then if id(h) not in there and h.path not in added]
+    now = {path: hooks_on(m) for path, m in module.named_modules(prefix=prefix)}
+    changed = [path for path, h in now.items() if h is None or h.context is not context]
+    there = set(map(id, now.values()))
+    for h in context.hooks:
+        within = not prefix or h.path == prefix or h.path.startswith(f"{prefix}.")
+        if within and id(h) not in there and h.path not in changed:
+            changed.append(h.path)
+    return changed
 
 
-def structure_of(module, prefix=""):
+def structure_of(module: nn.Module, prefix: ModulePath = "") -> tuple:
     """Which modules there are, and where they were when they were split."""
-    now = ((p, m, hooks_on(m)) for p, m in module.named_modules(prefix=prefix))
-    return tuple((p, id(m) if h is None else h.path) for p, m, h in now)
+    now = ((path, m, hooks_on(m)) for path, m in module.named_modules(prefix=prefix))
+    return tuple((path, id(m) if h is None else h.path) for path, m, h in now)
 
 
 class Structures:
     """The modules of a split model and of those of its parts that were called, as its calls were
     shown right with."""
 
-    def __init__(self, model):
+    def __init__(self, model: nn.Module):
         registrations.watch()
-        self.split_at, self.looked_at = registrations.count, {}
+        self.split_at = registrations.count
+        self.looked_at: dict[ModulePath, int] = {}  # the count of registrations then
         self.known = {"": structure_of(model)}
 
-    def check(self, module, context, prefix):
+    def check(self, module: nn.Module, context: Any, prefix: ModulePath) -> None:
         """Before a call of the user's: if modules have become others' since the last, each kind of
         call is shown right anew before it runs."""
         if self.looked_at.get(prefix, self.split_at) == registrations.count:
             return
         self.looked_at[prefix] = registrations.count
         now = structure_of(module, prefix)
-        if now == self.known.get(prefix):
-            return
-        self.known[prefix] = now
-        context.paths.forget_all()
+        if now != self.known.get(prefix):
+            self.known[prefix] = now
+            context.paths.forget_all()
 
-    def changed(self, module, context, prefix):
+    def changed(self, module: nn.Module, context: Any, prefix: ModulePath) -> list[ModulePath]:
         """Paths of the modules that were changed since the last `check`: within a forward, or taken
         off unseen."""
         if structure_of(module, prefix) == self.known.get(prefix):
@@ -83,7 +89,7 @@ class Structures:
         return changed_modules(module, context, prefix)
 
 
-def pass_added(module):
+def pass_added(module: nn.Module) -> None:
     """Mark the modules that were added since the split and have no hooks: what they call is their
     caller's."""
     for m in modules(module):
@@ -91,11 +97,11 @@ def pass_added(module):
             vars(m)[PASSED] = True
 
 
-def parameter_owners(model):
-    """Parameter name (the first of tied ones) -> [(module, attribute), ...] for every place that
-    holds it."""
-    names = {id(p): n for n, p in named_parameters(model)}
-    owners = {}
+def parameter_owners(model: nn.Module) -> dict[ParamName, list[tuple[nn.Module, str]]]:
+    """Parameter name (the first of tied ones) -> (module, attribute) of every place that holds
+    it."""
+    names = {id(p): name for name, p in named_parameters(model)}
+    owners: dict[ParamName, list[tuple[nn.Module, str]]] = {}
     for module in modules(model):
         for attr, p in module._parameters.items():
             if p is not None:
