@@ -3,38 +3,28 @@ that are alike; right at any length."""
 
 import pytest
 import torch
+
+# The compiler is imported once, and not by each rank of each test.
+import torch._inductor.compile_fx  # noqa: F401
 from helpers import same_grads
+from models import hf
 from ranks import run_ranks
 from torch._dynamo.backends.registry import lookup_backend
 
 from quintnet_dt import apply_tensor_parallel
 
-transformers = pytest.importorskip("transformers")
 VARIANTS = 5  # of one function that torch compiles, here; of its own accord 8
 LAYERS = VARIANTS + 1
 
 
 def llama(layers=LAYERS, dropout=0.0):
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        attention_dropout=dropout,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    return transformers.LlamaForCausalLM(config).double()
+    tokens = dict(vocab_size=64, bos_token_id=0, eos_token_id=1)
+    return hf.llama(num_hidden_layers=layers, attention_dropout=dropout, **tokens).double()
 
 
 def gpt2(layers=LAYERS, dropout=0.0):
-    rates = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout)
-    config = transformers.GPT2Config(
-        vocab_size=64, n_embd=32, n_layer=layers, n_head=4, bos_token_id=0, eos_token_id=1, **rates
-    )
-    return transformers.GPT2LMHeadModel(config).double()
+    tokens = dict(vocab_size=64, bos_token_id=0, eos_token_id=1)
+    return hf.gpt2(dropout, n_layer=layers, **tokens).double()
 
 
 def blocks(model):
@@ -148,9 +138,9 @@ def test_checkpoints(build, how):
 
 def test_inductor(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
     def ranks(rank):
+        torch._inductor.config.compile_threads = 1
         sharded, whole = pair(gpt2, layers=1)
         blocks(sharded)[0].compile(fullgraph=True)
         compare(sharded, sharded, whole, given(8), tol=1e-5)

@@ -7,7 +7,7 @@ from math import prod
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers as hf
+from models import hf
 from ranks import run_ranks
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from transformers import ResNetConfig, ResNetForImageClassification
 
 from quintnet_dt import apply_tensor_parallel
 
@@ -36,43 +37,22 @@ LAYOUTS = {
 
 
 def llama():
-    config = hf.LlamaConfig(
-        vocab_size=67,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-    )
-    return hf.LlamaForCausalLM(config)
+    return hf.llama(num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4)
 
 
 def gpt2():
-    drop = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-    return hf.GPT2LMHeadModel(
-        hf.GPT2Config(vocab_size=67, n_embd=32, n_layer=2, n_head=8, n_positions=16, **drop)
-    )
+    return hf.gpt2(dropout=0.0, n_layer=2, n_head=8, n_positions=16)
 
 
 def t5():
-    config = hf.T5Config(
-        vocab_size=67,
-        d_model=32,
-        d_kv=4,
-        d_ff=64,
-        num_layers=2,
-        num_heads=8,
-        dropout_rate=0.0,
-        decoder_start_token_id=0,
-    )
-    return hf.T5ForConditionalGeneration(config)
+    return hf.t5(d_kv=4, num_layers=2, num_heads=8, dropout_rate=0.0)
 
 
 def resnet():
-    config = hf.ResNetConfig(
+    config = ResNetConfig(
         embedding_size=16, hidden_sizes=[16, 32], depths=[1, 2], layer_type="basic", num_labels=10
     )
-    return hf.ResNetForImageClassification(config)
+    return ResNetForImageClassification(config)
 
 
 def text(name, gen):

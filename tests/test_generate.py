@@ -6,11 +6,11 @@ import copy
 import pytest
 import torch
 from helpers import make, same_output
+from models import hf
 from ranks import run_ranks
+from transformers import MistralConfig, MistralForCausalLM
 
 from quintnet_dt import apply_tensor_parallel
-
-transformers = pytest.importorskip("transformers")
 
 SIZES = dict(
     vocab_size=100,
@@ -22,32 +22,22 @@ SIZES = dict(
 
 
 def llama(kv=4):
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, num_key_value_heads=kv))
+    return hf.llama(**SIZES, num_key_value_heads=kv)
 
 
 def mistral():
-    config = transformers.MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=8)
-    return transformers.MistralForCausalLM(config)
+    config = MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=8)
+    return MistralForCausalLM(config)
 
 
 def gpt2():
-    config = transformers.GPT2Config(
-        vocab_size=100, n_embd=64, n_layer=2, n_head=4, n_positions=64, eos_token_id=1
-    )
-    return transformers.GPT2LMHeadModel(config)
+    sizes = dict(vocab_size=100, n_embd=64, n_layer=2, n_head=4, n_positions=64)
+    return hf.gpt2(**sizes, eos_token_id=1)
 
 
 def t5():
-    config = transformers.T5Config(
-        vocab_size=100,
-        d_model=64,
-        d_kv=16,
-        d_ff=128,
-        num_layers=2,
-        num_heads=4,
-        decoder_start_token_id=0,
-    )
-    return transformers.T5ForConditionalGeneration(config)
+    sizes = dict(vocab_size=100, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
+    return hf.t5(**sizes)
 
 
 def prompt():

@@ -5,21 +5,15 @@ import copy
 import peft
 import pytest
 import torch
-import transformers as hf
+from models import hf
 from ranks import run_ranks
 
 from quintnet_dt import apply_tensor_parallel, plan_tensor_parallel
 
-CONFIG = dict(
-    vocab_size=67, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4
-)
-
 
 def llama():
     torch.manual_seed(0)
-    return hf.LlamaForCausalLM(
-        hf.LlamaConfig(**CONFIG, num_key_value_heads=2, tie_word_embeddings=False)
-    )
+    return hf.llama(tie_word_embeddings=False)
 
 
 def adapted(task_type=None):
