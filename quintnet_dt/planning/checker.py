@@ -11,7 +11,7 @@ from ..axes.sharding import Axis, LayoutError
 from ..comm_ops import chunk_sizes
 from ..keys import ArgPath
 from ..private import silent_fakes
-from ..running.calls import resize
+from ..running.call_program import resize
 from ..running.memory import dims_in_memory, laid_out
 from ..running.program import Bound
 from ..tracing.graph import Call, Graph, Value

@@ -1,20 +1,16 @@
 """Single calls within a module's forward: the mode that counts them and runs their programs."""
 
-import dataclasses
 import threading
 from functools import partial
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from .. import comm_ops
-from ..axes.action import GATHER, Action
-from ..private import RecomputationEnds, compiling, not_compiled, top_not_compiled, within_compiled
+from ..private import compiling, not_compiled, top_not_compiled, within_compiled
 from ..tracing.composites import restated
-from ..utils import by_torch, call_name, lookup, quiet, replace, silence, tensors
+from ..utils import by_torch, call_name, silence
+from .call_program import run_program
 from .change import difference, go_on, is_next, other_programs, refuse
-from .memory import laid_out
-from .on_shard import on_shard
 from .record import Called, Calls, Ends, Frame, Starts, watching
 from .shown import put_back
 
@@ -118,91 +114,37 @@ class _Calls(threading.local, TorchFunctionMode):
                 return inner(*args, **kwargs)
         if name in _BACKWARDS and not torch.compiler.is_compiling():
             func = partial(self.backward, func)
-        frame = watching(self.frames)
-        expected = frame is None or is_next(
-            frame.program, frame.number, name, args, kwargs, compiling(frame.context)
-        )
         if name == "detach" and by_torch():
             return func(*args, **kwargs)
-        if not expected:
+        frame = watching(self.frames)
+        if frame is not None and not _expected(frame, name, args, kwargs):
             if name == "view_as" and by_torch():  # for a tool that was started since
                 return func(*args, **kwargs)
             what = difference(frame.program, frame.number, name)
             self.change(frame.context, Calls(name, args, kwargs), what, frame)
             frame = watching(self.frames)
-        if frame is None:
-            return func(*args, **kwargs)
-        context, number = frame.context, frame.number
-        frame.number += 1
-        call = frame.program.calls.get(number)
-        if compiling(context):
-            context.compiled = True
-        else:
-            context.log.append(Called(name, call, frame.program.kinds.get(number)))
+        call = None if frame is None else _count(frame, name)
         if call is None:
             return func(*args, **kwargs)
-        whole = (args, kwargs)
-        if call.buffers:
-            args, kwargs = replace(
-                whole, {p: context.act([a], lookup(whole, p)) for p, a in call.buffers.items()}
-            )
-        args, kwargs = context.apply((args, kwargs), call.inputs, call.unwritten)
-        if call.divided or call.multiplied:
-            n = comm_ops.group_size(context.group)
-            args, kwargs = resize((args, kwargs), call.divided, call.multiplied, n, frame)
-        if call.bounds:
-            args, kwargs = replace((args, kwargs), {p: b.local for p, b in call.bounds.items()})
-        if call.order is not None:
-            args, kwargs = _in_order(args, kwargs, call.order)
-        try:
-            if call.instead is None or isinstance(context.group, comm_ops.SimulatedGroup):
-                out = func(*args, **kwargs)  # in the proof a call of the model's, which it compares
-            else:
-                with quiet():
-                    out = on_shard(context, call.instead, func, args, kwargs, call.order)
-        except RecomputationEnds:
-            if call.buffers:  # the call has written to them by then
-                _gather_buffers(context, whole, (args, kwargs), call.buffers)
-            raise
-        if call.buffers:
-            _gather_buffers(context, whole, (args, kwargs), call.buffers)
-        return context.apply(out, call.outputs)
+        return run_program(call, frame, func, args, kwargs)
 
 
 calls = _Calls()
 
 
-def _in_order(args, kwargs, order):
-    """The first tensor that a call is given, laid out in this order in memory."""
-    path, x = next(tensors((args, kwargs)))
-    with quiet():
-        return replace((args, kwargs), {path: laid_out(x, order)})
+def _expected(frame, name, args, kwargs):
+    """Whether a call is the one that comes next in the forward that was shown."""
+    compiled = compiling(frame.context)
+    return is_next(frame.program, frame.number, name, args, kwargs, compiled)
 
 
-def resize(obj, divided, multiplied, n, where):
-    """Divide the sizes at some paths by n, and multiply those at others; a negative one stands for
-    what is left, and does already."""
-    sizes = {p: lookup(obj, p) for p in divided}
-    odd = [x for x in sizes.values() if not isinstance(x, int) or x > 0 and x % n]
-    if odd:
-        where = getattr(where, "path", where)
-        raise RuntimeError(
-            f"{where}: expected sizes that {n} ranks divide, as when it was traced, found {odd}"
-        )
-    new = {p: x if x < 0 else x // n for p, x in sizes.items()}
-    new |= {p: lookup(obj, p) * n for p in multiplied}
-    return replace(obj, new)
-
-
-def _gather_buffers(context, whole, parts, at):
-    """Write what a call made of the parts of buffers into the whole ones: those that are alike in
-    one collective."""
-    with quiet(), torch.no_grad():
-        alike = {}
-        for p, a in at.items():
-            x = lookup(parts, p)
-            alike.setdefault((a, x.shape, x.dtype), {})[p] = x
-        for (a, _, _), made in alike.items():
-            gather = Action(GATHER, dataclasses.replace(a.split, dim=a.split.dim + 1))
-            for p, x in zip(made, context.act([gather], torch.stack([*made.values()]))):
-                lookup(whole, p).copy_(x)
+def _count(frame, name):
+    """Note that a call is made; its CallProgram, None where it has none."""
+    number = frame.number
+    frame.number += 1
+    call = frame.program.calls.get(number)
+    if compiling(frame.context):
+        frame.context.compiled = True
+    else:
+        frame.context.log.append(Called(name, call, frame.program.kinds.get(number)))
+    return call

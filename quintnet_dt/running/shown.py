@@ -29,12 +29,18 @@ def writable(x):
     return _Writable.apply(x)
 
 
+class Place(NamedTuple):
+    """Where a parameter is: an attribute of a module."""
+
+    owner: nn.Module
+    attr: str
+
+
 class Shown(NamedTuple):
     """A parameter that is shown: what was there before, and the tensor; the DTensor, and its local
     tensor that it is made of."""
 
-    owner: nn.Module
-    attr: str
+    place: Place
     before: torch.Tensor
     tensor: torch.Tensor
     param: torch.Tensor
@@ -68,7 +74,7 @@ def _tell(owner, attr, tensor):
 
 def hide(shown):
     """End `show`. What the forward assigned to the `.data` of the tensor is the parameter's."""
-    owner, attr, before, tensor = shown[:4]
+    (owner, attr), before, tensor = shown.place, shown.before, shown.tensor
     if shown.written:
         keep_data(shown.param, shown.local)
     if owner._parameters.get(attr) is tensor:
@@ -107,4 +113,4 @@ def put_back(context):
         yield
     finally:
         for s in shown:
-            show(s.owner, s.attr, s.tensor)
+            show(*s.place, s.tensor)

@@ -8,13 +8,18 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from ..keys import ModulePath, ParamName
 from ..parts import modules, named_parameters
 from ..tracing.ghost import PASSED
+from .shown import Place
 
 
 class Hooks:
-    """What is known of one module that was split: its `context`, and its `path` then."""
+    """What is known of one module that was split: its `path` then, and where the model's parameters
+    are."""
 
-    context: Any
+    context: Any  # the Context of the model
     path: ModulePath
+    owners: dict[ParamName, list[Place]]
+    quieted: bool  # whether FSDP2's hooks on it were told to run uncounted
+    pre_hooks: int  # how many it had when its parameters were looked at
 
 
 class _Registrations:
@@ -97,13 +102,13 @@ def pass_added(module: nn.Module) -> None:
             vars(m)[PASSED] = True
 
 
-def parameter_owners(model: nn.Module) -> dict[ParamName, list[tuple[nn.Module, str]]]:
+def parameter_owners(model: nn.Module) -> dict[ParamName, list[Place]]:
     """Parameter name (the first of tied ones) -> (module, attribute) of every place that holds
     it."""
     names = {id(p): name for name, p in named_parameters(model)}
-    owners: dict[ParamName, list[tuple[nn.Module, str]]] = {}
+    owners: dict[ParamName, list[Place]] = {}
     for module in modules(model):
         for attr, p in module._parameters.items():
             if p is not None:
-                owners.setdefault(names[id(p)], []).append((module, attr))
+                owners.setdefault(names[id(p)], []).append(Place(module, attr))
     return owners
