@@ -13,7 +13,7 @@ from .parts import modules, named_modules, named_parameters
 from .plan import Entry
 from .running.context import Context
 from .running.structure import changed_modules, hooks_on
-from .tracing.ghost import PASSED
+from .tracing.user_hooks import PASSED
 
 
 def entries_of_split(model: nn.Module, mesh: DeviceMesh) -> dict[ParamName, Entry]:

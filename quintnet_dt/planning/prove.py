@@ -20,7 +20,8 @@ from ..private import FakeTensorMode
 from ..running.context import Context
 from ..running.install import install
 from ..running.program import Program
-from ..tracing.ghost import fake_inputs, ghost
+from ..tracing.fakes import fake_inputs
+from ..tracing.ghost import ghost
 from ..tracing.graph import Graph
 from ..tracing.trace import record
 from .checker import Checker

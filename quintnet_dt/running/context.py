@@ -11,7 +11,7 @@ from ..agreement import share_random_state
 from ..axes.action import ADD_ONCE, EXCHANGE, GATHER, MEAN, SPLIT, SUM, SUM_GRADIENT, TO_DTENSOR
 from ..axes.split import Split
 from ..private import at_end_of_backward, compiling
-from ..tracing.ghost import user_hooks_of_all
+from ..tracing.user_hooks import user_hooks_of_all
 from ..utils import lookup, quiet, replace
 
 AGAIN = (

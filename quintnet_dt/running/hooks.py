@@ -12,7 +12,7 @@ from torch import nn
 from ..fsdp import quieten
 from ..keys import ModulePath
 from ..private import compiling, not_compiled, top_not_compiled, transforms_aside, within_compiled
-from ..tracing.ghost import hooks_of, user_hooks
+from ..tracing.user_hooks import hooks_of, user_hooks
 from ..utils import quiet
 from .calls import calls
 from .context import Context

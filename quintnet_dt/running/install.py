@@ -5,7 +5,7 @@ import threading
 from torch.utils.hooks import RemovableHandle
 
 from ..parts import named_modules
-from ..tracing.ghost import hooks_of, passed, put_last, user_hooks
+from ..tracing.user_hooks import hooks_of, passed, put_last, user_hooks
 from .hooks import ModuleHooks
 from .structure import hooks_on, parameter_owners
 

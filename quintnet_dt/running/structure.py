@@ -7,7 +7,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..keys import ModulePath, ParamName
 from ..parts import modules, named_parameters
-from ..tracing.ghost import PASSED
+from ..tracing.user_hooks import PASSED
 from .shown import Place
 
 

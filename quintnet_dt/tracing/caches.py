@@ -35,21 +35,25 @@ def forgotten(model):
 
 
 def _caches(model):
+    """The caches in the code of a model's classes and of their files: functions with one, methods,
+    and what functions close over."""
     classes = {
-        c
+        base
         for kind in {type(m) for m in modules(model)}
-        for c in kind.__mro__
-        if not c.__module__.startswith("torch.")
+        for base in kind.__mro__
+        if not base.__module__.startswith("torch.") and base is not object
     }
-    files = {
-        id(f): f
-        for c in classes
-        if (f := sys.modules.get(c.__module__)) is not None and c is not object
-    }
-    for x in (x for owner in (*classes, *files.values()) for x in list(vars(owner).values())):
-        x = getattr(x, "__func__", x) if isinstance(x, (staticmethod, classmethod)) else x
-        if isinstance(x, _Cache):
-            yield x
-        elif inspect.isfunction(x):
-            cells = (cell.cell_contents for cell in x.__closure__ or () if cell != CellType())
-            yield from (c for c in cells if isinstance(c, _Cache))
+    files = {id(f): f for f in (sys.modules.get(c.__module__) for c in classes) if f is not None}
+    for owner in (*classes, *files.values()):
+        for x in list(vars(owner).values()):
+            yield from _caches_of(x)
+
+
+def _caches_of(x):
+    if isinstance(x, (staticmethod, classmethod)):
+        x = x.__func__
+    if isinstance(x, _Cache):
+        yield x
+    elif inspect.isfunction(x):
+        cells = (cell.cell_contents for cell in x.__closure__ or () if cell != CellType())
+        yield from (c for c in cells if isinstance(c, _Cache))

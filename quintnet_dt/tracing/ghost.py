@@ -8,13 +8,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..ddp import as_dtensor, whole_shape
-from ..fsdp import copyable, is_fsdp
+from ..fsdp import copyable
 from ..parts import modules, named_parameters, parameters, scripts
-from ..private import FakeCopyMode, global_hooks
-from ..utils import held, leaves, opaque, replace, shard_kept, tensors
+from ..utils import tensors
 from .caches import unshare
 from .closures import rebind
-from .composites import plain
+from .user_hooks import is_ours, strip
 
 
 class StrayParameter(ValueError):
@@ -65,172 +64,98 @@ def ghost(model, fake_mode=None, local_shape=None, device=None):
     """
     memo = _Memo()
     with copyable(model, memo) as dtypes:
-        return _ghost(model, fake_mode, local_shape, device, memo, dtypes)
+        haunting = _Ghost(model, memo, dtypes, fake_mode, local_shape, device)
+        haunting.copy_parameters()
+        haunting.copy_what_modules_keep()
+        return haunting.copied()
 
 
-def _ghost(model, fake_mode, local_shape, device, memo, dtypes):
-    def fake(t, shape=None):
-        shape, dtype = tuple(t.shape) if shape is None else tuple(shape), dtypes.get(id(t), t.dtype)
-        on = device if device is not None and t.device.type == "meta" else t.device
-        with fake_mode:
+class _Ghost:
+    """The making of one copy. `memo`: what a deep copy is to find in the place of what it meets;
+    `dtypes`: of parameters, by id, where the copy's are others."""
+
+    def __init__(self, model, memo, dtypes, fake_mode, local_shape, device):
+        self.model, self.memo, self.dtypes = model, memo, dtypes
+        self.fake_mode, self.device = fake_mode, device
+        self.local_shape = local_shape or (lambda name, p: whole_shape(p))
+
+    def copy_parameters(self):
+        for name, p in named_parameters(self.model):
+            if self.fake_mode is not None:
+                data = self.fake(p, self.local_shape(name, p))
+            else:
+                data = self.whole(p)
+            self.memo[id(p)] = nn.Parameter(data, p.requires_grad)
+
+    def fake(self, t, shape=None):
+        """A fake tensor for one of the model's."""
+        shape = tuple(t.shape) if shape is None else tuple(shape)
+        on_meta = self.device is not None and t.device.type == "meta"
+        options = {
+            "dtype": self.dtypes.get(id(t), t.dtype),
+            "device": self.device if on_meta else t.device,
+        }
+        with self.fake_mode:
             if shape == tuple(t.shape) and t.layout == torch.strided:
-                return torch.empty_strided(shape, t.stride(), dtype=dtype, device=on)
-            return torch.empty(shape, dtype=dtype, device=on)
+                return torch.empty_strided(shape, t.stride(), **options)
+            return torch.empty(shape, **options)
 
-    for name, p in named_parameters(model):
-        shape, real = local_shape(name, p) if local_shape else whole_shape(p), as_dtensor(p)
-        if fake_mode is not None:
-            memo[id(p)] = nn.Parameter(fake(p, shape), p.requires_grad)
-        elif isinstance(real, DTensor):
-            if (
-                real.device_mesh.ndim
-                > 1
-                # the ranks of a dp group may be called in different ways, and would wait for each
-                # other
-            ):
-                raise RuntimeError(
-                    "this call takes a path that was not traced before, through a forward that"
-                    " reads values; under FSDP it cannot be traced: call the model in this way once"
-                    " (same arguments, same mode) before fully_shard"
-                )
-            memo[id(p)] = nn.Parameter(
-                real.full_tensor().to(dtypes.get(id(p), p.dtype)), p.requires_grad
+    def whole(self, p):
+        """A parameter's own values, gathered where it is sharded."""
+        real = as_dtensor(p)
+        if not isinstance(real, DTensor):
+            return p.detach()
+        if real.device_mesh.ndim > 1:
+            # The ranks of a dp group may be called in different ways, and would wait for each
+            # other.
+            raise RuntimeError(
+                "this call takes a path that was not traced before, through a forward that"
+                " reads values; under FSDP it cannot be traced: call the model in this way once"
+                " (same arguments, same mode) before fully_shard"
             )
-        else:
-            memo[id(p)] = nn.Parameter(p.detach(), p.requires_grad)
-    own, free = Counter(), {id(p) for p in parameters(model) if not isinstance(p, DTensor)}
-    for module in modules(model):
-        own.update(map(id, module._parameters.values()))
-        if (
-            type(module).__setattr__ is not nn.Module.__setattr__
-        ):  # keeps a list of its own, as nn.LSTM does
-            free -= set(map(id, module._parameters.values()))
-        for _, t in tensors(list(vars(module).values())):  # buffers, and what it keeps besides
-            if id(t) not in memo:
-                memo[id(t)] = fake(t) if fake_mode is not None else t.detach().clone()
-        for hook in [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]:
-            if is_ours(hook):  # to be stripped: not copied, with all that they hold
-                memo[id(getattr(hook, "__self__", hook))] = getattr(hook, "__self__", hook)
-    for script in scripts(model):  # shared: its forward changes nothing of it but buffers
-        memo[id(script)] = script
-    try:
-        copied = strip(copy.deepcopy(model, memo))
-        rebind(model, copied, memo)
-    except Exception as e:
-        raise RuntimeError(
-            f"{type(model).__name__} cannot be deep-copied, which planning needs so that the model"
-            f" itself stays untouched: {e}"
-        ) from e
-    if stray := [
-        name
-        for name, p in named_parameters(model)
-        if id(p) in free and memo.met[id(p)] > own[id(p)]
-    ]:
-        raise StrayParameter(stray)
-    unshare(model, copied)
-    return copied
+        return real.full_tensor().to(self.dtypes.get(id(p), p.dtype))
 
+    def copy_what_modules_keep(self):
+        """Buffers, and other tensors that modules keep; what is not to be copied at all."""
+        for module in modules(self.model):
+            for _, t in tensors(list(vars(module).values())):
+                if id(t) not in self.memo:
+                    fake = self.fake_mode is not None
+                    self.memo[id(t)] = self.fake(t) if fake else t.detach().clone()
+            for hook in [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]:
+                if is_ours(hook):  # to be stripped: not copied, with all that they hold
+                    owner = getattr(hook, "__self__", hook)
+                    self.memo[id(owner)] = owner
+        for script in scripts(self.model):  # its forward changes nothing of it but buffers
+            self.memo[id(script)] = script
 
-_OURS = __package__.partition(".")[0] + "."
+    def copied(self):
+        model = self.model
+        try:
+            copied = strip(copy.deepcopy(model, self.memo))
+            rebind(model, copied, self.memo)
+        except Exception as e:
+            raise RuntimeError(
+                f"{type(model).__name__} cannot be deep-copied, which planning needs so that the"
+                f" model itself stays untouched: {e}"
+            ) from e
+        if stray := self.stray():
+            raise StrayParameter(stray)
+        unshare(model, copied)
+        return copied
 
-
-def is_ours(hook):
-    """Whether a module's hook is this library's, or FSDP2's."""
-    return str(getattr(hook, "__module__", "")).startswith(_OURS) or is_fsdp(hook)
-
-
-def user_hooks(module):
-    """A module's hooks that are neither torch's nor this library's, by the ids of their handles."""
-    found = [item for hooks in hooks_of(module) for item in hooks.items()]
-    return {k: h for k, h in found if _is_users(h)}
-
-
-def user_hooks_of_all():
-    """Those that the user registered for every module."""
-    return [h for hooks in global_hooks() for h in hooks.values() if _is_users(h)]
-
-
-def _is_users(hook):
-    return not str(getattr(hook, "__module__", "")).startswith(("torch.", _OURS))
-
-
-def hooks_of(module):
-    return (
-        module._forward_pre_hooks,
-        module._forward_hooks,
-        module._backward_pre_hooks,
-        module._backward_hooks,
-    )
-
-
-def strip(model):
-    """Take this library's hooks, and FSDP2's, off a copy of a model that they were applied to."""
-    for module in modules(model):
-        plain(module)
-        module._tp_later = (
-            []
-        )  # hooks that the user added since, which see what this library's have done
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            keys = list(hooks)
-            ours = [i for i, key in enumerate(keys) if is_ours(hooks[key])]
-            later = keys[ours[-1] + 1 :] if ours else []
-            module._tp_later += later
-            outside = keys[: ours[-1]] if hooks is module._forward_pre_hooks and ours else later
-            # Of the copy itself the user's go too: they are for its caller.
-            for key in {keys[i] for i in ours} | set(outside if module is model else ()):
-                del hooks[key]
-    return model
-
-
-PASSED = "_tp_passed"  # the attribute of a module that was added to a split model
-
-
-def passed(module):
-    """Whether a module was added since the split: what it calls is its caller's."""
-    return PASSED in vars(module)
-
-
-def put_last(module):
-    """A forward hook was registered on a copy, in the place of this library's: what the user added
-    later runs after it."""
-    for key in vars(module).get("_tp_later", ()):
-        if key in module._forward_hooks:
-            module._forward_hooks.move_to_end(key)
-
-
-def fake_inputs(fake_mode, args, kwargs, known=None):
-    """The inputs with a fake tensor for each tensor, and copies of objects that hold tensors (a
-    cache, which the forward may fill). With `known`, which is told the real tensor behind each fake
-    one, a shard that an object keeps gets its whole shape; else it stays one.
-    """
-    memo = {}
-    for _, holder, place, t in held((args, kwargs)) if known is not None else ():
-        if (action := shard_kept(holder, place)) is not None:
-            shape = list(t.shape)
-            shape[action.split.dim] = action.split.length
-            with fake_mode:
-                memo[id(t)] = torch.empty(shape, dtype=t.dtype, device=t.device)
-
-    given = {id(t): t for _, t in tensors((args, kwargs))}  # one that is given twice stays one
-    fakes = {
-        i: fake_mode.from_tensor(t.detach()).requires_grad_(t.requires_grad)
-        for i, t in given.items()
-    }
-    if known is not None:
-        for i, t in given.items():
-            known.give(fakes[i], t)
-    with FakeCopyMode(fake_mode):
-        return _instead((tuple(args), dict(kwargs)), fakes, memo)
-
-
-def real_inputs(args, kwargs):
-    """Copies of the inputs: a forward that runs on them cannot change the user's."""
-    given = {id(t): t for _, t in tensors((args, kwargs))}
-    copies = {i: t.detach().clone().requires_grad_(t.requires_grad) for i, t in given.items()}
-    return _instead((tuple(args), dict(kwargs)), copies)
-
-
-def _instead(obj, copies, memo=None):
-    """A nested argument with the copies of its tensors, by id, and with copies of objects."""
-    changes = {p: copies[id(t)] for p, t in tensors(obj)}
-    return replace(obj, changes | {p: copy.deepcopy(x, memo) for p, x in leaves(obj) if opaque(x)})
+    def stray(self):
+        """The parameters that the copy met elsewhere than in their modules."""
+        own = Counter()
+        free = {id(p) for p in parameters(self.model) if not isinstance(p, DTensor)}
+        for module in modules(self.model):
+            mine = list(map(id, module._parameters.values()))
+            own.update(mine)
+            if type(module).__setattr__ is not nn.Module.__setattr__:
+                free.difference_update(mine)  # it keeps a list of its own, as nn.LSTM does
+        met = self.memo.met
+        return [
+            name
+            for name, p in named_parameters(self.model)
+            if id(p) in free and met[id(p)] > own[id(p)]
+        ]

@@ -30,44 +30,58 @@ def made_up(model, device):
     """Yield `(args, kwargs)` that may fit the model's forward, likeliest first: small ids or noise,
     on `device`."""
     model = _named(model)
-    takes = inspect.signature(model.forward).parameters
-    named = _named_parameters(model)
-    required = [p.name for p in named if p.default is p.empty]
-    options = {"use_cache": False} if "use_cache" in takes else {}
-    gen = torch.Generator().manual_seed(0)
-
-    def ids(high, *shape):
-        return torch.randint(min(3, high - 1), min(high, 100), shape, generator=gen).to(device)
-
-    def noise(*shape, dtype=None):
-        return torch.randn(*shape, generator=gen).to(device, dtype)
-
-    first = getattr(model, "main_input_name", None)  # Hugging Face's name for it
-    first = first if first in takes else (required or [p.name for p in named] or [None])[0]
-    if first is None:
+    signature = _Signature(model)
+    if signature.first is None:
         yield (), {}
         return
-    others = [r for r in required if r != first]
+    generator = torch.Generator().manual_seed(0)
+    for layer in _first_layers(model, image=signature.first.startswith("pixel")):
+        for tensor in _inputs_of(layer, model, generator):
+            yield signature.call(tensor.to(device))
 
-    def call(tensor):
-        kwargs = {**options, first: tensor, **{o: tensor for o in others}}
-        if "decoder_input_ids" in takes and tensor.dtype == torch.int64:
+
+def _inputs_of(layer, model, generator):
+    """Tensors that a layer may be given, as the first of its model: ids, images, features."""
+    p = next(layer.parameters())
+    if isinstance(layer, nn.Embedding):
+        least, most = min(3, layer.num_embeddings - 1), min(layer.num_embeddings, 100)
+        yield torch.randint(least, most, (BATCH, LENGTH), generator=generator)
+        return
+    if isinstance(layer, CONVS):
+        sizes = [[size] * (p.dim() - 2) for size in _image_sizes(model, layer)]
+        shapes = [(BATCH, layer.in_channels, *size) for size in sizes]
+    else:
+        features = getattr(layer, "in_features", p.shape[-1])
+        shapes = [(BATCH, LENGTH, features), (BATCH, features)]
+    for shape in shapes:
+        yield torch.randn(*shape, generator=generator).to(p.dtype)
+
+
+class _Signature:
+    """How a model's forward is given one tensor for all that it requires."""
+
+    def __init__(self, model):
+        self.takes = inspect.signature(model.forward).parameters
+        names = [p.name for p in _named_parameters(model)]
+        required = [name for name in names if self.takes[name].default is inspect.Parameter.empty]
+        first = getattr(model, "main_input_name", None)  # Hugging Face's name for it
+        if first not in self.takes:
+            first = next(iter(required or names), None)
+        self.first = first
+        self.others = [name for name in required if name != first]
+
+    def call(self, tensor):
+        """(args, kwargs) with a tensor as every input."""
+        kwargs = {"use_cache": False} if "use_cache" in self.takes else {}
+        kwargs |= dict.fromkeys((self.first, *self.others), tensor)
+        if "decoder_input_ids" in self.takes and tensor.dtype == torch.int64:
             kwargs["decoder_input_ids"] = tensor[:, : LENGTH // 2].clone()
         positional = [
-            k for k in (first, *others) if takes[k].kind is inspect.Parameter.POSITIONAL_ONLY
+            name
+            for name in (self.first, *self.others)
+            if self.takes[name].kind is inspect.Parameter.POSITIONAL_ONLY
         ]
-        return tuple(kwargs.pop(k) for k in positional), kwargs
-
-    for layer in _first_layers(model, image=first.startswith("pixel")):
-        p = next(layer.parameters())
-        if isinstance(layer, nn.Embedding):
-            yield call(ids(layer.num_embeddings, BATCH, LENGTH))
-        elif isinstance(layer, CONVS):
-            for size in _image_sizes(model, layer):
-                yield call(noise(BATCH, layer.in_channels, *[size] * (p.dim() - 2), dtype=p.dtype))
-        else:
-            for shape in (BATCH, LENGTH), (BATCH,):
-                yield call(noise(*shape, getattr(layer, "in_features", p.shape[-1]), dtype=p.dtype))
+        return tuple(kwargs.pop(name) for name in positional), kwargs
 
 
 def _named_parameters(model):
@@ -86,9 +100,8 @@ def _named(model):
 
 
 def _image_sizes(model, layer):
-    size, timm = getattr(getattr(model, "config", None), "image_size", None), getattr(
-        model, "pretrained_cfg", None
-    )
+    size = getattr(getattr(model, "config", None), "image_size", None)
+    timm = getattr(model, "pretrained_cfg", None)
     size = timm.get("input_size") if size is None and isinstance(timm, dict) else size
     size = size[-1] if isinstance(size, (tuple, list)) and size else size
     known = [size] if isinstance(size, int) else []
@@ -100,15 +113,14 @@ def _first_layers(model, image):
     (`image`: conv first)."""
     found = {}
     for module in modules(model):
-        if module._parameters.get("weight") is None and not isinstance(
-            module, nn.MultiheadAttention
-        ):
+        has_weight = module._parameters.get("weight") is not None
+        if not has_weight and not isinstance(module, nn.MultiheadAttention):
             continue
-        kind = (
-            "embedding"
-            if isinstance(module, nn.Embedding)
-            else "conv" if isinstance(module, CONVS) else "linear"
-        )
+        kind = "linear"
+        if isinstance(module, nn.Embedding):
+            kind = "embedding"
+        elif isinstance(module, CONVS):
+            kind = "conv"
         if kind != "linear" or next(parameters(module), torch.empty(0)).dim() >= 2:
             found.setdefault(kind, module)
     return [found[kind] for kind in sorted(found, key=lambda kind: image and kind != "conv")]

@@ -20,42 +20,22 @@ from ..utils import (
     within_higher_order,
 )
 from .attributes import attributes, changed
-from .ghost import passed, put_last, user_hooks, user_hooks_of_all
 from .graph import Call, Graph, ModuleCall, Node, Value
 from .higher import HigherOrder
 from .known import Known
 from .operators import aliased, draws, reads_values, written_by
+from .user_hooks import passed, put_last, user_hooks, user_hooks_of_all
 
 UNSEEN = {"tolist", "numpy"}  # these read values with no operator
 
 
 # Forwards that make the same calls each time, so that nothing need watch them.
-STEADY = {
-    c.forward
-    for c in (
-        nn.Linear,
-        nn.Embedding,
-        nn.Conv1d,
-        nn.Conv2d,
-        nn.Conv3d,
-        nn.LayerNorm,
-        nn.RMSNorm,
-        nn.GroupNorm,
-    )
-    + (
-        nn.GELU,
-        nn.ReLU,
-        nn.SiLU,
-        nn.Tanh,
-        nn.Sigmoid,
-        nn.Identity,
-        nn.Dropout,
-        nn.Softmax,
-        nn.Sequential,
-        nn.Bilinear,
-    )
-}
-
+_STEADY_MODULES = (
+    (nn.Linear, nn.Bilinear, nn.Embedding, nn.Sequential, nn.Identity, nn.Dropout)
+    + (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+    + (nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Softmax)
+)
+STEADY = {module.forward for module in _STEADY_MODULES}
 
 # Why a call must get whole tensors.
 OPAQUE = (
@@ -176,27 +156,30 @@ class Recorder:
     def run_call(self, name, func, args, kwargs):
         inputs = self.values((args, kwargs))
         given = replace((args, kwargs), inputs)
-        call = Call(
-            len(self.graph.calls), func, name, self._stack[-1], given, inputs, source=source_line()
-        )
-        sets = getattr(func, "__name__", "") == "__set__"  # x.data = y
+        run, index = self._stack[-1], len(self.graph.calls)
+        call = Call(index, func, name, run, given, inputs, source=source_line())
         custom, call.checkpoints = callers()
-        unseen = (
-            sets or custom or name in ("register_hook", "retain_grad") or transform() is not None
-        )
-        call.opaque = OPAQUE if unseen else ""
+        if custom or hides_gradients(name, func) or transform() is not None:
+            call.opaque = OPAQUE
         self._call = call
         try:
             out = self.read(func, *args) if name in UNSEEN else func(*args, **kwargs)
         finally:
             self._call = None
-        written = (
-            [call.inputs[0, 0]]
-            if sets
-            else [v for n in call.nodes for v in n.inputs if v.id in n.mutated]
-        )
-        if sets and call.inputs[0, 0].param:  # the parameter is another value from here on
-            self.value(args[0], call.index, new=True).trainable = call.inputs[0, 0].trainable
+        self.note_written(call, args)
+        self.graph.calls.append(call)
+        self.note_hidden_inputs(call)
+        call.outputs = {path: self.value(t, producer=index) for path, t in tensors(out)}
+        return out
+
+    def note_written(self, call, args):
+        """Note the parameters that a call writes to."""
+        if sets_data(call.func):
+            written = [call.inputs[0, 0]]
+            if written[0].param:  # the parameter is another value from here on
+                self.value(args[0], call.index, new=True).trainable = written[0].trainable
+        else:
+            written = [v for node in call.nodes for v in node.inputs if v.id in node.mutated]
         self.graph.rewritten |= {v.memory.param or v.param for v in written} - {None}
         if self.graph.rewritten and not self.fake:
             raise RuntimeError(
@@ -204,16 +187,16 @@ class Recorder:
                 f" {sorted(self.graph.rewritten)} as they are: it is traced on the parameters"
                 " themselves"
             )
-        self.graph.calls.append(call)
-        known = {v.id for v in (*call.inputs.values(), *(v for n in call.nodes for v in n.outputs))}
-        reads = (v for n in call.nodes for v in n.inputs if v.param or v.producer is not None)
-        if hidden := {
-            ("hidden", v.id): v for v in reads if v.id not in known
-        }:  # through torch.vmap, autograd.grad
+
+    def note_hidden_inputs(self, call):
+        """What a call's operators read that it was not given: through torch.vmap, autograd.grad."""
+        known = {v.id for v in call.inputs.values()}
+        known |= {v.id for node in call.nodes for v in node.outputs}
+        reads = [v for node in call.nodes for v in node.inputs if v.id not in known]
+        hidden = {("hidden", v.id): v for v in reads if v.param or v.producer is not None}
+        if hidden:
             call.inputs |= hidden
             call.opaque = OPAQUE
-        call.outputs = {p: self.value(t, producer=call.index) for p, t in tensors(out)}
-        return out
 
     def hidden_call(self, func):
         """The Call for an operator that none has called which a mode sees: one for all that follow
@@ -304,45 +287,56 @@ class Recorder:
 
     def record_node(self, func, args, kwargs):
         given = dict(tensors((args, kwargs)))
-        inputs = {p: self.value(t) for p, t in given.items()}
+        inputs = {path: self.value(t) for path, t in given.items()}
         shared = aliased(func, args)
         memory = None if shared is None else self.value(shared).memory
-        margs, mkwargs = replace((args, kwargs), inputs)
+        node_args, node_kwargs = replace((args, kwargs), inputs)
         written = written_by(func, args, kwargs)
         self.graph.random |= draws(func, args, kwargs)
         out = self.know(func, args, kwargs, given, written)
-        producer = self._call.index if self._call is not None else None
-        old = {id(t): self.value(t).id for t in written}
-        for t in written:
-            before = self.value(t)
-            self.value(t, producer, new=True).memory = before.memory
-        known = {id(x) for x in given.values()}
-        outs = [
-            self.value(t, producer, new=id(t) not in known and id(t) in self._values)
-            for _, t in tensors(out)
-        ]
-        outs += [self.value(t) for t in written if not any(self.value(t) is o for o in outs)]
-        for v in outs:
+        mutated = {self.value(t).id for t in written}
+        made = self.results(out, given, written)
+        for v in made:
             v.trainable |= is_float(v) and any(x.trainable for x in inputs.values())
             if memory is not None:
                 v.memory = memory
         if self._call is not None:
-            self._call.nodes.append(
-                Node(func, margs, mkwargs, list(inputs.values()), outs, set(old.values()))
-            )
+            ins = list(inputs.values())
+            self._call.nodes.append(Node(func, node_args, node_kwargs, ins, made, mutated))
         return out
+
+    def results(self, out, given, written):
+        """The Values of what an operator returned, and of what it wrote to: made anew."""
+        producer = self._call.index if self._call is not None else None
+        for t in written:
+            memory = self.value(t).memory
+            self.value(t, producer, new=True).memory = memory
+        known = {id(x) for x in given.values()}
+        made = [
+            self.value(t, producer, new=id(t) not in known and id(t) in self._values)
+            for _, t in tensors(out)
+        ]
+        made += [self.value(t) for t in written if not any(self.value(t) is v for v in made)]
+        return made
+
+
+def sets_data(func):
+    """Whether a call is `x.data = y`."""
+    return getattr(func, "__name__", "") == "__set__"
+
+
+def hides_gradients(name, func):
+    """Whether a call changes what its operators show of gradients."""
+    return sets_data(func) or name in ("register_hook", "retain_grad")
 
 
 def settings_of(module):
     """The attributes of a module that may choose what it computes, and that a user may change:
     flags, strings, what is None; of one of torch.nn its numbers too, which no forward of theirs
     changes."""
-    plain = (
-        bool,
-        str,
-        NoneType,
-        *((int, float) if type(module).__module__.startswith("torch.nn.") else ()),
-    )
+    plain = [bool, str, NoneType]
+    if type(module).__module__.startswith("torch.nn."):
+        plain += [int, float]
     return {name: x for name, x in vars(module).items() if type(x) in plain and name not in _TORCHS}
 
 

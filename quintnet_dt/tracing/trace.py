@@ -31,13 +31,8 @@ from ..utils import call_name, held, shard_kept
 from .caches import forgotten
 from .composites import restated
 from .escapes import let_go
-from .ghost import (
-    SplitWithin,
-    StrayParameter,
-    fake_inputs,
-    ghost,
-    real_inputs,
-)
+from .fakes import fake_inputs, real_inputs
+from .ghost import SplitWithin, StrayParameter, ghost
 from .higher import higher_order
 from .recorder import Recorder
 
