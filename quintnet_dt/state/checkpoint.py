@@ -23,14 +23,14 @@ from ..together import gather, together
 from .contents import (
     check_fit,
     collect,
-    copied,
     model_state,
     name_of,
+    nested,
     optimizer_to_fill,
     packed,
     plain,
 )
-from .dcp import Item, LoadPlanner, Reader, SavePlanner
+from .dcp import Blocks, Reader
 from .folder import INDEX, STATE, begin, checksum, finish, marked, remove, saving, write_file
 from .given import check_model, check_optimizer, path_of
 from .index import faults, read_index
@@ -73,10 +73,7 @@ def save_checkpoint(path, model, optimizer=None, *, extra=None, async_=False):
     if not async_:
         return _write(path, items, state, group)
     with together(group):
-        items = {
-            name: Item(i.path, i.shape, i.dtype, [copied(c) for c in i.chunks])
-            for name, i in items.items()
-        }
+        items = {path: blocks.copied() for path, blocks in items.items()}
         state = torch.load(io.BytesIO(packed(state)), weights_only=True)  # a copy
     if dist.is_initialized():
         group = dist.new_group(
@@ -157,9 +154,8 @@ def _write(path, items, state, group):
                 )
         _dcp(
             dcp.save,
-            items,
+            nested(items),
             storage_writer=dcp.FileSystemWriter(temporary),
-            planner=SavePlanner(),
             process_group=group,
         )
         with together(group):
@@ -215,28 +211,22 @@ def _load(checkpoint, model, optimizer):
     with together():  # only now: what a damaged file is read as, is no matter
         index, state = _index(checkpoint), _state(checkpoint)
         saved, path = index.state_dict_metadata, checkpoint.path
-        items = {
-            name_of(("model", k)): Item.of(("model", k), t)
-            for k, t in model_state(model)[0].items()
-        }
+        items = {name_of(("model", k)): Blocks.of(t) for k, t in model_state(model)[0].items()}
         check_fit(path, items, saved, {n for n in saved if n.startswith("model.")})
-        new_state, groups = {}, None
         if optimizer is not None:
-            optimizer_items, new_state, groups = optimizer_to_fill(
-                path, model, optimizer, saved, state["optimizer"]
-            )
-            items |= optimizer_items
+            filled = optimizer_to_fill(path, model, optimizer, saved, state["optimizer"])
+            items |= filled.blocks
         if wrong := [found for n in items if (found := faults(index, n, checkpoint.files))]:
             raise ValueError(
                 "\n  ".join(
                     [f"{path / INDEX}: {len(wrong)} of its tensors are not whole:", *wrong[:20]]
                 )
             )
-    _dcp(dcp.load, items, storage_reader=Reader(checkpoint, index), planner=LoadPlanner())
+    _dcp(dcp.load, items, storage_reader=Reader(checkpoint, index))
     if optimizer is not None:
         optimizer.state.clear()
-        optimizer.state.update(new_state)
-        for group, options in zip(optimizer.param_groups, groups):
+        optimizer.state.update(filled.state)
+        for group, options in zip(optimizer.param_groups, filled.groups):
             group.update(options)
     if state["objects"]:
         model.load_state_dict(state["objects"], strict=False)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch.distributed.tensor import DTensor
 
-from ..comm_ops import chunk_sizes
+from ..axes.split import Split
 from ..private import _StridedShard
 
 
@@ -31,35 +31,40 @@ def chunks(tensor):
     """
     if not isinstance(tensor, DTensor):
         return [Chunk((0,) * tensor.dim(), tensor.detach())]
-    local, mesh, fused = tensor.detach().to_local(), tensor.device_mesh, None
+    local, mesh = tensor.detach().to_local(), tensor.device_mesh
     if mesh.get_coordinate() is None or not local.numel() and tensor.numel():
         return []
     if any(p.is_partial() for p in tensor.placements):
         raise ValueError(
             f"expected a tensor that is sharded or replicated, found {tensor.placements}"
         )
-    if isinstance(tensor.placements[-1], _StridedShard):  # one of FSDP2's is never the last: tp is
-        fused, dim = tensor.placements[-1], tensor.placements[-1].dim
-        again = [
-            p
-            for p, n in zip(tensor.placements[:-1], mesh.shape)
-            if not p.is_replicate() and p.dim == dim and n > 1
-        ]
-        if again:
-            raise ValueError(
-                f"found placements {tensor.placements}: pieces of a fused weight, sharded again on"
-                " the same dim; give apply_tensor_parallel contiguous=True"
-            )
+    fused = tensor.placements[-1]
     (block,) = tensor.__create_chunk_list__()
-    offsets = tuple(block.offsets)
-    if fused is None:
-        return [Chunk(offsets, local)]
-    whole, k = tensor.shape[fused.dim], fused.split_factor
-    sizes, rank = chunk_sizes(whole // k, mesh.size(-1)), mesh.get_coordinate()[-1]
-    starts = [piece * (whole // k) + sum(sizes[:rank]) for piece in range(k)]
-    at = [(*offsets[: fused.dim], start, *offsets[fused.dim + 1 :]) for start in starts]
-    return (
-        [Chunk(a, part) for a, part in zip(at, local.split(sizes[rank], fused.dim))]
-        if sizes[rank]
-        else []
-    )
+    if not isinstance(fused, _StridedShard):  # one of FSDP2's is never the last: tp is
+        return [Chunk(tuple(block.offsets), local)]
+    _check_not_sharded_again(tensor, fused.dim)
+    return _fused_chunks(tensor, local, tuple(block.offsets), fused)
+
+
+def _fused_chunks(
+    tensor: DTensor, local: torch.Tensor, offsets: tuple, fused: _StridedShard
+) -> list[Chunk]:
+    """The blocks of a weight of k fused pieces. `offsets`: where it begins in the other dims."""
+    dim, mesh = fused.dim, tensor.device_mesh
+    split = Split.of_blocks(dim, tensor.shape[dim], fused.split_factor)
+    ranges = split.ranges(mesh.get_coordinate()[-1], mesh.size(-1))
+    parts = local.split([r.length for r in ranges], dim)
+    return [
+        Chunk((*offsets[:dim], r.start, *offsets[dim + 1 :]), part)
+        for r, part in zip(ranges, parts)
+        if r.length
+    ]
+
+
+def _check_not_sharded_again(tensor: DTensor, dim: int) -> None:
+    outer = zip(tensor.placements[:-1], tensor.device_mesh.shape)
+    if any(not p.is_replicate() and p.dim == dim and n > 1 for p, n in outer):
+        raise ValueError(
+            f"found placements {tensor.placements}: pieces of a fused weight, sharded again on"
+            " the same dim; give apply_tensor_parallel contiguous=True"
+        )

@@ -2,14 +2,14 @@
 
 import io
 from pickle import UnpicklingError
+from typing import NamedTuple
 
 import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from ..utils import tensors
-from .chunks import Chunk
-from .dcp import Item
+from .dcp import Blocks
 
 
 def name_of(path):
@@ -35,32 +35,45 @@ def model_state(model):
 
 
 def collect(model, optimizer):
-    """(Items by name, the rest) of a model and its optimizer."""
+    """(Blocks by path, the rest) of a model and its optimizer."""
     found, objects = model_state(model)
-    found = {("model", k): t for k, t in found.items()}
+    blocks = {("model", name): Blocks.of(t) for name, t in found.items()}
     rest = {"objects": objects, "optimizer": None}
     if optimizer is not None:
-        names, state = names_of(model, optimizer), {}
+        names = names_of(model, optimizer)
+        state = {}
         for p, values in optimizer.state.items():
-            kept = state[names[id(p)]] = {}
-            for k, v in values.items():
-                kept[k] = None if isinstance(v, torch.Tensor) else v
-                if isinstance(v, torch.Tensor):
-                    found["optimizer", "state", names[id(p)], k] = v
-                if isinstance(v, DTensor) and v.shape != p.shape:
-                    what = (
-                        f"{k} of shape {tuple(v.shape)} for {names[id(p)]} of shape"
-                        f" {tuple(p.shape)}"
-                    )
-                    raise ValueError(
-                        f"{type(optimizer).__name__}: expected a state of the parameter's shape,"
-                        f" found {what}"
-                    )
+            name = names[id(p)]
+            _check_shapes(optimizer, name, p, values)
+            held = {k: v for k, v in values.items() if isinstance(v, torch.Tensor)}
+            blocks |= {("optimizer", "state", name, k): Blocks.of(v) for k, v in held.items()}
+            state[name] = values | dict.fromkeys(held)
         groups = [
             {**g, "params": [names[id(p)] for p in g["params"]]} for g in optimizer.param_groups
         ]
         rest["optimizer"] = {"state": state, "groups": groups}
-    return {name_of(path): Item.of(path, t) for path, t in found.items()}, rest
+    return blocks, rest
+
+
+def _check_shapes(optimizer, name, p, values):
+    """What an optimizer keeps as DTensors lies as the parameter does."""
+    for k, v in values.items():
+        if isinstance(v, DTensor) and v.shape != p.shape:
+            raise ValueError(
+                f"{type(optimizer).__name__}: expected a state of the parameter's shape, found"
+                f" {k} of shape {tuple(v.shape)} for {name} of shape {tuple(p.shape)}"
+            )
+
+
+def nested(blocks):
+    """{path: x} as dicts in one another."""
+    found = {}
+    for path, x in blocks.items():
+        at = found
+        for key in path[:-1]:
+            at = at.setdefault(key, {})
+        at[path[-1]] = x
+    return found
 
 
 def names_of(model, optimizer):
@@ -73,10 +86,6 @@ def names_of(model, optimizer):
             " fully_shard"
         )
     return names
-
-
-def copied(chunk):
-    return Chunk(chunk.offsets, chunk.tensor.to("cpu", copy=True))
 
 
 def packed(state):
@@ -123,8 +132,17 @@ def _size_of(entry):
     return entry.size, entry.properties.dtype
 
 
-def optimizer_to_fill(path, model, optimizer, saved, kept):
-    """(Items, the state to fill, the options of each group) for an optimizer."""
+class ToFill(NamedTuple):
+    """What is read for an optimizer: the tensors by their names in the checkpoint, the state that
+    holds them, and the options of each group."""
+
+    blocks: dict[str, Blocks]
+    state: dict[torch.Tensor, dict]
+    groups: list[dict]
+
+
+def optimizer_to_fill(path, model, optimizer, saved, kept) -> ToFill:
+    """What an optimizer gets from a checkpoint. `kept`: of its state what is no tensor."""
     if kept is None:
         raise ValueError(f"{path}: expected a checkpoint with an optimizer, found one without")
     names, options = names_of(model, optimizer), {n: g for g in kept["groups"] for n in g["params"]}
@@ -135,27 +153,34 @@ def optimizer_to_fill(path, model, optimizer, saved, kept):
             f"{path}: expected an optimizer of the same parameters, found one that differs in"
             f" {differ}"
         )
-    items, state, groups = {}, {}, []
+    made = ToFill({}, {}, [])
     for group in optimizer.param_groups:
-        found = [
-            {k: v for k, v in options[names[id(p)]].items() if k != "params"}
-            for p in group["params"]
-        ]
-        if any(f != found[0] for f in found):
-            raise ValueError(
-                f"{path}: expected the parameters of one group to have been in groups alike:"
-                f" {found[0]}"
-            )
-        groups.append(found[0] if found else {})
-        for p in group["params"]:
-            name = names[id(p)]
-            for k, value in kept["state"].get(name, {}).items():
-                at = ("optimizer", "state", name, k)
-                if value is None and name_of(at) in saved:
-                    value = _empty(p, k, saved[name_of(at)], groups[-1])
-                    items[name_of(at)] = Item.of(at, value)
-                state.setdefault(p, {})[k] = value
-    return items, state, groups
+        group_names = [names[id(p)] for p in group["params"]]
+        made.groups.append(_options_of(path, [options[name] for name in group_names]))
+        for p, name in zip(group["params"], group_names):
+            _fill_state(made, p, name, kept["state"].get(name, {}), saved)
+    return made
+
+
+def _options_of(path, groups):
+    """The options of a group, whose parameters were in these groups."""
+    found = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+    if any(options != found[0] for options in found):
+        raise ValueError(
+            f"{path}: expected the parameters of one group to have been in groups alike:"
+            f" {found[0]}"
+        )
+    return found[0] if found else {}
+
+
+def _fill_state(made, p, name, values, saved):
+    """The state of one parameter, with tensors to be filled."""
+    for key, value in values.items():
+        saved_name = name_of(("optimizer", "state", name, key))
+        if value is None and saved_name in saved:
+            value = _empty(p, key, saved[saved_name], made.groups[-1])
+            made.blocks[saved_name] = Blocks.of(value)
+        made.state.setdefault(p, {})[key] = value
 
 
 def _empty(p, key, like, options):

@@ -3,16 +3,15 @@ holds.
 
 It does not place fused pieces (`_StridedShard`) by itself, unpickles a checkpoint's index with
 nothing barred, and opens files by their path, whatever was put there meanwhile; that is mended here
-and in index.py, at its points of extension. What is written is its own format:
-`torch.distributed.checkpoint.load` reads it.
+and in index.py, at its points of extension: tensors that know their blocks, and a storage reader.
+What is written is its own format: `torch.distributed.checkpoint.load` reads it.
 """
 
 import contextlib
 import pathlib
-from dataclasses import dataclass
 
 import torch
-from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemReader
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -20,83 +19,51 @@ from torch.distributed.checkpoint.metadata import (
     StorageMeta,
     TensorProperties,
 )
-from torch.distributed.checkpoint.planner import (
-    LoadPlan,
-    SavePlan,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from .chunks import chunks
+from .chunks import Chunk, chunks
 
 
-@dataclass
-class Item:
-    """A tensor to save or to fill: its path in the nested state dict, its whole shape, and this
-    rank's chunks of it."""
+class Blocks(torch.Tensor):
+    """A tensor of one element's memory, which knows the blocks of it that this rank holds, whatever its
+    layout. The default planners of torch.distributed.checkpoint ask it, as they ask a DTensor."""
 
-    path: tuple
-    shape: torch.Size
-    dtype: torch.dtype
-    chunks: list
+    chunks: list[Chunk]
 
     @classmethod
-    def of(cls, path, tensor):
-        return cls(path, tensor.shape, tensor.dtype, chunks(tensor))
+    def of(cls, tensor: torch.Tensor) -> "Blocks":
+        """The blocks of a tensor, plain or distributed."""
+        return cls.held(tensor, chunks(tensor))
 
-    def at(self, index):
-        """The block that starts where an index says."""
-        return next(c.tensor for c in self.chunks if c.offsets == tuple(index.offset))
+    @classmethod
+    def held(cls, like: torch.Tensor, chunks: list[Chunk]) -> "Blocks":
+        """These blocks, of a tensor of the shape and dtype of another."""
+        # Not on meta: there the planners would give it memory.
+        blocks = torch.empty((), dtype=like.dtype).expand(like.shape).as_subclass(cls)
+        blocks.chunks = chunks
+        return blocks
 
+    def copied(self) -> "Blocks":
+        """Copies of the blocks, on the CPU."""
+        copies = [Chunk(c.offsets, c.tensor.to("cpu", copy=True)) for c in self.chunks]
+        return Blocks.held(self, copies)
 
-def _placed(chunk):
-    return ChunkStorageMetadata(torch.Size(chunk.offsets), chunk.tensor.shape)
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [ChunkStorageMetadata(torch.Size(c.offsets), c.tensor.shape) for c in self.chunks]
 
-
-class SavePlanner(DefaultSavePlanner):
-    """Saves a dict of Items by name."""
-
-    def set_up_planner(self, state_dict, storage_meta=None, is_coordinator=False):
-        self.state_dict, self.is_coordinator = state_dict, is_coordinator
-        self.mappings = {name: item.path for name, item in state_dict.items()}
-
-    def create_local_plan(self):
-        writes = [
+    def __create_write_items__(self, fqn: str, object: object) -> list[WriteItem]:
+        properties = TensorProperties(dtype=self.dtype)
+        return [
             WriteItem(
-                MetadataIndex(name, torch.Size(c.offsets)),
+                MetadataIndex(fqn, chunk.offsets),
                 WriteItemType.SHARD,
-                tensor_data=TensorWriteData(
-                    _placed(c), TensorProperties(dtype=item.dtype), item.shape
-                ),
+                tensor_data=TensorWriteData(chunk, properties, self.size()),
             )
-            for name, item in self.state_dict.items()
-            for c in item.chunks
+            for chunk in self.__create_chunk_list__()
         ]
-        self.plan = SavePlan(writes, planner_data=self.mappings)
-        return self.plan
 
-    def lookup_object(self, index):
-        return self.state_dict[index.fqn].at(index)
-
-
-class LoadPlanner(DefaultLoadPlanner):
-    """Fills a dict of Items by name."""
-
-    def set_up_planner(self, state_dict, metadata=None, is_coordinator=False):
-        self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
-
-    def create_local_plan(self):
-        saved, items = self.metadata.state_dict_metadata, self.state_dict.items()
-        reads = [
-            create_read_items_for_chunk_list(n, saved[n], list(map(_placed, item.chunks)))
-            for n, item in items
-        ]
-        return LoadPlan(sum(reads, []))
-
-    def lookup_tensor(self, index):
-        return self.state_dict[index.fqn].at(index)
+    def __get_tensor_shard__(self, index: MetadataIndex) -> torch.Tensor:
+        return next(c.tensor for c in self.chunks if c.offsets == tuple(index.offset))
 
 
 class Reader(FileSystemReader):

@@ -39,17 +39,27 @@ def _place(module, state_dict, prefix, local_metadata, strict, missing, unexpect
     assign = local_metadata.get("assign_to_params_buffers", False)
     for key, value in given.items():
         name, p = params[key]
-        if isinstance(value, DTensor):
-            if wrong := _misplaced(value, p, assign):
-                errors.append(f"{key}: {wrong}")
-                state_dict[key] = p  # which stays
-        elif value.shape == p.shape or value.shape == (1,) and p.dim() == 0:
-            try:
-                share = placed(value.view(p.shape), p, assign)
-            except Exception as e:  # a tensor on meta, a layout that has no blocks
-                errors.append(f"{key}: its share cannot be taken: {type(e).__name__}: {e}")
-                share = p
-            state_dict[key] = _assign(module, name, share) if assign and share is not p else share
+        try:
+            share = _share(value, p, assign)
+        except Exception as e:  # misplaced, on meta, of a layout that has no blocks
+            errors.append(f"{key}: {e}")
+            share = p  # which stays
+        is_new = share is not p and share is not value
+        state_dict[key] = _assign(module, name, share) if assign and is_new else share
+
+
+def _share(value, p, assign):
+    """What a parameter gets of a tensor that is given for it."""
+    if isinstance(value, DTensor):
+        if wrong := _misplaced(value, p, assign):
+            raise ValueError(wrong)
+        return value
+    if value.shape != p.shape and (value.shape != (1,) or p.dim()):
+        return value
+    try:
+        return placed(value.view(p.shape), p, assign)
+    except Exception as e:
+        raise ValueError(f"its share cannot be taken: {type(e).__name__}: {e}") from e
 
 
 def placed(whole, like, own_dtype=False):
