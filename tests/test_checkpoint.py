@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from ranks import alone, run_ranks
+from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.device_mesh import init_device_mesh
@@ -24,6 +25,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from quintnet_dt import apply_tensor_parallel, load_checkpoint, save_checkpoint
+from quintnet_dt.private import _StridedShard
+from quintnet_dt.state.dcp import Blocks
 
 LAYOUTS = {"one": 1, "tp2": 2, "tp3": 3, "tp4": 4, "dp2 x tp2": 4, "hsdp 2 x 1 x 2": 4}
 
@@ -427,3 +430,22 @@ def test_killed_at_any_moment(tmp_path):
                 left.rename(folder / f"a{left.name} {killed}")
     assert within_saves > 1
     same(run_ranks(lambda rank: run(rank, folder)[1], 2)[0], expected)
+
+
+def test_torchs_own_readers_and_planners_take_pieces(tmp_path):
+    """A weight that is held as k pieces is filled from safetensors by HuggingFaceStorageReader and
+    the default planner, neither of which knows pieces."""
+    torch.manual_seed(3)
+    saved = {k: torch.rand(p.shape).double() for k, p in Fused().named_parameters()}
+    save_file(saved, tmp_path / "model.safetensors")
+
+    def ranks(rank):
+        model, _ = make("tp2")
+        params = {k: p for k, p in model.named_parameters() if isinstance(p, DTensor)}
+        assert any(isinstance(p.placements[0], _StridedShard) for p in params.values())
+        blocks = {name: Blocks.of(p) for name, p in params.items()}
+        dcp.load(blocks, storage_reader=dcp.HuggingFaceStorageReader(str(tmp_path)))
+        for name, p in params.items():
+            torch.testing.assert_close(p.full_tensor(), saved[name], rtol=0, atol=0)
+
+    run_ranks(ranks, 2)
