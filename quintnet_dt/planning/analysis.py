@@ -244,11 +244,14 @@ class Analysis:
             raise Refused("it looks rows up otherwise than F.embedding in all rows")
         self.instead = table
 
+    def made(self) -> list[Value]:
+        """What the call makes or writes to."""
+        new = [v for v in self.call.outputs.values() if v.id not in self.external]
+        return new + [v for node in self.call.nodes if node.mutated for v in node.outputs]
+
     def close(self) -> None:
         """The states of what the call makes or writes to."""
-        made = [v for v in self.call.outputs.values() if v.id not in self.external]
-        made += [v for node in self.call.nodes if node.mutated for v in node.outputs]
-        for v in made:
+        for v in self.made():
             is_buffer = v.memory.id in self.buffers  # completed after the call
             state = None if is_buffer else self.states.get(v.id)
             if state is LOST:

@@ -88,17 +88,19 @@ class Weights:
         mine = torch.stack([_mark(p).sample for _, p in present]).to(self.mesh.device_type)
         everyone = all_gather(mine[None], 0, self.mesh.get_group()).cpu()
         alike = (everyone == everyone[:1]).flatten(2).all(-1).all(0).tolist()
-        varied = [len(set(row.tolist())) > SAMPLE // 2 for row in everyone[0]]
-        replicated = [p.placements[0].is_replicate() for _, p in present]
-        names = [name for name, _ in present]
-        if apart := [n for n, same, whole in zip(names, alike, replicated) if whole and not same]:
+        apart, twins = [], []
+        for (name, p), same, row in zip(present, alike, everyone[0]):
+            if p.placements[0].is_replicate():
+                apart += [] if same else [name]
+            elif same and len(set(row.tolist())) > SAMPLE // 2:  # random numbers, the same
+                twins.append(name)
+        if apart:
             raise RuntimeError(
                 f"{_some(apart)}: expected the same values on every rank of the tp group, found"
                 " others: initialise before apply_tensor_parallel, or with materialize(model,"
                 " init) from the meta device"
             )
-        suspects = zip(names, alike, varied, replicated)
-        if twins := [n for n, same, random, whole in suspects if same and random and not whole]:
+        if twins:
             warnings.warn(
                 f"{_some(twins)}: every rank's shard begins with the same numbers, as after"
                 " torch.nn.init on the split model with one seed: initialise before"

@@ -65,31 +65,33 @@ def materialize(model, init=None, *, device=None):
     _same_random_state(device)
     try:
         with together(), torch.no_grad():
-            whole = _Whole(places, device)
-            start = init or _own_init(model, whole)
-
-            def step(module):
-                if module in holders:
-                    with whole:
-                        start(module)
-                    whole.keep(module)
-
-            model.apply(step)
-            left = [
-                n
-                for n, t in (*model.named_parameters(), *model.named_buffers())
-                if id(t) in whole.unset
-            ]
-            if left:
-                raise RuntimeError(
-                    "expected init to write every element of every parameter and buffer, found"
-                    f" {len(left)} that it did not: {', '.join(left)}; give an init(module) that"
-                    " does"
-                )
+            _start(model, init, holders, _Whole(places, device))
     except BaseException:
         places.undo()
         raise
     return model
+
+
+def _start(model, init, holders, whole):
+    """Call `init` on each module that holds something on meta, and keep this rank's shards of what
+    it writes."""
+    start = init or _own_init(model, whole)
+
+    def step(module):
+        if module in holders:
+            with whole:
+                start(module)
+            whole.keep(module)
+
+    model.apply(step)
+    named = (*model.named_parameters(), *model.named_buffers())
+    left = [name for name, t in named if id(t) in whole.unset]
+    if left:
+        raise RuntimeError(
+            "expected init to write every element of every parameter and buffer, found"
+            f" {len(left)} that it did not: {', '.join(left)}; give an init(module) that"
+            " does"
+        )
 
 
 class Places:

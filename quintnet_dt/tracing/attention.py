@@ -75,38 +75,72 @@ def multi_head_attention(
     if not batched:
         query, key, value = (x.unsqueeze(1) for x in (query, key, value))
         padding = None if padding is None else padding.unsqueeze(0)
-    static_k, static_v = options["static_k"], options["static_v"]
-    mask, causal, batch = options["attn_mask"], options["is_causal"], query.shape[1]
+    mask, static_k = options["attn_mask"], options["static_k"]
     source = key.shape[0] if static_k is None else static_k.shape[1]
+    mask_missing = options["is_causal"] and mask is None
     masks_fit = _fit(query, key, value, heads, source, mask, padding)
-    if not masks_fit or query.shape[2] != width or width % heads or (causal and mask is None):
+    if not masks_fit or mask_missing or query.shape[2] != width or width % heads:
         raise RuntimeError(_expected(query, key, value, width, heads, mask, padding))
-
     inputs = query if one_tensor else (query, key, value)
-    q, k, v = _states(inputs, weight, bias, options)
-    if bias_k is not None:
-        k = torch.cat([k, bias_k.expand(-1, batch, -1)])
-        v = torch.cat([v, bias_v.expand(-1, batch, -1)])
-    features = width // heads
-    q = _in_heads(q, features)
-    k = _in_heads(k, features) if static_k is None else static_k.unflatten(0, (batch, -1))
-    v = _in_heads(v, features) if static_v is None else static_v.unflatten(0, (batch, -1))
+    states = _states(inputs, weight, bias, options)
+    q, k, v = _heads(states, bias_k, bias_v, width // heads, options)
     if zero:
         k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
-
-    need_weights = options["need_weights"]
-    causal = causal and padding is None and not need_weights  # else the mask says it
-    mask = _scores_mask(None if causal else mask, padding, query.dtype, batch, k.shape[2] - source)
-    dropout = dropout if options["training"] else 0.0
-    if need_weights:
-        out, weights = attention(q, k, v, mask, dropout, safe=False)
-        weights = weights.sum(1) / heads if options["average_attn_weights"] else weights
-    else:
-        out, weights = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal), None
+    out, weights = _attend(q, k, v, padding, source, dropout, query.dtype, options)
     out = F.linear(out.permute(2, 0, 1, 3).flatten(2), out_weight, out_bias)
     if batched:
         return out, weights
     return out.squeeze(1), None if weights is None else weights.squeeze(0)
+
+
+def _heads(
+    states: list[Tensor],
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
+    features: int,
+    options: dict,
+) -> list[Tensor]:
+    """q, k and v as (batch, heads, length, features); keys and values that are given static are
+    taken as they are."""
+    q, k, v = states
+    batch = q.shape[1]
+    if bias_k is not None:
+        k = torch.cat([k, bias_k.expand(-1, batch, -1)])
+        v = torch.cat([v, bias_v.expand(-1, batch, -1)])
+    found = []
+    for x, static in (q, None), (k, options["static_k"]), (v, options["static_v"]):
+        if static is None:
+            found.append(x.unflatten(-1, (-1, features)).permute(1, 2, 0, 3))
+        else:
+            found.append(static.unflatten(0, (batch, -1)))
+    return found
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    padding: Tensor | None,
+    source: int,
+    dropout: float,
+    mask_dtype: torch.dtype,
+    options: dict,
+) -> tuple[Tensor, Tensor | None]:
+    """The heads' outputs, and their weights if they are asked for. `source`: how many keys the masks
+    are for."""
+    need_weights, mask = options["need_weights"], options["attn_mask"]
+    # Else the mask says it.
+    causal = options["is_causal"] and padding is None and not need_weights
+    if causal:
+        mask = None
+    mask = _scores_mask(mask, padding, mask_dtype, q.shape[0], k.shape[2] - source)
+    dropout = dropout if options["training"] else 0.0
+    if not need_weights:
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal), None
+    out, weights = attention(q, k, v, mask, dropout, safe=False)
+    if options["average_attn_weights"]:
+        weights = weights.sum(1) / q.shape[1]
+    return out, weights
 
 
 def _states(inputs, weight: Tensor, bias: Tensor | None, options: dict) -> list[Tensor]:
@@ -119,11 +153,6 @@ def _states(inputs, weight: Tensor, bias: Tensor | None, options: dict) -> list[
     biases = [None] * 3 if bias is None else bias.chunk(3)
     each = inputs if isinstance(inputs, tuple) else [inputs] * 3
     return [F.linear(*x) for x in zip(each, weights or weight.chunk(3), biases)]
-
-
-def _in_heads(x: Tensor, features: int) -> Tensor:
-    """(length, batch, heads * features) -> (batch, heads, length, features)"""
-    return x.unflatten(-1, (-1, features)).permute(1, 2, 0, 3)
 
 
 def _fit(

@@ -2,13 +2,9 @@
 read of values."""
 
 from functools import partial
-from types import NoneType
-
-import torch
-from torch import nn
 
 from ..parts import modules, named_modules
-from ..private import FakeTensor, transform, unset_fake_temporarily
+from ..private import transform
 from ..utils import (
     callers,
     held,
@@ -20,22 +16,16 @@ from ..utils import (
     within_higher_order,
 )
 from .attributes import attributes, changed
-from .graph import Call, Graph, ModuleCall, Node, Value
+from .graph import Call, ModuleCall, Node, Value
 from .higher import HigherOrder
 from .known import Known
-from .operators import aliased, draws, reads_values, written_by
+from .module_settings import STEADY, settings_of
+from .operators import aliased, draws, written_by
+from .reading import Reading
 from .user_hooks import passed, put_last, user_hooks, user_hooks_of_all
 
 UNSEEN = {"tolist", "numpy"}  # these read values with no operator
 
-
-# Forwards that make the same calls each time, so that nothing need watch them.
-_STEADY_MODULES = (
-    (nn.Linear, nn.Bilinear, nn.Embedding, nn.Sequential, nn.Identity, nn.Dropout)
-    + (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
-    + (nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Softmax)
-)
-STEADY = {module.forward for module in _STEADY_MODULES}
 
 # Why a call must get whole tensors.
 OPAQUE = (
@@ -49,17 +39,23 @@ HIDDEN = (
 )
 
 
-class Recorder:
+def sets_data(func):
+    """Whether a call is `x.data = y`."""
+    return getattr(func, "__name__", "") == "__set__"
+
+
+def hides_gradients(name, func):
+    """Whether a call changes what its operators show of gradients."""
+    return sets_data(func) or name in ("register_hook", "retain_grad")
+
+
+class Recorder(Reading):
     """Builds a Graph. Subclasses watch or steer single calls through `run_call`."""
 
     def __init__(self):
-        self.graph = Graph([], [], [], {})
+        super().__init__()
         self._values = {}  # id(tensor) -> its present Value
         self._stack = []  # module calls that are running
-        self._call = None
-        self.fake = False
-        self.known = Known()
-        self.asked = None  # the last call that read values which do not follow from the inputs
 
     @property
     def paused(self):
@@ -212,55 +208,6 @@ class Recorder:
             calls.append(made)
         return calls[-1]
 
-    def read(self, func, x, *args):
-        """A call that reads values with no operator: `x.tolist()`."""
-        real = self.known.get(id(x)) if isinstance(x, FakeTensor) else x
-        if real is None:
-            self.asked = self._call
-            raise RuntimeError("a fake tensor has no values to read")
-        with unset_fake_temporarily():
-            out = func(real, *args)
-        self.note_reading(out, self.fake and not self.known.random({(): x}))
-        return out
-
-    def compute(self, func, args, kwargs):
-        """Run one operator."""
-        name = func._schema.name
-        if name == "aten::_grouped_mm" and isinstance(args[0], FakeTensor):
-            x, w, *rest = (
-                args  # its shape function knows bfloat16 alone, and what that aligns to 16 bytes
-            )
-            aligned = all(s == 1 or s * x.dtype.itemsize % 16 == 0 for s in x.stride() + w.stride())
-            if aligned and (x.dim(), w.dim()) == (2, 3):
-                return x.new_empty(x.shape[0], w.shape[-1])
-            return func(x.bfloat16(), w.bfloat16(), *rest, **kwargs).to(x.dtype)
-        return func(*args, **kwargs)
-
-    def know(self, func, args, kwargs, given, written):
-        """Run one operator on the tensors `given`; on the real ones behind fake ones too, where
-        those are known."""
-        reads = reads_values(func, args)
-        real = self.known.run(func, args, kwargs, given, written) if self.fake else None
-        if reads and real is None:
-            self.asked = self._call
-        if reads and real is not None:
-            out = real
-            if isinstance(real, torch.Tensor):
-                out = next(iter(given.values())).new_empty(real.shape, dtype=real.dtype)
-        else:
-            out = self.compute(func, args, kwargs)
-        if real is not None:
-            self.known.note(func, given, out, real)
-        if reads:
-            result = tuple(out.shape) if isinstance(out, torch.Tensor) else out
-            self.note_reading(result, real is not None and not self.known.random(given))
-        return out
-
-    def note_reading(self, result, follows):
-        """What was read of values; `follows`: it follows from the inputs alone."""
-        at = self._call.index if self._call is not None else len(self.graph.calls)
-        self.graph.readings.append((at, result, follows))
-
     def run_node(self, func, args, kwargs):
         if self.paused:
             return func(*args, **kwargs)
@@ -318,26 +265,3 @@ class Recorder:
         ]
         made += [self.value(t) for t in written if not any(self.value(t) is v for v in made)]
         return made
-
-
-def sets_data(func):
-    """Whether a call is `x.data = y`."""
-    return getattr(func, "__name__", "") == "__set__"
-
-
-def hides_gradients(name, func):
-    """Whether a call changes what its operators show of gradients."""
-    return sets_data(func) or name in ("register_hook", "retain_grad")
-
-
-def settings_of(module):
-    """The attributes of a module that may choose what it computes, and that a user may change:
-    flags, strings, what is None; of one of torch.nn its numbers too, which no forward of theirs
-    changes."""
-    plain = [bool, str, NoneType]
-    if type(module).__module__.startswith("torch.nn."):
-        plain += [int, float]
-    return {name: x for name, x in vars(module).items() if type(x) in plain and name not in _TORCHS}
-
-
-_TORCHS = set(vars(nn.Module()))  # what torch itself keeps of every module
