@@ -1,23 +1,28 @@
-"""Files of safetensors: headers, indices, and where in a file the bytes of a block of a tensor are.
+"""Files of safetensors: what is in those of a source, how one is laid out, and which blocks of
+tensors are read and written at a time.
 
 The format (https://github.com/huggingface/safetensors#format): the length of the header in 8 bytes,
 the header as JSON, {name: {dtype, shape, data_offsets}}, the bytes.
 """
 
+import contextlib
 import json
-import os
 import struct
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from math import prod
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor
 
-SINGLE, INDEX = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-)  # the names that transformers looks for
+from .chunks import Chunk, chunks
+
+# The names that transformers looks for.
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -37,132 +42,93 @@ DTYPES = {
     "C64": torch.complex64,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_BUFFER = 1 << 20  # bytes of a tensor that are read or written at a time
+
+
+# ---- what is in files
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor in a file: it begins at byte `start`."""
+    """A tensor in a file."""
 
     path: Path
-    dtype: torch.dtype
-    shape: tuple
-    start: int
+    name: str
+    shape: tuple[int, ...]
 
 
-def entries_of(source):
-    """name -> Entry of a file, an index, or a folder."""
-    if source.is_dir():
-        files = [source / n for n in (SINGLE, INDEX) if (source / n).is_file()]
-        files = (
-            files
-            or list(source.glob("*.safetensors.index.json"))
-            or list(source.glob("*.safetensors"))
-        )
-        if not files or len(files) > 1 and files[0].name != SINGLE:
-            what = f"{SINGLE}, {INDEX}, or one other .safetensors file or index in {source}"
-            raise FileNotFoundError(
-                f"expected {what}, found {sorted(f.name for f in files) or 'none'}"
-            )
-        source = files[0]
-    if not source.is_file():
-        raise FileNotFoundError(
-            f"expected a safetensors file, an index of such, or a folder with one: no {source}"
-        )
-    if source.suffix != ".json":
-        return header_of(source)
+def open_file(path: Path) -> Any:
+    """The safetensors package's view of a file, to be used in a `with`. It maps the file to memory:
+    what was read of it counts as this process's memory until it is closed."""
     try:
-        index = dict(json.loads(source.read_text())["weight_map"])
-        files = {name: header_of(source.parent / name) for name in sorted(set(index.values()))}
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise ValueError(
-            f"{source}: expected an index of safetensors files, found something else: {e!r}"
+        from safetensors import SafetensorError, safe_open
+    except ImportError as e:
+        raise ImportError(
+            "load_safetensors needs the safetensors package: pip install safetensors"
         ) from e
-    absent = [n for n, file in index.items() if n not in files[file]]
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as e:
+        raise ValueError(
+            f"{path}: expected a whole safetensors file, found another, or a part of one: {e}"
+        ) from e
+
+
+def entries_of(source: Path) -> dict[str, Entry]:
+    """name -> Entry of a file, an index, or a folder."""
+    path = _the_one_in(source) if source.is_dir() else source
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"expected a safetensors file, an index of such, or a folder with one: no {path}"
+        )
+    return _entries_of_index(path) if path.suffix == ".json" else _entries_of_file(path)
+
+
+def _the_one_in(folder: Path) -> Path:
+    """The file or index in a folder that is meant: those that transformers looks for come first."""
+    for pattern in (SINGLE, INDEX, "*.safetensors.index.json", "*.safetensors"):
+        found = list(folder.glob(pattern))
+        if found:
+            break
+    if len(found) != 1:
+        raise FileNotFoundError(
+            f"expected {SINGLE}, {INDEX}, or one other .safetensors file or index in {folder},"
+            f" found {sorted(f.name for f in found) or 'none'}"
+        )
+    return found[0]
+
+
+def _entries_of_file(path: Path) -> dict[str, Entry]:
+    with open_file(path) as file:
+        return {n: Entry(path, n, tuple(file.get_slice(n).get_shape())) for n in file.keys()}
+
+
+def _entries_of_index(path: Path) -> dict[str, Entry]:
+    try:
+        index = dict(json.loads(path.read_text())["weight_map"])
+        files = {file: _entries_of_file(path.parent / file) for file in sorted({*index.values()})}
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(
+            f"{path}: expected an index of safetensors files, found something else: {e!r}"
+        ) from e
+    absent = [name for name, file in index.items() if name not in files[file]]
     if absent:
         raise ValueError(
-            f"{source}: expected what it lists in its files, found none of {', '.join(absent)}"
+            f"{path}: expected what it lists in its files, found none of {', '.join(absent)}"
         )
-    return {n: files[file][n] for n, file in index.items()}
+    return {name: files[file][name] for name, file in index.items()}
 
 
-def header_of(path):
-    """name -> Entry of one file. Raises ValueError, as safetensors itself does, unless the header's
-    tensors fill the rest of the file exactly."""
-    try:
-        with open(path, "rb") as f:
-            size = os.fstat(f.fileno()).st_size
-            (length,) = struct.unpack("<Q", f.read(8))
-            if length > size - 8:
-                raise ValueError(f"a header of {length} bytes in a file of {size}")
-            header = json.loads(f.read(length).decode(), object_pairs_hook=_without_doubles)
-        _check_metadata(header.pop("__metadata__", {}))
-        spans = {name: _span(name, e, size - 8 - length) for name, e in header.items()}
-        _check_filled(spans, size - 8 - length)
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError) as e:
-        raise ValueError(
-            f"{path}: expected a whole safetensors file, found another, or a part of one: {e!r}"
-        ) from e
-    return {
-        name: Entry(path, dtype, shape, 8 + length + start)
-        for name, (start, _, dtype, shape) in spans.items()
-    }
+# ---- how a file is laid out
 
 
-def _without_doubles(pairs):
-    """A dict of JSON's, in which each name is there once."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(n for n in names if names.count(n) > 1)} is there twice")
-    return found
-
-
-def _check_metadata(metadata):
-    if not isinstance(metadata, dict) or not all(
-        isinstance(text, str) for text in metadata.values()
-    ):
-        raise ValueError(f"a __metadata__ that is no map of texts: {metadata!r}")
-
-
-def _span(name, entry, room):
-    """(start, end, dtype, shape) of a tensor, in the bytes after the header."""
-    (start, end), shape, dtype = (
-        entry["data_offsets"],
-        tuple(entry["shape"]),
-        DTYPES.get(entry["dtype"]),
-    )
-    whole = all(type(n) is int and n >= 0 for n in (start, end, *shape))
-    if (
-        dtype is None
-        or not whole
-        or not start <= end <= room
-        or end - start != prod(shape) * dtype.itemsize
-    ):
-        raise ValueError(f"{name} of {entry} in a file of {room} bytes after its header")
-    return start, end, dtype, shape
-
-
-def _check_filled(spans, room):
-    """Tensors lie one behind the other, to the end."""
-    filled, last = 0, "the header"
-    for name, (start, end, *_) in sorted(spans.items(), key=lambda span: span[1][:2]):
-        if start != filled:
-            what = (
-                "overlaps with"
-                if start < filled
-                else f"begins {start - filled} bytes after the end of"
-            )
-            raise ValueError(f"{name} {what} {last}")
-        filled, last = end, name
-    if filled != room:
-        raise ValueError(f"{room - filled} bytes after the end of {last}, the last tensor")
-
-
-def start_file(path, held):
-    """Make a file of its full size, with its header."""
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+def layout_of(tensors: Mapping[str, Tensor]) -> tuple[bytes, dict[str, int], int]:
+    """(the header of the file that has these tensors, the byte at which each begins, the size of
+    the file): the same on every rank."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
     # The widest dtypes first: else some tensors begin at odd bytes, which readers refuse.
-    for name, t in sorted(held.items(), key=lambda x: -x[1].dtype.itemsize):
+    for name, t in sorted(tensors.items(), key=lambda x: -x[1].dtype.itemsize):
         start, end = end, end + t.nbytes
         header[name] = {
             "dtype": NAMES[t.dtype],
@@ -171,38 +137,71 @@ def start_file(path, held):
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as f:
-        f.write(struct.pack("<Q", len(text)) + text)
-        f.truncate(8 + len(text) + end)
+    first = 8 + len(text)
+    starts = {name: first + header[name]["data_offsets"][0] for name in tensors}
+    return struct.pack("<Q", len(text)) + text, starts, first + end
 
 
-def pieces(offsets, block, most):
-    """Yield (offsets, view) of blocks of at most so many elements, which are a block together."""
-    dim = next((d for d, n in enumerate(block.shape) if n > 1), None)
-    if block.numel() <= most or dim is None:
+# ---- blocks
+
+
+def read(wanted: Mapping[Tensor, Entry], total: int, bar: Any) -> None:
+    """Read this rank's blocks of tensors, `total` bytes in all. What is read of a file counts as
+    this rank's memory until the file is closed: it is opened anew after a fiftieth of the total."""
+    parts = (
+        (entry, offsets, part)
+        for t, entry in wanted.items()
+        for chunk in chunks(t)
+        for offsets, part in _pieces(entry.shape, chunk)
+    )
+    path, most = None, max(1, total // (50 * _BUFFER))
+    with contextlib.ExitStack() as opened:
+        for i, (entry, offsets, part) in enumerate(parts):
+            if entry.path != path or i % most == 0:
+                opened.close()
+                path, file = entry.path, opened.enter_context(open_file(entry.path))
+            at = tuple(slice(o, o + n) for o, n in zip(offsets, part.shape))
+            part.copy_(file.get_slice(entry.name)[at])
+            bar.update(part.nbytes)
+
+
+def write(file: BinaryIO, t: Tensor, start: int, bar: Any) -> None:
+    """Write this rank's blocks of a tensor that begins at a byte of a file."""
+    buffer = memoryview(bytearray(_BUFFER))
+    for chunk in chunks(t):
+        for offsets, part in _pieces(t.shape, chunk):
+            beside = torch.frombuffer(buffer, dtype=t.dtype, count=part.numel())
+            beside.view(part.shape).copy_(part)
+            begins, length = _runs(t.shape, offsets, part.shape)
+            size = length * t.dtype.itemsize
+            for i, begin in enumerate(begins):
+                file.seek(start + begin * t.dtype.itemsize)
+                file.write(buffer[i * size : (i + 1) * size])
+            bar.update(part.nbytes)
+
+
+def _pieces(shape: tuple[int, ...], chunk: Chunk) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    """Yield (offsets, view) of blocks which are a chunk of a tensor together. Of each, the first
+    and the last element are at most 1 MB apart: of some columns, all of a row is between them."""
+    offsets, block = chunk.offsets, chunk.tensor
+    dim = next((d for d, n in enumerate(block.shape) if n > 1), len(shape))
+    size = block.dtype.itemsize * prod((*block.shape[dim : dim + 1], *shape[dim + 1 :]))
+    if size > _BUFFER:
+        rows = max(1, _BUFFER * block.shape[dim] // size)
+        for i, part in enumerate(block.split(rows, dim)):
+            at = (*offsets[:dim], offsets[dim] + i * rows, *offsets[dim + 1 :])
+            yield from _pieces(shape, Chunk(at, part))
+    elif block.numel():
         yield offsets, block
-        return
-    rows = max(1, most * block.shape[dim] // block.numel())
-    for i, part in enumerate(block.split(rows, dim)):
-        yield from pieces(
-            (*offsets[:dim], offsets[dim] + i * rows, *offsets[dim + 1 :]), part, most
-        )
 
 
-def runs(shape, offsets, block):
+def _runs(
+    shape: tuple[int, ...], offsets: tuple[int, ...], block: tuple[int, ...]
+) -> tuple[Iterable[int], int]:
     """(where each contiguous run of a block begins in a tensor, in the block's order; their
     length), in elements."""
     last = max((d for d, n in enumerate(shape) if block[d] != n), default=0)
     strides = [prod(shape[d + 1 :]) for d in range(len(shape))]
-    outer = [range(o * s, (o + n) * s, s) for o, s, n in zip(offsets, strides, block[:last])]
+    ranges = [range(o * s, (o + n) * s, s) for o, s, n in zip(offsets, strides, block[:last])]
     base = sum(o * s for o, s in zip(offsets[last:], strides[last:]))
-    return (base + sum(at) for at in product(*outer)), prod(block[last:])
-
-
-def move(call, fd, view, at):
-    """Read or write all bytes of a view, at a place of a file."""
-    while view:
-        done = call(fd, [view], at)
-        if not done:
-            raise OSError("the file ends early: it was changed while it was read")
-        view, at = view[done:], at + done
+    return (base + sum(at) for at in product(*ranges)), prod(block[last:])

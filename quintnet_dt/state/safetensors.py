@@ -1,8 +1,8 @@
 """Weights in safetensors files, as models are shared: each rank reads and writes its own shards'
 bytes only.
 
-torch.distributed.checkpoint has a reader and a writer of such files: they need the safetensors
-package, and their consolidation is silently wrong with several blocks a rank.
+torch.distributed.checkpoint has a reader and a writer of such files: they are silently wrong with
+several blocks a rank, and what is written must be consolidated by one process.
 """
 
 import contextlib
@@ -10,25 +10,28 @@ import json
 import os
 import re
 import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..together import gather, together
 from .chunks import chunks
-from .files import INDEX, NAMES, SINGLE, entries_of, header_of, move, pieces, runs, start_file
+from .files import INDEX, NAMES, SINGLE, Entry, entries_of, layout_of, read, write
 from .given import check_device, check_function, check_model, path_of
 from .meta import Places, materialize
-
-_BUFFER = 1 << 20  # bytes of a tensor that are in memory beside it
 
 
 def load_safetensors(source, model, *, strict=True, device=None, init=None, progress=True):
     """Fill a model, whole or sharded, live or on the meta device, from safetensors files; each rank
     reads the bytes of its own shards.
 
-    Beside the shards a rank needs 1 MB. Values are cast to the model's dtype, as by
+    Beside the shards a rank needs 2 % of them, or 1 MB. Values are cast to the model's dtype, as by
     `load_state_dict`. Of tied weights the file may hold any one (of several, the last is read).
     Names are those of the model's state_dict; no prefix is guessed. Call it on every rank of the
     world.
@@ -49,42 +52,30 @@ def load_safetensors(source, model, *, strict=True, device=None, init=None, prog
     Returns: (missing, unexpected), lists of names as load_state_dict has them.
     Raises: on every rank, before anything is written to the model: FileNotFoundError; TypeError;
     ValueError for files that are not safetensors, or that lists every name that is missing or
-    unexpected and every shape that differs. OSError where reading fails later.
+    unexpected and every shape that differs; ImportError without the safetensors package.
+    OSError where reading fails later.
     """
     with together():
         check_model(model)
         check_function("init", init)
         device = check_device(device)
-        entries, wanted, missing = entries_of(path_of("source", source)), [], []
-        names = _named_tensors(model)
+        entries = entries_of(path_of("source", source))
+        names_of = _names_of(model)
         places = Places(model)
-        wrong = []
-        for t, tied in names:
-            found = [n for n in tied if n in entries]
-            if not found:
-                missing.append(" = ".join(tied))
-            elif tuple(t.shape) != entries[found[-1]].shape:
-                wrong.append(
-                    f"{found[-1]}: expected shape {tuple(t.shape)}, found"
-                    f" {entries[found[-1]].shape}"
-                )
-            else:
-                chunks(t)  # raises for a layout that it does not know
-                wanted.append((t, entries[found[-1]]))
-        unexpected = sorted(entries.keys() - {n for _, tied in names for n in tied})
-        if strict:
-            wrong[:0] = [f"{n}: missing from the file" for n in missing] + [
-                f"{n}: not in the model" for n in unexpected
-            ]
-        if wrong:
-            head = f"{source} does not fit the model, {len(wrong)} of its tensors differ:"
-            raise ValueError("\n  ".join([head, *wrong]))
+        # Of several names of a tensor that are in the files, the last.
+        wanted = {t: entries[n] for t, names in names_of.items() for n in names if n in entries}
+        missing = [" = ".join(names) for t, names in names_of.items() if t not in wanted]
+        unexpected = sorted(entries.keys() - {n for names in names_of.values() for n in names})
+        _check_fit(source, wanted, *((missing, unexpected) if strict else ([], [])))
     with together():
         device = device or places.device()
-        for i, (t, entry) in enumerate(wanted):
-            if t.is_meta:
-                wanted[i] = places.fill(t, torch.empty_like(t.detach(), device=device)), entry
-        _copy(wanted, False, progress)
+        filled = {
+            (places.fill(t, torch.empty_like(t.detach(), device=device)) if t.is_meta else t): entry
+            for t, entry in wanted.items()
+        }
+        total = sum(c.tensor.nbytes for t in filled for c in chunks(t))
+        with _bar(total, "reading", progress) as bar:
+            read(filled, total, bar)
     materialize(model, init, device=device)
     return missing, unexpected
 
@@ -105,205 +96,203 @@ def export_safetensors(folder, model, *, max_shard_size="5GB", progress=True):
     safetensors dtype, or for a wrong max_shard_size; OSError where the folder cannot be written or
     the disk is full.
     """
-    first, files = not dist.is_initialized() or dist.get_rank() == 0, {}
     with together():
         folder = path_of("folder", folder)
         check_model(model)
-    token = gather(secrets.token_hex(8))[0]
+    export = _Export(folder, gather(secrets.token_hex(8))[0], {})
     try:
         with together():
-            state = {tied[0]: t for t, tied in _named_tensors(model)}
-            bad = [
-                f"{n} ({_kind(t)})" for n, t in state.items() if t.is_meta or t.dtype not in NAMES
-            ]
-            if bad:
-                raise ValueError(
-                    "expected tensors with values, of safetensors' dtypes, found others:"
-                    f" {', '.join(bad)}"
-                )
-            files = _split(state, _bytes(max_shard_size))
-            if first:
-                folder.mkdir(parents=True, exist_ok=True)
-                _sweep(folder)
-                for name, held in files.items():
-                    start_file(_partial(folder / name, token), held)
+            export.files.update(_split(_with_values(model), _bytes(max_shard_size)))
+            if _is_first():
+                export.start()
         with together():
-            entries = {}
-            for name in files:
-                if not _partial(folder / name, token).exists():
-                    raise FileNotFoundError(
-                        f"{folder}: expected a folder that all ranks share, found no {name} of"
-                        " rank 0's"
-                    )
-                entries.update(header_of(_partial(folder / name, token)))
-            _copy([(t, entries[n]) for n, t in state.items()], True, progress)
+            export.write(progress)
         with together():
-            if first:
-                _finish(folder, files, getattr(model, "config", None), token)
+            if _is_first():
+                export.finish(getattr(model, "config", None))
     except BaseException:
-        for name in (*files, INDEX) if first else ():
-            with contextlib.suppress(OSError):
-                _partial(folder / name, token).unlink()
+        if _is_first():
+            export.discard()
         raise
 
 
-def _kind(t):
-    return "on meta" if t.is_meta else str(t.dtype)
+def _is_first() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def _partial(path, token):
-    """Where an export writes what will be the file at a path."""
-    return path.with_name(f"{path.name}.partial-{token}")
-
-
-def _sweep(folder):
-    """Remove what exports that were killed have left."""
-    for entry in list(folder.iterdir()):
-        if re.fullmatch(r"model.*\.safetensors(\.index\.json)?\.partial-[0-9a-f]{16}", entry.name):
-            entry.unlink()
-
-
-def _named_tensors(model):
-    """[(tensor, the names that it has in the model's state_dict), ...]."""
-    found = {}
+def _names_of(model: nn.Module) -> dict[Tensor, list[str]]:
+    """The tensors of a model's state_dict, with their names: several where they are tied."""
+    found: dict[Tensor, list[str]] = {}
     for name, t in model.state_dict(keep_vars=True).items():
-        if not isinstance(t, torch.Tensor):
+        if not isinstance(t, Tensor):
             raise ValueError(
                 f"{name}: expected a tensor in the model's state_dict, found {type(t).__name__}"
             )
-        found.setdefault(id(t), (t, []))[1].append(name)
-    return list(found.values())
+        found.setdefault(t, []).append(name)
+    return found
+
+
+def _check_fit(
+    source: Any, wanted: dict[Tensor, Entry], missing: list[str], unexpected: list[str]
+) -> None:
+    """Raise one error for all that does not fit."""
+    wrong = [
+        *(f"{name}: missing from the file" for name in missing),
+        *(f"{name}: not in the model" for name in unexpected),
+        *(
+            f"{entry.name}: expected shape {tuple(t.shape)}, found {entry.shape}"
+            for t, entry in wanted.items()
+            if tuple(t.shape) != entry.shape
+        ),
+    ]
+    if wrong:
+        head = f"{source} does not fit the model, {len(wrong)} of its tensors differ:"
+        raise ValueError("\n  ".join([head, *wrong]))
+    for t in wanted:
+        chunks(t)  # raises for a layout that it does not know
 
 
 # ---- exporting
 
 
-def _bytes(size):
+@dataclass(frozen=True)
+class _Export:
+    """Files that are being written to a folder: {file name: {name: tensor}}, under other names
+    until all is there."""
+
+    folder: Path
+    token: str
+    files: dict[str, dict[str, Tensor]]
+
+    def partial(self, name: str) -> Path:
+        """Where what will be the file of a name is written."""
+        return self.folder / f"{name}.partial-{self.token}"
+
+    def start(self) -> None:
+        """Make all files; what exports that were killed have left goes."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        left = r"model.*\.safetensors(\.index\.json)?\.partial-[0-9a-f]{16}"
+        for path in list(self.folder.iterdir()):
+            if re.fullmatch(left, path.name):
+                path.unlink()
+        for name, tensors in self.files.items():
+            header, _, size = layout_of(tensors)
+            self.partial(name).write_bytes(header)
+            os.truncate(self.partial(name), size)
+
+    def write(self, progress: bool) -> None:
+        """Write this rank's blocks."""
+        own = [t for tensors in self.files.values() for t in tensors.values() if _writes(t)]
+        total = sum(c.tensor.nbytes for t in own for c in chunks(t))
+        with _bar(total, "writing", progress) as bar:
+            for file, tensors in self.files.items():
+                if not self.partial(file).exists():
+                    raise FileNotFoundError(
+                        f"{self.folder}: expected a folder that all ranks share, found no {file} of"
+                        " rank 0's"
+                    )
+                _, starts, _ = layout_of(tensors)
+                with open(self.partial(file), "rb+") as f:
+                    for name, t in tensors.items():
+                        if _writes(t):
+                            write(f, t, starts[name], bar)
+                    f.flush()
+                    os.fsync(f.fileno())  # tells what the disk had no room for
+
+    def finish(self, config: Any) -> None:
+        """Give the files their names, the index last. Those of an earlier export go: they would be
+        mixed with these."""
+        if hasattr(config, "save_pretrained"):
+            config.save_pretrained(self.folder)
+        new = list(self.files)
+        if len(self.files) > 1:
+            size = sum(t.nbytes for tensors in self.files.values() for t in tensors.values())
+            where = {name: file for file, tensors in self.files.items() for name in tensors}
+            text = json.dumps({"metadata": {"total_size": size}, "weight_map": where}, indent=2)
+            self.partial(INDEX).write_text(text + "\n")
+            new.append(INDEX)
+        for old in (
+            self.folder / INDEX,
+            self.folder / SINGLE,
+            *self.folder.glob("model-?????-of-?????.safetensors"),
+        ):
+            if old.name not in new or old.name == INDEX:
+                old.unlink(missing_ok=True)
+        for name in new:
+            self.partial(name).replace(self.folder / name)
+
+    def discard(self) -> None:
+        for name in (*self.files, INDEX):
+            with contextlib.suppress(OSError):
+                self.partial(name).unlink()
+
+
+def _with_values(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a model under their first names. Raises for those that cannot be written."""
+    tensors = {names[0]: t for t, names in _names_of(model).items()}
+    bad = [
+        f"{name} ({'on meta' if t.is_meta else t.dtype})"
+        for name, t in tensors.items()
+        if t.is_meta or t.dtype not in NAMES
+    ]
+    if bad:
+        raise ValueError(
+            f"expected tensors with values, of safetensors' dtypes, found others: {', '.join(bad)}"
+        )
+    return tensors
+
+
+def _bytes(size: Any) -> int:
     """5000000000 of "5GB"."""
+    if type(size) is int and size > 0:
+        return size
     match = re.fullmatch(r"(\d+)\s*([KMGT]?)(I?)B", size.upper()) if isinstance(size, str) else None
-    if match is None and (type(size) is not int or size < 1):
+    if match is None:
         raise ValueError(
             f'max_shard_size: expected bytes, as an int or a text such as "5GB", found {size!r}'
         )
-    return (
-        int(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2] or " ")
-        if match
-        else size
-    )
+    number, power, binary = match.groups()
+    return int(number) * (1024 if binary else 1000) ** " KMGT".index(power or " ")
 
 
-def _split(state, limit):
+def _split(tensors: dict[str, Tensor], limit: int) -> dict[str, dict[str, Tensor]]:
     """file name -> {name: tensor}, in order, each of at most `limit` bytes, or of one tensor."""
-    parts, room = [{}], limit
-    for name, t in state.items():
+    parts: list[dict[str, Tensor]] = [{}]
+    room = limit
+    for name, t in tensors.items():
         room -= t.nbytes
         if room < 0 and parts[-1]:
             parts.append({})
             room = limit - t.nbytes
         parts[-1][name] = t
     n = len(parts)
-    return {
-        SINGLE if n == 1 else f"model-{i:05}-of-{n:05}.safetensors": part
-        for i, part in enumerate(parts, 1)
-    }
+    if n == 1:
+        return {SINGLE: parts[0]}
+    return {f"model-{i:05}-of-{n:05}.safetensors": part for i, part in enumerate(parts, 1)}
 
 
-def _finish(folder, files, config, token):
-    """Give the files their names, the index last. Those of an earlier export go: they would be
-    mixed with these."""
-    if hasattr(config, "save_pretrained"):
-        config.save_pretrained(folder)
-    new = [*files, INDEX] if len(files) > 1 else [*files]
-    if len(files) > 1:
-        size = sum(t.nbytes for held in files.values() for t in held.values())
-        where = {name: file for file, held in files.items() for name in held}
-        text = json.dumps({"metadata": {"total_size": size}, "weight_map": where}, indent=2)
-        _partial(folder / INDEX, token).write_text(text + "\n")
-    for old in [
-        *folder.glob(INDEX),
-        *folder.glob(SINGLE),
-        *folder.glob("model-?????-of-?????.safetensors"),
-    ]:
-        if old.name not in new or old.name == INDEX:
-            old.unlink()
-    for name in new:
-        _partial(folder / name, token).replace(folder / name)
-
-
-# ---- bytes
-
-
-def _copy(pairs, write, progress):
-    """Read this rank's blocks of (tensor, Entry) pairs from their files, or write them there."""
-    blocks = [
-        (c, entry)
-        for t, entry in pairs
-        if not write or _writes(t)
-        for c in chunks(t)
-        if c.tensor.numel()
-    ]
-    total, buffer, fds = (
-        sum(c.tensor.numel() * e.dtype.itemsize for c, e in blocks),
-        bytearray(_BUFFER),
-        {},
-    )
-    with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(_bar(total, "writing" if write else "reading", progress))
-        call = os.pwritev if write else os.preadv
-        for chunk, entry in blocks:
-            if entry.path not in fds:
-                fds[entry.path] = os.open(entry.path, os.O_WRONLY if write else os.O_RDONLY)
-                stack.callback(os.close, fds[entry.path])
-            size = entry.dtype.itemsize
-            for offsets, part in pieces(chunk.offsets, chunk.tensor, _BUFFER // size):
-                beside = torch.frombuffer(buffer, dtype=entry.dtype, count=part.numel()).view(
-                    part.shape
-                )
-                if write:
-                    beside.copy_(part)
-                starts, length = runs(entry.shape, offsets, part.shape)
-                view = memoryview(buffer)
-                for start in starts:
-                    move(call, fds[entry.path], view[: length * size], entry.start + start * size)
-                    view = view[length * size :]
-                if not write:
-                    part.copy_(beside)
-                bar.update(part.numel() * size)
-        for fd in fds.values() if write else ():
-            os.fsync(fd)  # tells what the disk had no room for
-
-
-def _writes(t):
+def _writes(t: Tensor) -> bool:
     """Whether this rank is the one that writes its blocks of a tensor, of those that hold the
     same."""
-    rank = dist.get_rank() if dist.is_initialized() else 0
     if not isinstance(t, DTensor):
-        return rank == 0
+        return _is_first()
     mesh = t.device_mesh
-    if not (mesh.mesh == 0).any():
-        if rank == 0:
-            raise ValueError(
-                "expected rank 0 to hold a part of every tensor, found one on ranks"
-                f" {mesh.mesh.tolist()}"
-            )
-        return False  # ranks in rank 0's mesh hold the same
-    at = mesh.get_coordinate()
-    return at is not None and not any(i for i, p in zip(at, t.placements) if p.is_replicate())
+    if (mesh.mesh == 0).any():
+        at = mesh.get_coordinate()
+        return at is not None and not any(i for i, p in zip(at, t.placements) if p.is_replicate())
+    if _is_first():
+        raise ValueError(
+            "expected rank 0 to hold a part of every tensor, found one on ranks"
+            f" {mesh.mesh.tolist()}"
+        )
+    return False  # ranks in rank 0's mesh hold the same
 
 
-def _bar(total, what, progress):
+def _bar(total: int, what: str, progress: bool) -> Any:
     """tqdm's bar on rank 0; where it is not installed, none."""
-    shown = progress and (not dist.is_initialized() or dist.get_rank() == 0)
+    shown = progress and _is_first()
     with contextlib.suppress(ImportError):
         from tqdm import tqdm
 
         return tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=not shown)
-    return _NoBar()
-
-
-class _NoBar(contextlib.nullcontext):
-    def __enter__(self):
-        return self
-
-    def update(self, n):
-        pass
+    return contextlib.nullcontext(SimpleNamespace(update=lambda n: None))
