@@ -15,12 +15,13 @@ from .keys import ModulePath
 from .layers import ModelParameters, ShardedModule
 from .make_plan import Planned
 from .parts import modules, named_modules, named_parameters, scripts
+from .places import parameter_owners
 from .plan import TensorParallelPlan
 from .planning.paths import Paths
 from .running.context import Context
 from .running.install import unhook
 from .running.program import Program
-from .running.structure import Structures, parameter_owners
+from .running.structure import Structures
 from .running.weights import Weights
 from .together import together
 from .tracing.composites import adapt

@@ -2,7 +2,7 @@
 written for it."""
 
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import Any
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -15,15 +15,12 @@ from .axes.action import ADD_ONCE, GATHER, SPLIT, SUM, SUM_GRADIENT, Action, OnS
 from .axes.split import Split
 from .carried import distribute
 from .keys import ModulePath, ParamName
+from .places import Owners, parameter_owners
 from .processgroup import ProcessGroupManager
 from .running.context import Context
 from .running.install import hook
 from .running.program import CallProgram, Program
-from .running.structure import parameter_owners
 from .state.loading import place_on_load
-
-# Parameter -> every (module, attribute) that holds it.
-Owners: TypeAlias = dict[ParamName, list[tuple[nn.Module, str]]]
 
 
 class ModelParameters:

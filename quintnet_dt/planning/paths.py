@@ -14,6 +14,7 @@ from ..agreement import agree_on, check_batch, in_pipeline
 from ..around import look_around, undisturbed
 from ..in_step import CHECKED, Apart, InStep
 from ..keys import ModulePath
+from ..places import Owners
 from ..plan import TensorParallelPlan
 from ..private import as_compiled
 from ..running.record import UserCall
@@ -68,7 +69,7 @@ class Paths:
     def programs(
         self,
         path: ModulePath,
-        owners: dict,
+        owners: Owners,
         module: nn.Module,
         args: tuple,
         kwargs: dict,

@@ -11,12 +11,13 @@ from torch import nn
 
 from ..fsdp import quieten
 from ..keys import ModulePath
+from ..places import Owners
 from ..private import compiling, not_compiled, top_not_compiled, transforms_aside, within_compiled
 from ..tracing.user_hooks import hooks_of, user_hooks
 from ..utils import quiet
 from .calls import calls
 from .context import Context
-from .params import Owners, Params
+from .params import Params
 from .program import NOTHING, Program
 from .record import Ended, Running, Started, Starts
 from .shown import hide

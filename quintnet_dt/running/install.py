@@ -5,9 +5,10 @@ import threading
 from torch.utils.hooks import RemovableHandle
 
 from ..parts import named_modules
+from ..places import parameter_owners
 from ..tracing.user_hooks import hooks_of, passed, put_last, user_hooks
 from .hooks import ModuleHooks
-from .structure import hooks_on, parameter_owners
+from .structure import hooks_on
 
 OUR_ID = (
     -2

@@ -1,20 +1,16 @@
 """The parameters that one module reads: shown to it as local tensors while it runs."""
 
-from typing import TypeAlias
-
 import torch
 from torch.distributed.tensor import DTensor
 
 from ..axes.action import Action
 from ..ddp import is_local
 from ..keys import ParamName
+from ..places import Owners, Place, put
 from ..private import as_parameter, compiling
 from .context import Context
 from .program import Program
-from .shown import Place, Shown, keep_data, show, writable
-
-# Every place that holds a parameter.
-Owners: TypeAlias = dict[ParamName, list[Place]]
+from .shown import Shown, keep_data, writable
 
 
 class Params:
@@ -45,7 +41,7 @@ class Params:
             else:
                 one = self.shown(place, owner._parameters[attr], actions, written)
                 if one is not None:
-                    show(owner, attr, one.tensor)
+                    put(owner, attr, one.tensor)
                     shown.append(one)
 
     def shown(

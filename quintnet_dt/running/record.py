@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from ..places import Owners
 from .program import CallProgram, Program
 
 
@@ -11,7 +12,7 @@ class UserCall(NamedTuple):
     parameter_owners gives them; `compiled`: by torch.compile."""
 
     path: str
-    owners: dict
+    owners: Owners
     module: Any
     args: tuple
     kwargs: dict

@@ -4,9 +4,9 @@ import contextlib
 from typing import NamedTuple
 
 import torch
-from torch import nn
 from torch.distributed.tensor import DTensor
 
+from ..places import Place, put
 from ..utils import quiet
 
 
@@ -29,13 +29,6 @@ def writable(x):
     return _Writable.apply(x)
 
 
-class Place(NamedTuple):
-    """Where a parameter is: an attribute of a module."""
-
-    owner: nn.Module
-    attr: str
-
-
 class Shown(NamedTuple):
     """A parameter that is shown: what was there before, and the tensor; the DTensor, and its local
     tensor that it is made of."""
@@ -49,36 +42,13 @@ class Shown(NamedTuple):
     written: bool  # the forward writes to it
 
 
-def show(owner, attr, tensor):
-    """Let a module's parameter be `tensor`, by whatever way it is read."""
-    if type(owner).__setattr__ is not nn.Module.__setattr__:
-        _tell(owner, attr, tensor)
-    owner._parameters[attr] = tensor
-
-
-def _tell(owner, attr, tensor):
-    """A module that notes what its attributes are set to, as nn.LSTM does in a list, is told. Its
-    parameters stay in their order."""
-    params = owner._parameters
-    later = list(params)[list(params).index(attr) + 1 :]
-    del params[attr]
-    marked = vars(tensor).pop("_is_param", None)  # a Parameter would have to be a leaf
-    setattr(owner, attr, tensor)
-    if marked is not None:
-        tensor._is_param = marked
-    vars(owner).pop(attr, None)
-    params[attr] = tensor
-    for name in later:
-        params[name] = params.pop(name)
-
-
 def hide(shown):
-    """End `show`. What the forward assigned to the `.data` of the tensor is the parameter's."""
+    """Put back what was there before. What the forward assigned to the `.data` of the tensor is the parameter's."""
     (owner, attr), before, tensor = shown.place, shown.before, shown.tensor
     if shown.written:
         keep_data(shown.param, shown.local)
     if owner._parameters.get(attr) is tensor:
-        show(owner, attr, before)
+        put(owner, attr, before)
 
 
 def keep_data(param, local):
@@ -113,4 +83,4 @@ def put_back(context):
         yield
     finally:
         for s in shown:
-            show(*s.place, s.tensor)
+            put(*s.place, s.tensor)

@@ -5,10 +5,10 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from ..keys import ModulePath, ParamName
-from ..parts import modules, named_parameters
+from ..keys import ModulePath
+from ..parts import modules
+from ..places import Owners
 from ..tracing.user_hooks import PASSED
-from .shown import Place
 
 
 class Hooks:
@@ -17,7 +17,7 @@ class Hooks:
 
     context: Any  # the Context of the model
     path: ModulePath
-    owners: dict[ParamName, list[Place]]
+    owners: Owners
     quieted: bool  # whether FSDP2's hooks on it were told to run uncounted
     pre_hooks: int  # how many it had when its parameters were looked at
 
@@ -100,15 +100,3 @@ def pass_added(module: nn.Module) -> None:
     for m in modules(module):
         if hooks_on(m) is None:
             vars(m)[PASSED] = True
-
-
-def parameter_owners(model: nn.Module) -> dict[ParamName, list[Place]]:
-    """Parameter name (the first of tied ones) -> (module, attribute) of every place that holds
-    it."""
-    names = {id(p): name for name, p in named_parameters(model)}
-    owners: dict[ParamName, list[Place]] = {}
-    for module in modules(model):
-        for attr, p in module._parameters.items():
-            if p is not None:
-                owners.setdefault(names[id(p)], []).append(Place(module, attr))
-    return owners

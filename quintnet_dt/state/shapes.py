@@ -7,6 +7,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..huggingface import unmarked
+from ..places import stand_in
 from .given import check_model
 
 
@@ -26,25 +27,20 @@ def whole_shapes(model):
     Raises TypeError for what is no nn.Module.
     """
     check_model(model)
-    real = {}
-    for module in model.modules():
-        for attr, p in module._parameters.items():
-            if isinstance(p, DTensor):
-                if id(p) not in real:
-                    nan = torch.full(
-                        (),
-                        torch.nan if p.dtype.is_floating_point else 0,
-                        dtype=p.dtype,
-                        device=p.device,
-                    )
-                    real[id(p)] = nn.Parameter(nan.expand(p.shape), p.requires_grad), p
-                module._parameters[attr] = real[id(p)][0]
+    real = {id(p): p for p in model.parameters() if isinstance(p, DTensor)}
+    shown = {i: _without_values(p) for i, p in real.items()}
+    stand_in(model, shown)
     try:
         with unmarked(model):
             yield model
     finally:
-        back = {id(shown): p for shown, p in real.values()}
-        for module in model.modules():
-            for attr, shown in module._parameters.items():
-                if id(shown) in back:
-                    module._parameters[attr] = back[id(shown)].requires_grad_(shown.requires_grad)
+        for i, p in real.items():
+            p.requires_grad_(shown[i].requires_grad)
+        stand_in(model, {id(shown[i]): p for i, p in real.items()})
+
+
+def _without_values(p):
+    """A plain parameter of the shape of a DTensor."""
+    value = torch.nan if p.dtype.is_floating_point else 0
+    one = torch.full((), value, dtype=p.dtype, device=p.device)
+    return nn.Parameter(one.expand(p.shape), p.requires_grad)
