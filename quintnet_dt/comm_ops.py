@@ -2,7 +2,7 @@
 
 ``x_r`` is rank r's tensor. A tensor is *replicated* where every rank holds the same (its gradient
 is then the same everywhere too); else it *varies*, and each rank holds the gradient of its own. Six
-operators in three pairs (and `exchange`): the backward of each is the forward of its partner, so
+operators in three pairs: the backward of each is the forward of its partner, so
 gradients of any order are right.
 
     all_reduce      varies -> replicated    y   = sum_r x_r
@@ -21,80 +21,17 @@ or none does. Inputs and incoming gradients are never modified. A group of one c
 and gives the input itself back.
 """
 
-from dataclasses import dataclass
-from typing import NamedTuple, Sequence
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.distributed import ProcessGroup
 
-from .private import SINCE_2_13
+from .groups import Group, SimulatedGroup, Sizes, chunk_sizes, group_rank, group_size
 
 # 2.13 has new names for these and warns of the old ones; 2.11 has only the old.
 _gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-
-@dataclass(frozen=True)
-class SimulatedGroup:
-    """A group whose other ranks are imagined to hold what this one holds. ValueError unless ``0 <=
-    rank < size``.
-
-    Its collectives communicate nothing and give tensors of the right shape, fake tensors too: a
-    plan can be proved and costed in one process. Where lengths differ, the others hold this rank's
-    tensor cut to theirs, or zero-filled.
-    """
-
-    rank: int
-    size: int
-
-    def __post_init__(self):
-        if not 0 <= self.rank < self.size:
-            raise ValueError(f"expected 0 <= rank < size, found {self}")
-
-
-Group = ProcessGroup | SimulatedGroup
-Sizes = Sequence[int] | None
-
-
-def group_of(mesh) -> Group:
-    """The group of a 1-D DeviceMesh; of one rank, one that outlives its process group, which it
-    does not need."""
-    return SimulatedGroup(0, 1) if mesh.size() == 1 else mesh.get_group()
-
-
-def group_rank(group: Group) -> int:
-    """This process's rank in ``group``, from 0."""
-    return group.rank if isinstance(group, SimulatedGroup) else group.rank()
-
-
-def group_size(group: Group) -> int:
-    """The number of ranks in ``group``; ValueError if it is no group of this rank's."""
-    if isinstance(group, SimulatedGroup):
-        return group.size
-    if not isinstance(group, ProcessGroup):  # new_group gives outsiders an int
-        found = f"found {group!r}; of a DeviceMesh pass mesh.get_group()"
-        raise ValueError(
-            f"expected a ProcessGroup that this rank is in, or a SimulatedGroup, {found}"
-        )
-    if not SINCE_2_13 and torch.compiler.is_compiling():
-        raise RuntimeError(
-            f"torch.compile of collectives: expected torch 2.13 or newer, found {torch.__version__}"
-        )
-    return group.size()
-
-
-def chunk_sizes(length: int, n: int) -> list[int]:
-    """The lengths of a dim's n parts, as ``torch.chunk`` and DTensor's Shard cut it: ``ceil(length
-    / n)`` while that lasts. 10 over 4 is 3, 3, 3, 1; 3 over 4 is 1, 1, 1, 0. Raises ValueError if
-    ``length < 0`` or ``n < 1``."""
-    if length < 0 or n < 1:
-        raise ValueError(f"expected length >= 0 and n >= 1, found {length} and {n}")
-    full = -(-length // n)
-    return [min(full, max(0, length - full * r)) for r in range(n)]
 
 
 # --- The functions to call: each gives contiguous memory of its own, but for copy_in.
@@ -150,23 +87,6 @@ def reduce_scatter(x: Tensor, dim: int, group: Group, sizes: Sizes = None) -> Te
     ``x`` varies."""
     dim, sizes = _check(x, dim, group, sizes, whole=True)
     return x if group_size(group) == 1 else ReduceScatter.apply(x, dim, group, sizes)
-
-
-def exchange(x: Tensor, dim: int, group: Group, positions: Tensor) -> Tensor:
-    """``y_r = X[positions[r]]`` along ``dim``, of the whole ``X`` whose part r, by `chunk_sizes`,
-    is ``x_r``; ``dx`` goes back the same way.
-
-    ``positions`` is (ranks, length): every index of ``X`` once, increasing for each rank. An
-    all-to-all, for weights whose rows are stored in another order than they are used in. Returns
-    (..., length, ...).
-    """
-    simulated = isinstance(group, SimulatedGroup)  # on fake tensors no positions can be worked out
-    route = (
-        Route(x.shape[dim], positions.shape[1])
-        if simulated
-        else Route.of(positions, group_rank(group))
-    )
-    return x if group_size(group) == 1 else Exchange.apply(x, dim % x.dim(), group, route, False)
 
 
 # --- The autograd functions. Backward is the partner's function: differentiable again. Gradients
@@ -271,58 +191,6 @@ class ReduceScatter(Function):
 def _filled(x, dim, length):
     """``x`` with zeros after it, up to a length along one dim."""
     return F.pad(x, [0, 0] * (x.dim() - 1 - dim) + [0, length - x.shape[dim]])
-
-
-class Route(NamedTuple):
-    """Which rows an exchange moves, as one rank knows it."""
-
-    stored: int  # how many rows this rank has
-    used: int  # how many it gets
-    rows: Tensor | None = None  # those that it has, in the order in which they are sent
-    given: list | None = None  # how many of them to each rank
-    taken: list | None = None  # how many come from each rank
-
-    @classmethod
-    def of(cls, positions, rank):
-        sizes = chunk_sizes(positions.numel(), len(positions))
-        owners = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))[
-            positions
-        ]  # (ranks, length)
-        given = [p[o == rank] - sum(sizes[:rank]) for p, o in zip(positions, owners)]
-        taken = torch.bincount(owners[rank], minlength=len(sizes)).tolist()
-        return cls(
-            sizes[rank], positions.shape[1], torch.cat(given), [len(g) for g in given], taken
-        )
-
-
-class Exchange(Function):
-    """Rows to the ranks that use them; ``back``: the same rows to the ranks that they came from."""
-
-    @staticmethod
-    def forward(ctx, x, dim, group, route, back):
-        ctx.args = dim, group, route, not back
-        if isinstance(group, SimulatedGroup):
-            length = route.stored if back else route.used
-            return x.new_zeros((*x.shape[:dim], length, *x.shape[dim + 1 :]))
-        rows = x.movedim(dim, 0)
-        if not back:
-            y = _swap(rows[route.rows], route.given, route.taken, group)
-        else:
-            came = _swap(rows, route.taken, route.given, group)
-            y = torch.empty_like(came)
-            y[route.rows] = came
-        return y if dim == 0 else y.movedim(0, dim).clone(memory_format=torch.contiguous_format)
-
-    @staticmethod
-    def backward(ctx, dy):
-        return Exchange.apply(dy, *ctx.args), None, None, None, None
-
-
-def _swap(x, given, taken, group):
-    """Rows to every rank and rows from every rank: so many each."""
-    y = x.new_empty((sum(taken), *x.shape[1:]))
-    dist.all_to_all_single(y, x.contiguous(), taken, given, group=group)
-    return y
 
 
 def _check(x: Tensor, dim: int, group: Group, sizes: Sizes, whole: bool) -> tuple[int, Sizes]:

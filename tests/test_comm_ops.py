@@ -20,18 +20,9 @@ from torch.distributed import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from quintnet_dt import comm_ops
-from quintnet_dt.comm_ops import (
-    SimulatedGroup,
-    all_gather,
-    all_reduce,
-    chunk_sizes,
-    copy_in,
-    exchange,
-    group_rank,
-    group_size,
-    reduce_scatter,
-    split,
-)
+from quintnet_dt.comm_ops import all_gather, all_reduce, copy_in, reduce_scatter, split
+from quintnet_dt.exchange import exchange
+from quintnet_dt.groups import SimulatedGroup, chunk_sizes, group_rank, group_size
 
 VARIES_IN = "all_reduce", "all_gather", "gather_partial", "reduce_scatter", "exchange"
 VARIES_OUT = "copy_in", "split", "gather_partial", "reduce_scatter", "exchange"

@@ -15,7 +15,7 @@ from quintnet_dt.axes import rules
 from quintnet_dt.axes.axes import Axes
 from quintnet_dt.axes.sharding import Axis
 from quintnet_dt.axes.split import NotSplit
-from quintnet_dt.comm_ops import chunk_sizes
+from quintnet_dt.groups import chunk_sizes
 from quintnet_dt.tracing.trace import record
 from quintnet_dt.utils import replace, tensors
 

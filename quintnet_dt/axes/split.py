@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.placement_types import Placement
 
-from ..comm_ops import chunk_sizes
+from ..groups import chunk_sizes
 from ..private import _StridedShard
 
 

@@ -8,7 +8,7 @@ import torch
 
 from ..axes.axes import Axes
 from ..axes.sharding import Axis, LayoutError
-from ..comm_ops import chunk_sizes
+from ..groups import chunk_sizes
 from ..keys import ArgPath
 from ..private import silent_fakes
 from ..running.call_program import resize

@@ -8,7 +8,7 @@ forward's, position by position, and numbers that were written for the whole dim
 from dataclasses import dataclass
 
 from ..axes.split import Range, joined
-from ..comm_ops import chunk_sizes
+from ..groups import chunk_sizes
 from ..running.program import Bound
 from ..utils import leaves
 from .analysis import op_name

@@ -7,8 +7,6 @@ action SUM_GRADIENT (identity forward, all-reduce backward) sums it.
 """
 
 from collections.abc import Iterable
-from itertools import combinations
-from math import prod
 
 from ..axes.action import (
     ADD_ONCE,
@@ -23,14 +21,15 @@ from ..axes.action import (
     OnShard,
 )
 from ..axes.axes import Axes
-from ..axes.sharding import Axis, LayoutError, ShardedParam, Sharding
+from ..axes.sharding import Axis, LayoutError, Sharding
 from ..axes.split import Split
 from ..axes.state import AVERAGED, PARTIAL, State
-from ..keys import ArgPath, ParamName, ValueId
+from ..keys import ArgPath, ValueId
 from ..tracing.graph import Call, Graph, Value
 from .analysis import Analysis
 from .deferral import scaled_by
 from .layout import Layout
+from .stored import Stored, given_axis
 
 
 def lay_out(
@@ -49,37 +48,12 @@ class _Pass:
         self.layout = Layout()
         self.now: dict[ValueId, State] = {}  # after the actions on a value
         self.pending: dict[ValueId, Value] = {}  # partial values, not yet summed or passed on
-        self.gathered: set[ValueId] = set()  # weights that are gathered before their use
+        self.stored = Stored(graph, axes, sharding)
         for name, param in sharding.params.items():
             if name in graph.params:
-                self.start(name, param)
+                self.now[graph.params[name].id] = param.axis
         for i, action in graph.given.items():
-            self.now[i] = self.layout.states[i] = self.given_axis(graph.values[i], action)
-
-    def start(self, name: ParamName, param: ShardedParam) -> None:
-        """A sharded parameter: check that it is stored as its axis needs it."""
-        v = self.graph.params[name]
-        self.now[v.id] = param.axis
-        if param.gathered:
-            self.gathered.add(v.id)
-        elif not param.exchanged:
-            split = param.axis.find(self.axes, v)
-            if not split or (split.dim, split.blocks) != (param.dim, param.blocks):
-                reason = f"{name} lies otherwise in memory than its axis does in it"
-                raise LayoutError(reason, axis=param.axis)
-
-    def given_axis(self, v: Value, action: Action) -> Axis:
-        """The axis of a shard that was kept from an earlier call."""
-        split = action.split
-        factors = self.axes.final(v)[split.dim]
-        for i, j in combinations(range(len(factors) + 1), 2):
-            outer, units = prod(f.size for f in factors[:i]), prod(f.size for f in factors[i:j])
-            if (outer, units) == (split.blocks, split.units):
-                return Axis(tuple(factors[i:j]))
-        raise LayoutError(
-            f"a shard kept from an earlier call, of shape {v.shape}, is used in another way than"
-            " there"
-        )
+            self.now[i] = self.layout.states[i] = given_axis(graph.values[i], action, axes)
 
     def run(self, calls: Iterable[Call]) -> Layout:
         for call in calls:
@@ -122,7 +96,7 @@ class _Pass:
                 raise LayoutError("something keeps what would be a shard", call, axis)
         for v in self.graph.seen.values():
             state = self.now.get(v.id)
-            if state not in (None, PARTIAL) and v.id not in self.gathered:
+            if state not in (None, PARTIAL) and v.id not in self.stored.gathered:
                 raise LayoutError("a hook sees what would be a shard", axis=state)
 
     # What single actions are.
@@ -138,14 +112,6 @@ class _Pass:
         ):
             raise LayoutError("where the axis lies depends on sizes that may vary", axis=axis)
         return split
-
-    def weight_gather(self, v: Value) -> Action:
-        """The gather of a weight as it is stored."""
-        return Action(GATHER, self.sharding.params[v.param].split(v.shape))
-
-    def exchanged(self, v: Value) -> bool:
-        """Whether a value is a weight whose rows are exchanged before its use."""
-        return v.param in self.sharding.params and self.sharding.params[v.param].exchanged
 
     def sum_value(self, v: Value) -> None:
         self.pending.pop(v.id, None)
@@ -180,11 +146,11 @@ class _Pass:
     def take_weights(self, call: Call, state: dict[ValueId, State]) -> None:
         """Weights that are stored otherwise than the call needs them."""
         for path, v in call.inputs.items():
-            if v.id in self.gathered:
+            if v.id in self.stored.gathered:
                 if self.now.get(v.id) is not None:
-                    self.use(call, path, self.weight_gather(v))
+                    self.use(call, path, self.stored.gather(v))
                 state[v.id] = None
-            elif self.exchanged(v):
+            elif self.stored.exchanged(v):
                 self.use(call, path, self.action(EXCHANGE, v, state[v.id]))
 
     def defer(self, call: Call, state: dict[ValueId, State]) -> bool:
@@ -233,8 +199,8 @@ class _Pass:
         for path, v in call.inputs.items():
             if state[v.id] is None or state[v.id] == axis:
                 continue
-            if self.exchanged(v):  # gathered as it is stored, in place of the exchange
-                self.layout.uses[call.index, path] = [self.weight_gather(v)]
+            if self.stored.exchanged(v):  # gathered as it is stored, in place of the exchange
+                self.layout.uses[call.index, path] = [self.stored.gather(v)]
             else:
                 self.use(call, path, self.action(GATHER, v, state[v.id]))
 

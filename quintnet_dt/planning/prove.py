@@ -13,8 +13,8 @@ from torch import nn
 
 from ..axes.axes import Axes
 from ..axes.sharding import LayoutError, Sharding
-from ..comm_ops import SimulatedGroup
 from ..ddp import whole_shape
+from ..groups import SimulatedGroup
 from ..keys import ModulePath
 from ..private import FakeTensorMode
 from ..running.context import Context

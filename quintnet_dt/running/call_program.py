@@ -6,7 +6,7 @@ from typing import Any, Callable
 import torch
 
 from ..axes.action import GATHER, Action
-from ..comm_ops import SimulatedGroup, group_size
+from ..groups import SimulatedGroup, group_size
 from ..keys import ArgPath
 from ..private import RecomputationEnds
 from ..utils import lookup, quiet, replace, tensors

@@ -1,4 +1,4 @@
-"""What the hooks of one model share, and the actions: one collective each on one tensor."""
+"""What the hooks of one model share, and what they do by it: actions on nested arguments."""
 
 import weakref
 from functools import partial
@@ -6,13 +6,13 @@ from functools import partial
 import torch
 from torch.distributed.tensor import DTensor
 
-from .. import comm_ops
 from ..agreement import share_random_state
-from ..axes.action import ADD_ONCE, EXCHANGE, GATHER, MEAN, SPLIT, SUM, SUM_GRADIENT, TO_DTENSOR
-from ..axes.split import Split
+from ..axes.action import TO_DTENSOR
+from ..groups import SimulatedGroup, group_of
 from ..private import at_end_of_backward, compiling
 from ..tracing.user_hooks import user_hooks_of_all
 from ..utils import lookup, quiet, replace
+from .actions import ACTIONS
 
 AGAIN = (
     "the model was changed since (adapters added or merged?); call apply_tensor_parallel on it"
@@ -25,7 +25,7 @@ class Context:
     shares the mesh."""
 
     def __init__(self, mesh=None, group=None):
-        self.mesh, self._group = mesh, group if mesh is None else comm_ops.group_of(mesh)
+        self.mesh, self._group = mesh, group if mesh is None else group_of(mesh)
         self.hooks = []  # every ModuleHooks
         self.hooks_of_all = (
             user_hooks_of_all()
@@ -53,7 +53,7 @@ class Context:
     @property
     def group(self):
         if self._group is None:
-            self._group = comm_ops.group_of(self.mesh)
+            self._group = group_of(self.mesh)
         return self._group
 
     @property
@@ -122,12 +122,12 @@ class Context:
                 if a.kind == TO_DTENSOR:
                     x = self.to_dtensor(x, a.split)
                 else:
-                    x = _ACTIONS[a.kind](x, a.split, self.group)
+                    x = ACTIONS[a.kind](x, a.split, self.group)
         return x
 
     def to_dtensor(self, x, split):
         """A DTensor of which `x` is this rank's part."""
-        if isinstance(self.group, comm_ops.SimulatedGroup):
+        if isinstance(self.group, SimulatedGroup):
             return x
         return DTensor.from_local(x, self.mesh, [split.placement()], run_check=False)
 
@@ -196,85 +196,3 @@ class Context:
         y = self.act(actions, x)
         kept.append((x, (actions, torch.is_grad_enabled()), y))
         return y
-
-
-class _AddOnce(torch.autograd.Function):
-    """y = x on rank 0 and 0 elsewhere; dx = dy: an addend of a sum over ranks. dy is replicated, so
-    dx is too."""
-
-    @staticmethod
-    def forward(ctx, x, first):
-        ctx.first = first
-        return x.view_as(x) if first else torch.zeros_like(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _OfOne.apply(grad, ctx.first), None
-
-
-class _OfOne(torch.autograd.Function):
-    """y = x, as rank 0 holds it; the ranks' x are equal. Its gradient counts once: the adjoint of
-    `_AddOnce`."""
-
-    @staticmethod
-    def forward(ctx, x, first):
-        ctx.first = first
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _AddOnce.apply(grad, ctx.first), None
-
-
-def _along(collective, whole):
-    """An action that shares each block of a dim by itself."""
-
-    def act(x, split, group):
-        if len(split.segments) > 1:
-            parts = x.split(_lengths(x, split), split.dim)
-            each = [Split(split.dim, split.units, (segment,)) for segment in split.segments]
-            made = [act(part, one, group) for part, one in zip(parts, each)]
-            return torch.cat(made, split.dim)
-        units = comm_ops.chunk_sizes(split.units, comm_ops.group_size(group))
-        present = split.units if whole else units[comm_ops.group_rank(group)]
-        dim, inner = split.dim, split.segments[0].inner
-        if split.blocks == 1:  # what is within a unit may have another length than when traced
-            inner = x.shape[dim] // present if present else inner
-            return collective(x, dim, group, [u * inner for u in units])
-        blocks = x.unflatten(dim, (-1, present, inner))
-        return collective(blocks, dim + 1, group, units).flatten(dim, dim + 2)
-
-    return act
-
-
-def _lengths(x, split):
-    """How long each segment is in a tensor that has the dim, or a rank's part of it."""
-    units = x.shape[split.dim] // split.width
-    return [units * outer * inner for outer, inner in split.segments]
-
-
-def _positions(split, group):
-    """Where in the whole dim each rank's part of each block lies."""
-    n, start, found = comm_ops.group_size(group), 0, []
-    for outer, inner in split.segments:
-        length = outer * split.units * inner
-        at = torch.arange(start, start + length).view(outer, n, split.units // n * inner)
-        found.append(at.transpose(0, 1).reshape(n, -1))
-        start += length
-    return torch.cat(found, 1)
-
-
-_gather = _along(comm_ops.all_gather, whole=False)
-_split = _along(comm_ops.split, whole=True)
-
-_ACTIONS = {
-    SUM_GRADIENT: lambda x, split, group: comm_ops.copy_in(x, group) if x.requires_grad else x,
-    SUM: lambda x, split, group: comm_ops.all_reduce(x, group),
-    MEAN: lambda x, split, group: comm_ops.all_reduce(x, group) / comm_ops.group_size(group),
-    GATHER: _gather,
-    SPLIT: _split,
-    EXCHANGE: lambda x, split, group: comm_ops.exchange(
-        x, split.dim, group, _positions(split, group)
-    ),
-    ADD_ONCE: lambda x, split, group: _AddOnce.apply(x, comm_ops.group_rank(group) == 0),
-}

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from .. import comm_ops
 from ..axes.action import SPLIT, Action
+from ..groups import chunk_sizes, group_rank, group_size
 
 
 def on_shard(context, action, func, args, kwargs, order=None):
@@ -20,12 +21,10 @@ def _drop_out(context, action, order, func, x, *rest, **kwargs):
     """This rank's part of the whole tensor's mask: results and random states are those of the whole
     model."""
     with torch.no_grad():
-        sizes = comm_ops.chunk_sizes(action.split.units, comm_ops.group_size(context.group))
+        sizes = chunk_sizes(action.split.units, group_size(context.group))
         shape = list(x.shape)
         shape[action.split.dim] = (
-            shape[action.split.dim]
-            // sizes[comm_ops.group_rank(context.group)]
-            * action.split.units
+            shape[action.split.dim] // sizes[group_rank(context.group)] * action.split.units
         )
         if order is None:
             order = sorted(
@@ -43,8 +42,8 @@ def _drop_out(context, action, order, func, x, *rest, **kwargs):
 def _mine(context, action, ids):
     """Which of the ids in [0, action.split.units) are elsewhere, and this rank's counted from its first
     (others are 0)."""
-    sizes = comm_ops.chunk_sizes(action.split.units, comm_ops.group_size(context.group))
-    rank = comm_ops.group_rank(context.group)
+    sizes = chunk_sizes(action.split.units, group_size(context.group))
+    rank = group_rank(context.group)
     ids = ids - sum(sizes[:rank])
     absent = (ids < 0) | (ids >= sizes[rank])
     return absent, ids.masked_fill(absent, 0), sizes[rank]

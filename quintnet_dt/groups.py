@@ -1,0 +1,68 @@
+"""Groups of ranks that collectives run in, real and simulated, and how they share a length."""
+
+from dataclasses import dataclass
+from typing import Any, Sequence, TypeAlias
+
+import torch
+from torch.distributed import ProcessGroup
+
+from .private import SINCE_2_13
+
+
+@dataclass(frozen=True)
+class SimulatedGroup:
+    """A group whose other ranks are imagined to hold what this one holds. ValueError unless ``0 <=
+    rank < size``.
+
+    Its collectives communicate nothing and give tensors of the right shape, fake tensors too: a
+    plan can be proved and costed in one process. Where lengths differ, the others hold this rank's
+    tensor cut to theirs, or zero-filled.
+    """
+
+    rank: int
+    size: int
+
+    def __post_init__(self):
+        if not 0 <= self.rank < self.size:
+            raise ValueError(f"expected 0 <= rank < size, found {self}")
+
+
+Group: TypeAlias = ProcessGroup | SimulatedGroup
+Sizes: TypeAlias = Sequence[int] | None
+
+
+def group_of(mesh: Any) -> Group:
+    """The group of a 1-D DeviceMesh; of one rank, one that outlives its process group, which it
+    does not need."""
+    return SimulatedGroup(0, 1) if mesh.size() == 1 else mesh.get_group()
+
+
+def group_rank(group: Group) -> int:
+    """This process's rank in ``group``, from 0."""
+    return group.rank if isinstance(group, SimulatedGroup) else group.rank()
+
+
+def group_size(group: Group) -> int:
+    """The number of ranks in ``group``; ValueError if it is no group of this rank's."""
+    if isinstance(group, SimulatedGroup):
+        return group.size
+    if not isinstance(group, ProcessGroup):  # new_group gives outsiders an int
+        found = f"found {group!r}; of a DeviceMesh pass mesh.get_group()"
+        raise ValueError(
+            f"expected a ProcessGroup that this rank is in, or a SimulatedGroup, {found}"
+        )
+    if not SINCE_2_13 and torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"torch.compile of collectives: expected torch 2.13 or newer, found {torch.__version__}"
+        )
+    return group.size()
+
+
+def chunk_sizes(length: int, n: int) -> list[int]:
+    """The lengths of a dim's n parts, as ``torch.chunk`` and DTensor's Shard cut it: ``ceil(length
+    / n)`` while that lasts. 10 over 4 is 3, 3, 3, 1; 3 over 4 is 1, 1, 1, 0. Raises ValueError if
+    ``length < 0`` or ``n < 1``."""
+    if length < 0 or n < 1:
+        raise ValueError(f"expected length >= 0 and n >= 1, found {length} and {n}")
+    full = -(-length // n)
+    return [min(full, max(0, length - full * r)) for r in range(n)]
