@@ -5,6 +5,7 @@ round: of what a shard becomes whole (Shard -> Replicate), each rank takes its p
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from .split import Split
 
@@ -27,7 +28,7 @@ class Action:
     lies in the whole tensor where there is one."""
 
     kind: str
-    split: Split | None = None
+    split: Any = None  # a Split
 
 
 @dataclass(frozen=True)

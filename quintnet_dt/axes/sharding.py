@@ -1,7 +1,9 @@
 """What is sharded in a model: an Axis, the parameters along it, the states of tensors."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from math import prod
+from typing import Any
 
 from ..keys import ParamName
 from .factors import leaves
@@ -11,9 +13,10 @@ from .split import NotSplit, Segment, Split
 class LayoutError(Exception):
     """The sharding of an axis cannot be carried through a call."""
 
-    def __init__(self, reason, call=None, axis=None):
+    def __init__(self, reason: Any, call: Any = None, axis: "Axis | None" = None):
         super().__init__(f"{reason}{f': {call}' if call else ''}")
-        self.reason, self.call, self.axis, self.others = reason, call, axis, []
+        self.reason, self.call, self.axis = reason, call, axis
+        self.others: list[LayoutError] = []  # of other axes, which failed in the same run
 
 
 @dataclass(frozen=True)
@@ -23,13 +26,20 @@ class Axis:
 
     factors: tuple
     # The Axes in which a weight's own axis is found.
-    axes: object = field(default=None, compare=False, repr=False)
+    axes: Any = field(default=None, compare=False, repr=False)
 
     @property
-    def size(self):
+    def size(self) -> Any:
         return _size(self.factors)
 
-    def find(self, axes, value) -> Split | NotSplit:
+    def split_of(self, axes: Any, value: Any) -> Split:
+        """How the axis splits a value that it does split."""
+        split = self.find(axes, value)
+        if isinstance(split, NotSplit):
+            raise LayoutError(f"{value.shape}: {split.value}", axis=self)
+        return split
+
+    def find(self, axes: Any, value: Any) -> Split | NotSplit:
         """How the axis splits a value, or why it does not."""
         found = []
         for dim, factors in enumerate((self.axes or axes).final(value)):
@@ -42,12 +52,14 @@ class Axis:
             return NotSplit.IN_PART
         return found[0] if found else NotSplit.ABSENT
 
-    def _segments(self, factors) -> tuple[Segment, ...] | NotSplit:
+    def _segments(self, factors: Any) -> tuple[Segment, ...] | NotSplit:
         """The segments of a dim that is made of these factors; or why the axis does not split
         it."""
-        found, at = NotSplit.ABSENT, 0
+        found: tuple[Segment, ...] | NotSplit = NotSplit.ABSENT
+        at = 0
         while at < len(factors):
             end = at + len(self.factors)
+            here: tuple[Segment, ...] | NotSplit
             if tuple(factors[at:end]) == self.factors:
                 here = (Segment(_size(factors[:at]), _size(factors[end:])),)
                 at = end
@@ -59,7 +71,7 @@ class Axis:
             found = here or found
         return found
 
-    def _segments_within(self, factors, factor) -> tuple[Segment, ...] | NotSplit:
+    def _segments_within(self, factors: Any, factor: Any) -> tuple[Segment, ...] | NotSplit:
         """As `_segments`, of one of the factors, which may be cut in unequal pieces: the axis
         splits a dim only if it splits all of its pieces."""
         inside = [self._segments(leaves(piece)) for piece in factor.pieces or ()]
@@ -67,10 +79,10 @@ class Axis:
             return NotSplit.IN_PART if factor in self.factors else NotSplit.ABSENT
         if len(factors) > 1 or not all(inside):
             return NotSplit.IN_PART
-        return tuple(segment for segments in inside for segment in segments)
+        return tuple(segment for segments in inside for segment in segments or ())
 
 
-def _size(factors) -> int:
+def _size(factors: Any) -> int:
     return prod(f.size for f in factors)
 
 
@@ -88,7 +100,7 @@ class ShardedParam:
     exchanged: bool = False
     gathered: bool = False
 
-    def split(self, shape) -> Split:
+    def split(self, shape: tuple[int, ...]) -> Split:
         """How the parameter is stored, of its whole shape."""
         return Split.of_blocks(self.dim, shape[self.dim], self.blocks)
 
@@ -99,18 +111,18 @@ class Sharding:
     their last dim stay so.
     """
 
-    def __init__(self, params=(), through=(), loss_parallel=False):
+    def __init__(self, params: Any = (), through: Any = (), loss_parallel: Any = False):
         self.loss_parallel = loss_parallel
         self.params: dict[ParamName, ShardedParam] = dict(params)
         self.through: set[Axis] = set(through)
-        self.dear = {}  # what was decided of lines of code before, as Layout has it
+        self.dear: dict = {}  # what was decided of lines of code before, as Layout has it
 
-    def gather(self, names):
+    def gather(self, names: Iterable[ParamName]) -> None:
         """Gather these parameters before their use."""
         for name in names:
             self.params[name] = replace(self.params[name], gathered=True)
 
-    def follow(self, names, graph, axes):
+    def follow(self, names: Iterable[ParamName], graph: Any, axes: Any) -> None:
         """Split these parameters too, along the axes that stay sharded through the model, where
         they have one."""
         # in every rank's order

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.placement_types import Placement
@@ -95,7 +95,7 @@ class NotSplit(Enum):
     ABSENT = "the tensor has none of it"
     IN_PART = "the tensor has a part of it, or has it twice"
 
-    def __bool__(self) -> bool:
+    def __bool__(self) -> Literal[False]:
         return False
 
 

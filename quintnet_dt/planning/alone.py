@@ -28,6 +28,7 @@ class Way:
 
     def params(self, name: ParamName) -> dict[ParamName, ShardedParam]:
         """The weight of this name and its partners, sharded."""
+        assert self.axis is not None, f"{name} cannot be split"
         shard = ShardedParam(self.dim, self.axis, gathered=self.gathered)
         bias = ShardedParam(0, self.axis)
         return {name: shard, **dict.fromkeys(self.partners, bias)}

@@ -1,6 +1,7 @@
 """One call on a shard: what it needs of its inputs, and what comes out."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -24,7 +25,7 @@ ADDITIVE = {"add", "sub"}
 WORKS_ON_NOTHING = LINEAR | FIRST | {"mm", "addmm", "bmm", "embedding"}
 
 
-def op_name(op) -> str:
+def op_name(op: Any) -> str:
     """The name of an ATen operator, less its namespace; one of another namespace keeps it."""
     return op._schema.name.removeprefix("aten::")
 
@@ -101,9 +102,11 @@ class Analysis:
     def sums_over_classes(self) -> bool:
         """Whether it is a cross entropy of logits that are sharded over their classes."""
         args, kwargs = self.call.args
+        if self.call.name != "cross_entropy":
+            return False
         given = {**dict(zip(("input", "target", "weight"), args)), **kwargs}
-        logits, target = given.get("input"), given.get("target")
-        if self.call.name != "cross_entropy" or self.sharded != {logits.id}:
+        logits, target = given["input"], given["target"]
+        if self.sharded != {logits.id}:
             return False
         if target.dtype.is_floating_point or given.get("weight") is not None:
             return False

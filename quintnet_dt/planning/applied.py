@@ -21,9 +21,9 @@ def sharding_of(plan: TensorParallelPlan, graph: Graph, axes: Axes) -> Sharding:
     for name, entry in plan.entries.items():
         if entry.dim is None or name not in graph.params:
             continue
-        axis = _axis_of_model(entry, graph.params[name], axes, plan.tp_size)
+        axis = _axis_of_model(entry, entry.dim, graph.params[name], axes, plan.tp_size)
         if axis is None:
-            sharding.params[name] = _split_alone(name, entry, graph, axes, alone)
+            sharding.params[name] = _split_alone(name, entry, entry.dim, graph, axes, alone)
         else:
             sharding.through.add(axis)
             exchanged = entry.how == EXCHANGED
@@ -31,11 +31,11 @@ def sharding_of(plan: TensorParallelPlan, graph: Graph, axes: Axes) -> Sharding:
     return sharding
 
 
-def _axis_of_model(entry: Entry, value: Value, axes: Axes, n: int) -> Axis | None:
+def _axis_of_model(entry: Entry, dim: int, value: Value, axes: Axes, n: int) -> Axis | None:
     """The axis of the model along which a parameter is split as the plan says."""
     if not entry.units:
         return None
-    for factors in spans([axes.final(value)[entry.dim]]):
+    for factors in spans([axes.final(value)[dim]]):
         for i, j in combinations(range(len(factors) + 1), 2):
             axis = Axis(tuple(factors[i:j]))
             split = axis.find(axes, value) if divides(axis.factors, n) else None
@@ -45,17 +45,17 @@ def _axis_of_model(entry: Entry, value: Value, axes: Axes, n: int) -> Axis | Non
 
 
 def _split_alone(
-    name: ParamName, entry: Entry, graph: Graph, axes: Axes, alone: _Alone
+    name: ParamName, entry: Entry, dim: int, graph: Graph, axes: Axes, alone: _Alone
 ) -> ShardedParam:
     gathered = entry.how in (WEIGHT_GATHERED, EXCHANGED) or entry.pieces > 1
     axis = _axis_of_partner(name, entry, graph, axes, alone)
     if axis is None and gathered:
-        axis = lone_axis(entry.shape[entry.dim])
+        axis = lone_axis(entry.shape[dim])
     elif axis is None:
-        axis = own_axis(graph, name, entry.dim)
+        axis = own_axis(graph, name, dim)
     for call in graph.users.get(name, ()):
         alone.setdefault(call.index, {})[name] = axis
-    return ShardedParam(entry.dim, axis, entry.pieces, gathered=gathered)
+    return ShardedParam(dim, axis, entry.pieces, gathered=gathered)
 
 
 def _axis_of_partner(

@@ -93,7 +93,9 @@ def regions(candidates: Iterable[Candidate]) -> list[list[Candidate]]:
         for i in near:
             del groups[i]
         groups[id(group)] = group
-        group_of.update((key, group) for o in group for key in (*o.params, *o.indices))
+        for other in group:
+            group_of.update(dict.fromkeys(other.params, group))
+            group_of.update(dict.fromkeys(other.indices, group))
     return list(groups.values())
 
 

@@ -115,7 +115,7 @@ class Checker(Rerun):
         state = self.layout.states.get(v.id)
         if not isinstance(state, Axis):
             return v.shape
-        return state.find(self.axes, v).local_shape(v.shape, 0, self.n)
+        return state.split_of(self.axes, v).local_shape(v.shape, 0, self.n)
 
     def show(self, call: Call, func: Callable, given: _Arguments, axis: Axis | None) -> Any:
         """Run a call as it is given, else with its numbers translated; note where neither is
@@ -212,8 +212,9 @@ class Checker(Rerun):
         if axis is None or call.name not in INDEXING:
             return set()
         split = axis.find(self.axes, call.args[0][0])
-        dims = indexed_dims(call) if split else {}
-        return {path for path, dim in dims.items() if dim == split.dim}
+        if not split:
+            return set()
+        return {path for path, dim in indexed_dims(call).items() if dim == split.dim}
 
     def record_node(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         out = super().record_node(func, args, kwargs)

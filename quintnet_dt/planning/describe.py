@@ -120,4 +120,4 @@ class _Completed:
 
 
 def _gathers(actions: list[Action] | None) -> bool:
-    return bool(actions) and actions[0].kind == GATHER
+    return actions is not None and len(actions) > 0 and actions[0].kind == GATHER

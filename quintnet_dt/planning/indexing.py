@@ -6,6 +6,7 @@ forward's, position by position, and numbers that were written for the whole dim
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from ..axes.split import Range, joined
 from ..groups import chunk_sizes
@@ -48,7 +49,7 @@ class Cut:
     parts: tuple
 
 
-def cut_of(op, args, kwargs, in_shape, out_shapes):
+def cut_of(op: Any, args: tuple, kwargs: dict, in_shape: Any, out_shapes: Any) -> Any:
     """The Cut that one of the ATen operators in CUTS makes."""
     name = op_name(op)
     names = [a.name for a in op._schema.arguments]
@@ -70,14 +71,14 @@ def cut_of(op, args, kwargs, in_shape, out_shapes):
     return Cut(name, dim, tuple(parts))
 
 
-def whole_cuts(call):
+def whole_cuts(call: Any) -> Any:
     """[(node, Cut), ...] of a call of the whole forward."""
     cutting = [node for node in call.nodes if op_name(node.op) in CUTS]
     shapes = [(node.inputs[0].shape, [v.shape for v in node.outputs]) for node in cutting]
     return [(node, cut_of(node.op, node.args, node.kwargs, *s)) for node, s in zip(cutting, shapes)]
 
 
-def other_elements(call, local_cuts, axis, axes, n):
+def other_elements(call: Any, local_cuts: Any, axis: Any, axes: Any, n: int) -> Any:
     """Why a call on shards takes other elements than the whole forward's call; "" where every rank
     takes its own.
 
@@ -103,7 +104,7 @@ def other_elements(call, local_cuts, axis, axes, n):
     return ""
 
 
-def _own_parts(node, whole, local, at, axis, axes, n):
+def _own_parts(node: Any, whole: Any, local: Any, at: Any, axis: Any, axes: Any, n: int) -> bool:
     """Whether each rank's parts of its shard are its shards of the whole's parts, where the dim
     that is cut is sharded."""
     sizes = chunk_sizes(axis.size, n)
@@ -123,7 +124,7 @@ def _own_parts(node, whole, local, at, axis, axes, n):
     return True
 
 
-def _taken(ranges, part):
+def _taken(ranges: Any, part: Any) -> Any:
     """The ranges of a part of what lies one after the other in some ranges."""
     taken, at, end = [], 0, part.start + part.length
     for start, length in ranges:
@@ -137,7 +138,7 @@ def _taken(ranges, part):
 # ---- the numbers themselves
 
 
-def indexed_dims(call):
+def indexed_dims(call: Any) -> Any:
     """{path of an integer in (args, kwargs): the dim of the first argument that it indexes} of a
     call in INDEXING."""
     args, kwargs = call.args
@@ -152,7 +153,7 @@ def indexed_dims(call):
     return {path: dim % ndim for path, x in leaves(call.args) if _is_int(x) and path != place}
 
 
-def _dims_of_items(index, ndim):
+def _dims_of_items(index: Any, ndim: Any) -> Any:
     """As `indexed_dims`, of the second argument of `x[index]`."""
     several = isinstance(index, tuple)
     items = index if several else (index,)
@@ -167,7 +168,7 @@ def _dims_of_items(index, ndim):
     return dims
 
 
-def _consumed(item):
+def _consumed(item: Any) -> Any:
     """How many dims an item of an index takes."""
     if item is None or item is Ellipsis or isinstance(item, bool):
         return 0
@@ -175,11 +176,11 @@ def _consumed(item):
     return len(item.shape) if masks else 1
 
 
-def _is_int(x):
+def _is_int(x: Any) -> Any:
     return isinstance(x, int) and not isinstance(x, bool)
 
 
-def bounds(call, given, axis, axes, n):
+def bounds(call: Any, given: Any, axis: Any, axes: Any, n: int) -> Any:
     """{path: Bound} of the numbers with which a call indexes a sharded dim: as they are, and as
     they would be of a shard. `given`: its (args, kwargs) on shards."""
     at = None if axis is None else axis.find(axes, call.args[0][0])
@@ -190,11 +191,11 @@ def bounds(call, given, axis, axes, n):
     return {path: Bound(x, _of_shard(x, size, n)) for path, x in numbers.items()}
 
 
-def _of_shard(x, size, n):
+def _of_shard(x: Any, size: int, n: int) -> Any:
     """A number that indexes a dim of `size`, for a shard of it; one beyond its ends is beyond the
     shard's."""
     return x // n if abs(x) < size and x % n == 0 else x
 
 
-def _from_end(x, size):
+def _from_end(x: Any, size: int) -> Any:
     return x + size if x < 0 else x

@@ -66,7 +66,7 @@ class _Pass:
             self.sum_value(v)
         for path, place, v in self.graph.held:
             at, state = self.layout.shards.setdefault(path, {}), v and self.now.get(v.id)
-            if state is not None:
+            if isinstance(state, Axis):
                 at[place] = self.action(GATHER, v, state)
         return self.layout
 
@@ -74,7 +74,7 @@ class _Pass:
         """Gather an output of the model that is a shard: where it is made, if only the user reads
         it."""
         state = self.now.get(v.id)
-        if state is None or state is PARTIAL:
+        if not isinstance(state, Axis):
             return
         split = self.split(v, state)
         on_last_dim = split.dim == len(v.shape) - 1 and split.blocks == 1
@@ -96,7 +96,7 @@ class _Pass:
                 raise LayoutError("something keeps what would be a shard", call, axis)
         for v in self.graph.seen.values():
             state = self.now.get(v.id)
-            if state not in (None, PARTIAL) and v.id not in self.stored.gathered:
+            if isinstance(state, Axis) and v.id not in self.stored.gathered:
                 raise LayoutError("a hook sees what would be a shard", axis=state)
 
     # What single actions are.
@@ -106,7 +106,7 @@ class _Pass:
 
     def split(self, value: Value, axis: Axis) -> Split:
         """How a value is split along an axis that it has."""
-        split = axis.find(self.axes, value)
+        split = axis.split_of(self.axes, value)
         if split.blocks not in (1, None) and not (axis.axes or self.axes).steady_within(
             value, split.dim, axis.factors[-1]
         ):
@@ -123,7 +123,8 @@ class _Pass:
         miss the model's."""
         v = call.inputs[path]
         if self.graph.last_write.get(v.memory.id, -1) >= call.index:
-            axis = self.now.get(v.id) or self.layout.axis_of.get(call.index)
+            state = self.now.get(v.id)
+            axis = state if isinstance(state, Axis) else self.layout.axis_of.get(call.index)
             raise LayoutError("a tensor is written to in place", call, axis)
         self.layout.uses.setdefault((call.index, path), []).append(action)
 
@@ -151,7 +152,7 @@ class _Pass:
                     self.use(call, path, self.stored.gather(v))
                 state[v.id] = None
             elif self.stored.exchanged(v):
-                self.use(call, path, self.action(EXCHANGE, v, state[v.id]))
+                self.use(call, path, self.action(EXCHANGE, v, self.stored.axis(v)))
 
     def defer(self, call: Call, state: dict[ValueId, State]) -> bool:
         """Let a call run on partial results, and its output be summed instead, where it can."""
@@ -183,26 +184,27 @@ class _Pass:
 
         chosen = None
         for axis in sorted(active, key=weight, reverse=True):
-            along = {i: s if s == axis else None for i, s in state.items()}
+            along: dict[ValueId, State] = {i: s if s == axis else None for i, s in state.items()}
             analysis = Analysis(self.axes, call, axis, along, self.sharding.through).solve()
             reason = analysis.reason or self.dearer(call, analysis, inputs, along)
             if not reason:
                 chosen = analysis
                 break
             self.layout.blockers.append((call, reason))
-        self.gather_others(call, state, chosen and chosen.axis)
+        self.gather_others(call, state, None if chosen is None else chosen.axis)
         if chosen is not None:
             self.work(call, chosen)
 
     def gather_others(self, call: Call, state: dict[ValueId, State], axis: Axis | None) -> None:
         """Gather the inputs that are shards of other axes than the one that the call works on."""
         for path, v in call.inputs.items():
-            if state[v.id] is None or state[v.id] == axis:
+            other = state[v.id]
+            if not isinstance(other, Axis) or other == axis:
                 continue
             if self.stored.exchanged(v):  # gathered as it is stored, in place of the exchange
                 self.layout.uses[call.index, path] = [self.stored.gather(v)]
             else:
-                self.use(call, path, self.action(GATHER, v, state[v.id]))
+                self.use(call, path, self.action(GATHER, v, other))
 
     def work(self, call: Call, analysis: Analysis) -> None:
         """Let a call work on shards, as the analysis has found that it can."""

@@ -61,13 +61,13 @@ def parameter_names(call: UserCall) -> dict[ParamName, ParamName]:
         for name, places in call.owners.items()
         for module, attr in places
     }
-    mine = [(inner, names.get(id(p))) for inner, p in named_parameters(call.module)]
-    if added := [inner for inner, name in mine if name is None]:
+    mine = dict(named_parameters(call.module))
+    if added := [inner for inner, p in mine.items() if id(p) not in names]:
         raise RuntimeError(
             f"{', '.join(added[:5])}: expected the parameters that were split, found others:"
             f" {AGAIN}"
         )
-    return dict(mine)
+    return {inner: names[id(p)] for inner, p in mine.items()}
 
 
 def _trace(call: UserCall, any_rank: Callable[[bool], bool]) -> Graph:

@@ -74,7 +74,7 @@ def run_local(
 ) -> None:
     """Run rank 0's forward of n on fake tensors under `checker`."""
 
-    def local_shape(name, p):
+    def local_shape(name: str, p: Any) -> Any:
         whole = tuple(whole_shape(p))
         if name not in sharding.params:
             return whole
@@ -87,7 +87,7 @@ def run_local(
     install(copied, context)
     inputs = fake_inputs(fake_mode, args, kwargs)
     try:
-        record(copied, *inputs, modes=[fake_mode], recorder=checker)
+        record(copied, inputs[0], inputs[1], modes=[fake_mode], recorder=checker)
     except LayoutError:
         raise
     except Exception as e:

@@ -69,7 +69,7 @@ class Rerun(Recorder):
                 return self.compute(func, args, kwargs)
         return self.compute(func, args, kwargs)
 
-    def read_values(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+    def read_values(self, func: Any, args: tuple, kwargs: dict) -> Any:
         """The result of an operator that reads values, as the whole forward had it."""
         result = self.reading()
         if not isinstance(result, tuple):

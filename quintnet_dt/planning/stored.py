@@ -36,6 +36,10 @@ class Stored:
         """Whether a value is a weight whose rows are exchanged before its use."""
         return v.param in self.params and self.params[v.param].exchanged
 
+    def axis(self, v: Value) -> Axis:
+        """The axis that a weight is sharded along."""
+        return self.params[v.param].axis
+
     def gather(self, v: Value) -> Action:
         """The gather of a weight as it is stored."""
         return Action(GATHER, self.params[v.param].split(v.shape))

@@ -94,8 +94,9 @@ class Task:
         found: dict[ParamName, set[int]] = {}
         for call in self.graph.calls:
             table = call.args[0][0] if call.name in INDEXING and call.args[0] else None
-            if getattr(table, "param", None):
-                found.setdefault(table.param, set()).update(indexed_dims(call).values())
+            name = getattr(table, "param", None)
+            if name:
+                found.setdefault(name, set()).update(indexed_dims(call).values())
         return found
 
     @cached_property

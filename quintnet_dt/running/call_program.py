@@ -80,7 +80,7 @@ def _gather_buffers(context: Context, whole: Any, parts: Any, at: dict[ArgPath, 
     """Write what a call made of the parts of buffers into the whole ones: those that are alike in
     one collective."""
     with quiet(), torch.no_grad():
-        alike = {}
+        alike: dict[tuple, dict[ArgPath, torch.Tensor]] = {}
         for p, a in at.items():
             x = lookup(parts, p)
             alike.setdefault((a, x.shape, x.dtype), {})[p] = x

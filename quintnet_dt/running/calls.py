@@ -2,6 +2,7 @@
 
 import threading
 from functools import partial
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -21,17 +22,17 @@ class _Calls(threading.local, TorchFunctionMode):
     """Runs the programs of single calls. One mode, of which every thread has its own; each module
     that has some pushes a frame."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self.frames = []
+        self.frames: list[Frame] = []
         self.backwards = 0  # that a forward runs now, one in the other
 
-    def push(self, context, program, hooks, compiled):
+    def push(self, context: Any, program: Any, hooks: Any, compiled: bool) -> None:
         if not self.frames:
             self.__enter__()
         self.frames.append(Frame(context, program, hooks, compiled))
 
-    def pop(self, failed):
+    def pop(self, failed: bool) -> None:
         frame = self.frames[-1]
         try:
             names = frame.program.names
@@ -47,14 +48,14 @@ class _Calls(threading.local, TorchFunctionMode):
             if not self.frames:
                 self.__exit__(None, None, None)
 
-    def start(self, context, path):
+    def start(self, context: Any, path: Any) -> None:
         """A module starts. If the forward that was shown did not reach it while calls are counted,
         this is another path."""
         frame = next((f for f in reversed(self.frames) if f.program.names is not None), None)
         if frame is not None and frame.context is context:
             self.change(context, Starts(path), f"now {path} runs, which did not run then", frame)
 
-    def change(self, context, event, what, frame=None):
+    def change(self, context: Any, event: Any, what: str, frame: Frame | None = None) -> None:
         """The forward takes another path than the one that was shown: `event` comes next. Go on
         with programs shown for this path, if what has run so far is the same in them. `what`: the
         difference, `frame`: where it was met."""
@@ -78,7 +79,7 @@ class _Calls(threading.local, TorchFunctionMode):
                 self.__enter__()
         refuse(frame, what)
 
-    def backward(self, func, *args, **kwargs):
+    def backward(self, func: Any, *args: Any, **kwargs: Any) -> Any:
         """Run a backward within a forward. Checkpoints run modules again in it, by the programs in
         force: they have frames of their own, and are no part of the path that the forward takes."""
         logs = [(frame.context.log, len(frame.context.log)) for frame in self.frames]
@@ -93,7 +94,9 @@ class _Calls(threading.local, TorchFunctionMode):
                 del log[length:]
 
     @top_not_compiled
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         frame = self.frames[-1]
         if torch.compiler.is_compiling() or not frame.compiled:
             return self.run(func, args, kwargs or {})
@@ -105,7 +108,7 @@ class _Calls(threading.local, TorchFunctionMode):
         finally:
             frame.compiled = True
 
-    def run(self, func, args, kwargs):
+    def run(self, func: Any, args: tuple, kwargs: dict) -> Any:
         name = None if silence.depth else call_name(func)
         if name is None:
             return func(*args, **kwargs)
@@ -123,7 +126,9 @@ class _Calls(threading.local, TorchFunctionMode):
             what = difference(frame.program, frame.number, name)
             self.change(frame.context, Calls(name, args, kwargs), what, frame)
             frame = watching(self.frames)
-        call = None if frame is None else _count(frame, name)
+        if frame is None:
+            return func(*args, **kwargs)
+        call = _count(frame, name)
         if call is None:
             return func(*args, **kwargs)
         return run_program(call, frame, func, args, kwargs)
@@ -132,13 +137,13 @@ class _Calls(threading.local, TorchFunctionMode):
 calls = _Calls()
 
 
-def _expected(frame, name, args, kwargs):
+def _expected(frame: Frame, name: str, args: tuple, kwargs: dict) -> Any:
     """Whether a call is the one that comes next in the forward that was shown."""
     compiled = compiling(frame.context)
     return is_next(frame.program, frame.number, name, args, kwargs, compiled)
 
 
-def _count(frame, name):
+def _count(frame: Frame, name: str) -> Any:
     """Note that a call is made; its CallProgram, None where it has none."""
     number = frame.number
     frame.number += 1

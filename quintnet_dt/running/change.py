@@ -14,12 +14,16 @@ running, each at the number of the call that it is at by those programs. `go_on`
 Where no programs fit, the call raises.
 """
 
+from typing import Any
+
 from ..utils import lookup
 from .program import NOTHING
 from .record import Called, Calls, Frame, Started, Starts, watching
 
 
-def is_next(program, number, name, args, kwargs, compiled=False):
+def is_next(
+    program: Any, number: int, name: str, args: tuple, kwargs: dict, compiled: bool = False
+) -> bool:
     """Whether a call is the one that was shown under this number."""
     names = program.names
     if number >= len(names) or names[number] != name:
@@ -32,7 +36,7 @@ def is_next(program, number, name, args, kwargs, compiled=False):
     return all(lookup((args, kwargs), p) == b.given for p, b in call.bounds.items())
 
 
-def difference(program, number, name):
+def difference(program: Any, number: int, name: str) -> Any:
     """Why `is_next` says no."""
     was = program.names[number] if number < len(program.names) else "none"
     if was != name:
@@ -43,7 +47,7 @@ def difference(program, number, name):
     )
 
 
-def other_programs(context, event):
+def other_programs(context: Any, event: Any) -> Any:
     """(Programs for the path that the forward takes, the frames of what runs by them); (None, None)
     where there are none. `event` is what comes next."""
     for programs in context.paths.variants(*context.call) if context.call else ():
@@ -53,7 +57,7 @@ def other_programs(context, event):
     return None, None
 
 
-def again(context, programs, event):
+def again(context: Any, programs: Any, event: Any) -> Any:
     """The frames of the modules that are running, had the call so far gone by other programs, and
     were `event` next; None where they would have done something else."""
     frames = []
@@ -73,18 +77,19 @@ def again(context, programs, event):
     return frames if _may_come(context, programs, frames, event) else None
 
 
-def _same_borders(old, new):
+def _same_borders(old: Any, new: Any) -> bool:
     """Whether two programs do the same where a module starts and ends."""
     return all(getattr(old, a) == getattr(new, a) for a in ("params", "inputs", "outputs"))
 
 
-def _same_call(frames, past):
+def _same_call(frames: Any, past: Any) -> bool:
     """Whether the frames' programs would have done the same with a call; it is counted."""
     frame = watching(frames)
     if frame is None:
         return past.program is None
     new, number = frame.program, frame.number
-    if number >= len(new.names) or new.names[number] != past.name:
+    names = new.names or []
+    if number >= len(names) or names[number] != past.name:
         return False
     if new.calls.get(number) != past.program or new.kinds.get(number) != past.kind:
         return False
@@ -92,13 +97,13 @@ def _same_call(frames, past):
     return True
 
 
-def _at_end(frame):
+def _at_end(frame: Frame) -> Any:
     """Whether a module makes no more calls, by its program."""
     names = frame.program.names
     return names is None or frame.number == len(names)
 
 
-def _may_come(context, programs, frames, event):
+def _may_come(context: Any, programs: Any, frames: Any, event: Any) -> Any:
     if isinstance(event, Starts):
         reached = context.paths.reached(event.path, programs)
         return reached and (event.module is None or programs[event.path].fits(event.module))
@@ -110,10 +115,11 @@ def _may_come(context, programs, frames, event):
     return _at_end(frames[-1])
 
 
-def go_on(context, programs, frames):
+def go_on(context: Any, programs: Any, frames: Any) -> Any:
     """Run on by other programs, from these frames of the running modules; returns those that stay
     on calls' stack."""
-    context.programs, staying = programs, []
+    context.programs = programs
+    staying: list[Frame] = []
     if programs[
         context.call.path
     ].forward.random:  # nothing was drawn so far, or they share one already
@@ -130,7 +136,7 @@ def go_on(context, programs, frames):
     return staying
 
 
-def refuse(frame, what):
+def refuse(frame: Frame | None, what: str) -> None:
     """Raise RuntimeError for a path that has not been shown. `what`: the difference, `frame`: where
     it was met."""
     where = (

@@ -2,6 +2,7 @@
 
 import weakref
 from functools import partial
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -13,6 +14,7 @@ from ..private import at_end_of_backward, compiling
 from ..tracing.user_hooks import user_hooks_of_all
 from ..utils import lookup, quiet, replace
 from .actions import ACTIONS
+from .record import Running, UserCall
 
 AGAIN = (
     "the model was changed since (adapters added or merged?); call apply_tensor_parallel on it"
@@ -24,57 +26,56 @@ class Context:
     """What the hooks of one model share: the mesh, and which programs are in force. A copy of it
     shares the mesh."""
 
-    def __init__(self, mesh=None, group=None):
+    def __init__(self, mesh: Any = None, group: Any = None):
         self.mesh, self._group = mesh, group if mesh is None else group_of(mesh)
-        self.hooks = []  # every ModuleHooks
-        self.hooks_of_all = (
-            user_hooks_of_all()
-        )  # that were registered for every module when it was split
-        self._programs = {}
-        self.compiled = (
-            False  # whether a part of the call ran compiled, which the log does not tell of
-        )
-        self.recomputing = (
-            False  # a backward runs, in which checkpoints find the programs of their forward
-        )
-        self.weights, self.structures = None, None  # Weights, Structures
-        self.paths, self.call = None, None  # Paths; the call that the user made, while it runs
-        self.log = []  # what it has done so far: Started, Called, Ended
+        self.hooks: list = []  # every ModuleHooks
+        # Hooks that were registered for every module when it was split.
+        self.hooks_of_all = user_hooks_of_all()
+        self._programs: dict = {}
+        # Whether a part of the call ran compiled, which the log does not tell of.
+        self.compiled = False
+        # Whether a backward runs, in which checkpoints find the programs of their forward.
+        self.recomputing = False
+        self.weights: Any = None  # Weights
+        self.structures: Any = None  # Structures
+        self.paths: Any = None  # Paths
+        self.call: UserCall | None = None  # that the user made, while it runs
+        self.log: list = []  # what it has done so far: Started, Called, Ended
         self.forward = object()  # the one that runs
-        self.holders = (
-            []
-        )  # weak references to the tensors that keep what an action made of them in it
+        # Weak references to the tensors that keep what an action made of them in it.
+        self.holders: list = []
         # How many modules have run; such numbers of which it is known that no module was changed.
-        self.ran, self.counts = 0, set()
+        self.ran = 0
+        self.counts: set[int] = set()
         self.random_is_shared = False  # in the forward that runs
         self.first_hook = 0  # hooks with this id or a later one were added since it began
-        self.running = []  # a Running of each module, one in the other
+        self.running: list[Running] = []  # a Running of each module, one in the other
 
     @property
-    def group(self):
+    def group(self) -> Any:
         if self._group is None:
             self._group = group_of(self.mesh)
         return self._group
 
     @property
-    def programs(self):
+    def programs(self) -> Any:
         return self._programs
 
     @programs.setter
-    def programs(self, programs):
+    def programs(self, programs: Any) -> None:
         if programs is not self._programs:
             self._programs = programs
             for hooks in self.hooks:
                 hooks.take(programs)
 
-    def resume(self, programs):
+    def resume(self, programs: Any) -> None:
         """A backward has begun, of a forward that ran by these programs."""
         self.programs = programs
         if not self.recomputing:
             self.recomputing = True
             at_end_of_backward(partial(setattr, self, "recomputing", False))
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: Any) -> Any:
         new = Context(self.mesh, self._group)
         new._programs, new.paths = self._programs, self.paths and self.paths.apart()
         new.structures = self.structures
@@ -82,7 +83,7 @@ class Context:
         new.hooks_of_all = self.hooks_of_all
         return new
 
-    def __getstate__(self):
+    def __getstate__(self) -> Any:
         return {
             **vars(self),
             "_group": None,
@@ -96,7 +97,7 @@ class Context:
             "hooks_of_all": [],
         }
 
-    def check_hooks(self):
+    def check_hooks(self) -> None:
         """Refuse hooks on all modules that the user registered since the split: they would see
         shards."""
         new = [h for h in user_hooks_of_all() if all(h is not known for known in self.hooks_of_all)]
@@ -109,13 +110,13 @@ class Context:
                 " what it sees, or remove it before the call"
             )
 
-    def share_random(self):
+    def share_random(self) -> None:
         """All ranks draw from one random state in the forward that begins."""
         if self.mesh.size() > 1 and not self.random_is_shared:
             share_random_state(self.mesh)
         self.random_is_shared = True
 
-    def act(self, actions, x):
+    def act(self, actions: Any, x: torch.Tensor) -> Any:
         """Apply actions to a tensor."""
         with quiet():
             for a in actions:
@@ -125,13 +126,13 @@ class Context:
                     x = ACTIONS[a.kind](x, a.split, self.group)
         return x
 
-    def to_dtensor(self, x, split):
+    def to_dtensor(self, x: torch.Tensor, split: Any) -> Any:
         """A DTensor of which `x` is this rank's part."""
         if isinstance(self.group, SimulatedGroup):
             return x
         return DTensor.from_local(x, self.mesh, [split.placement()], run_check=False)
 
-    def apply(self, obj, at, fixed=(), depth=-1):
+    def apply(self, obj: Any, at: Any, fixed: Any = (), depth: Any = -1) -> Any:
         """Apply `at[path]` to the tensor at each path of a nested argument. A tensor that several
         calls of one forward read is communicated once, unless it changes. Whether it does is asked
         of its version; where none is kept (inference mode, compiled code), only one whose path is
@@ -162,7 +163,7 @@ class Context:
                     changes[path] = self.remembered(actions, x)
             return replace(obj, changes)
 
-    def remembered(self, actions, x):
+    def remembered(self, actions: Any, x: torch.Tensor) -> Any:
         """The actions on a tensor, done once in a forward while it does not change. The result is
         kept with the tensor, so that it lives no longer."""
         version = 0 if x.is_inference() else x._version
@@ -176,7 +177,7 @@ class Context:
             self.holders.append(weakref.ref(x))
         return y
 
-    def forget(self):
+    def forget(self) -> None:
         """A forward has ended: what it remembered is not of the next. (The result of an action
         refers to the tensor that keeps it, through the autograd graph, where Python's garbage
         collector does not see it.)"""
@@ -186,7 +187,7 @@ class Context:
                 vars(x).pop("_tp_kept", None)
         self.holders.clear()
 
-    def once(self, actions, x, kept):
+    def once(self, actions: Any, x: torch.Tensor, kept: Any) -> Any:
         """The actions on a tensor, done once for those that read it in one compiled forward."""
         if kept is None:
             return self.act(actions, x)

@@ -20,7 +20,7 @@ from .context import Context
 from .params import Params
 from .program import NOTHING, Program
 from .record import Ended, Running, Started, Starts
-from .shown import hide
+from .shown import Shown, hide
 from .structure import (  # noqa: F401  hooks_on: scripts that look at a split model read it here
     Hooks,
     hooks_on,
@@ -67,11 +67,12 @@ class ModuleHooks(Hooks):
         context = self.context
         compiled = compiling(context)
         self.choose_program(module, args, kwargs, compiled, within)
-        program, shown = self.program, []
+        program = self.program
+        shown: list[Shown] = []
         if program is not None and sum(map(len, hooks_of(module))) != self.count:
             self.check(module, program)
         counted = bool(calls.frames) or program is not None and program.names is not None
-        kept = [] if compiled else None
+        kept: list | None = [] if compiled else None
         context.running.append(Running(self, program, shown, counted, kept, compiled or within))
         if compiled:
             context.compiled = True

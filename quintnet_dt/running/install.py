@@ -1,6 +1,7 @@
 """Registering the hooks of a split model, and taking them off."""
 
 import threading
+from typing import Any
 
 from torch.utils.hooks import RemovableHandle
 
@@ -20,7 +21,7 @@ OUR_ID = (
 _ids = threading.Lock()  # torch's counter is one for all threads
 
 
-def hook(module, context, path, owners):
+def hook(module: Any, context: Any, path: Any, owners: Any) -> None:
     """Register the hooks of one module."""
     hooks = ModuleHooks(context, path, owners)
     with _ids:
@@ -32,7 +33,7 @@ def hook(module, context, path, owners):
     hooks.count, hooks.known = sum(map(len, hooks_of(module))), set(user_hooks(module))
 
 
-def unhook(module):
+def unhook(module: Any) -> None:
     """Take the hooks of one module off."""
     h = hooks_on(module)
     for hooks in (module._forward_pre_hooks, module._forward_hooks) if h is not None else ():
@@ -40,7 +41,7 @@ def unhook(module):
             del hooks[key]
 
 
-def install(model, context):
+def install(model: Any, context: Any) -> None:
     """Register the hooks on every module of `model`."""
     owners = parameter_owners(model)
     for path, module in named_modules(model):

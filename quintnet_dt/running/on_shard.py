@@ -1,15 +1,24 @@
 """What is run instead of calls that cannot run on a shard: dropout, a lookup of rows, cross entropy
 over classes."""
 
+from typing import Any, Callable
+
 import torch
 import torch.nn.functional as F
 
 from .. import comm_ops
-from ..axes.action import SPLIT, Action
+from ..axes.action import SPLIT, Action, OnShard
 from ..groups import chunk_sizes, group_rank, group_size
 
 
-def on_shard(context, action, func, args, kwargs, order=None):
+def on_shard(
+    context: Any,
+    action: OnShard,
+    func: Any,
+    args: tuple,
+    kwargs: dict,
+    order: tuple[int, ...] | None = None,
+) -> Any:
     """Run a call on this rank's shard, which lies in the whole as `action` says. `order`: of its
     dims in memory in the whole model, where that differs."""
     if action.call == "dropout":
@@ -17,7 +26,15 @@ def on_shard(context, action, func, args, kwargs, order=None):
     return _INSTEAD[action.call](context, action, func, *args, **kwargs)
 
 
-def _drop_out(context, action, order, func, x, *rest, **kwargs):
+def _drop_out(
+    context: Any,
+    action: OnShard,
+    order: tuple[int, ...] | None,
+    func: Any,
+    x: torch.Tensor,
+    *rest: Any,
+    **kwargs: Any,
+) -> Any:
     """This rank's part of the whole tensor's mask: results and random states are those of the whole
     model."""
     with torch.no_grad():
@@ -26,20 +43,19 @@ def _drop_out(context, action, order, func, x, *rest, **kwargs):
         shape[action.split.dim] = (
             shape[action.split.dim] // sizes[group_rank(context.group)] * action.split.units
         )
+        # A mask is drawn in the order of memory.
         if order is None:
-            order = sorted(
-                range(x.dim()), key=x.stride, reverse=True
-            )  # a mask is drawn in the order of memory
-        order = [*order, *(d for d in range(x.dim()) if d not in order)]
-        ones = x.new_ones([shape[d] for d in order]).permute(
-            [order.index(d) for d in range(x.dim())]
-        )
+            dims = sorted(range(x.dim()), key=x.stride, reverse=True)
+        else:
+            dims = [*order, *(d for d in range(x.dim()) if d not in order)]
+        back = [dims.index(d) for d in range(x.dim())]
+        ones = x.new_ones([shape[d] for d in dims]).permute(back)
         mask = context.act([Action(SPLIT, action.split)], func(ones, *rest, **kwargs))
     inplace = kwargs.get("inplace", len(rest) > 2 and rest[2])
     return x.mul_(mask) if inplace else x * mask
 
 
-def _mine(context, action, ids):
+def _mine(context: Any, action: OnShard, ids: Any) -> Any:
     """Which of the ids in [0, action.split.units) are elsewhere, and this rank's counted from its first
     (others are 0)."""
     sizes = chunk_sizes(action.split.units, group_size(context.group))
@@ -49,7 +65,16 @@ def _mine(context, action, ids):
     return absent, ids.masked_fill(absent, 0), sizes[rank]
 
 
-def _look_up(context, action, func, input, weight, padding_idx=None, *args, **kwargs):
+def _look_up(
+    context: Any,
+    action: OnShard,
+    func: Any,
+    input: Any,
+    weight: Any,
+    padding_idx: Any = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     """An embedding of which this rank has some rows: zeros for the others, so that the ranks'
     results sum to the whole.
 
@@ -65,18 +90,18 @@ def _look_up(context, action, func, input, weight, padding_idx=None, *args, **kw
 
 
 def _cross_entropy(
-    context,
-    action,
-    func,
-    input,
-    target,
-    weight=None,
-    size_average=None,
-    ignore_index=-100,
-    reduce=None,
-    reduction="mean",
-    label_smoothing=0.0,
-):
+    context: Any,
+    action: OnShard,
+    func: Any,
+    input: Any,
+    target: Any,
+    weight: Any = None,
+    size_average: Any = None,
+    ignore_index: Any = -100,
+    reduce: Any = None,
+    reduction: Any = "mean",
+    label_smoothing: Any = 0.0,
+) -> Any:
     """The cross entropy of logits of which this rank has some classes (Megatron-LM, arXiv
     1909.08053, section 3): the ranks exchange a maximum, a sum of exponentials and the target's
     logit for each row, and not the logits.
@@ -105,4 +130,4 @@ def _cross_entropy(
     return loss.to(input.dtype)
 
 
-_INSTEAD = {"embedding": _look_up, "cross_entropy": _cross_entropy}
+_INSTEAD: dict[str, Callable] = {"embedding": _look_up, "cross_entropy": _cross_entropy}

@@ -24,10 +24,12 @@ class Params:
 
     def take(self, program: Program | None) -> None:
         self.program = program
-        params = program.params if program is not None else {}
+        if program is None:
+            self.places = []
+            return
         self.places = [
             (place, actions, name in program.written)
-            for name, actions in params.items()
+            for name, actions in program.params.items()
             for place in self.owners[name]
         ]
 
@@ -95,7 +97,7 @@ class Params:
         """A parameter is another tensor than the one that was split. Within a forward that replaces
         it for some runs of this module only (torch.func.functional_call), this is one of those."""
         name = self.name_of(place)
-        if name not in self.program.optional:
+        if self.program is None or name not in self.program.optional:
             raise RuntimeError(
                 f"{name}: expected the DTensor that apply_tensor_parallel made, found a"
                 f" {type(p).__name__} (replaced, pruned, or loaded with assign=True?): copy values"

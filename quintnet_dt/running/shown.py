@@ -1,7 +1,7 @@
 """Parameters whose local tensors are shown while a forward runs, by whatever way they are read."""
 
 import contextlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -15,17 +15,17 @@ class _Writable(torch.autograd.Function):
     Function."""
 
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx: Any, x: torch.Tensor) -> Any:
         return torch.empty(0, dtype=x.dtype, device=x.device).set_(
             x.untyped_storage(), x.storage_offset(), x.shape, x.stride()
         )
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
         return grad
 
 
-def writable(x):
+def writable(x: torch.Tensor) -> Any:
     return _Writable.apply(x)
 
 
@@ -42,8 +42,9 @@ class Shown(NamedTuple):
     written: bool  # the forward writes to it
 
 
-def hide(shown):
-    """Put back what was there before. What the forward assigned to the `.data` of the tensor is the parameter's."""
+def hide(shown: Shown) -> None:
+    """Put back what was there before. What the forward assigned to the `.data` of the tensor is the
+    parameter's."""
     (owner, attr), before, tensor = shown.place, shown.before, shown.tensor
     if shown.written:
         keep_data(shown.param, shown.local)
@@ -51,7 +52,7 @@ def hide(shown):
         put(owner, attr, before)
 
 
-def keep_data(param, local):
+def keep_data(param: torch.Tensor, local: torch.Tensor) -> None:
     """What a forward assigned to the `.data` of a parameter's local tensor is the parameter's
     own."""
     with quiet():
@@ -67,13 +68,13 @@ def keep_data(param, local):
         kept.data.copy_(local.detach())
 
 
-def _place(tensor):
+def _place(tensor: torch.Tensor) -> Any:
     """Where a tensor's elements begin; of a fake one, which has no address, too."""
     return tensor.untyped_storage(), tensor.storage_offset()
 
 
 @contextlib.contextmanager
-def put_back(context):
+def put_back(context: Any) -> Any:
     """While a forward runs, for as long as something looks at the model itself: its parameters as
     they are between forwards."""
     shown = [s for running in context.running for s in running.shown]
@@ -83,4 +84,4 @@ def put_back(context):
         yield
     finally:
         for s in shown:
-            put(*s.place, s.tensor)
+            put(s.place.owner, s.place.attr, s.tensor)

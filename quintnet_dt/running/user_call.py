@@ -82,8 +82,9 @@ def _check_modules(hooks: Hooks, module: nn.Module, program: Program | None, fai
     if error is not None:
         context.paths.in_step.explain(error)
     if not failed:
-        unknown = context.compiled or program is None
-        if unknown or context.ran in (program.forward.modules, *context.counts):
+        if context.compiled or program is None:
+            return
+        if context.ran in (program.forward.modules, *context.counts):
             return
     changed = context.structures.changed(module, context, hooks.path)
     if changed:

@@ -2,7 +2,7 @@
 ranks do not share."""
 
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -26,12 +26,12 @@ class Mark(NamedTuple):
 class Weights:
     """What was seen of the parameters of one split model."""
 
-    def __init__(self, owners, mesh):
+    def __init__(self, owners: Any, mesh: Any):
         self.owners, self.mesh = owners, mesh
         self.marks = {name: _mark(p) for name, p in self.present()}
         self.warned = False
 
-    def present(self):
+    def present(self) -> Any:
         """(name, parameter) of those that lie on the tp mesh alone and have values."""
         for name, at in self.owners.items():
             module, attr = at[0]
@@ -45,7 +45,7 @@ class Weights:
                 yield name, p
 
     @undisturbed
-    def check_assigned(self):
+    def check_assigned(self) -> None:
         """Raise RuntimeError where `p.data = t` was done to a parameter since it was last looked
         at, and lost; warn where it may have been."""
         lost, perhaps = [], []
@@ -78,7 +78,7 @@ class Weights:
             )
 
     @undisturbed
-    def check_shared(self):
+    def check_shared(self) -> None:
         """Raise RuntimeError, on every rank, where replicated parameters differ between ranks
         (initialised after the split, say); warn where all ranks' shards are the same random
         numbers. One small exchange; on every rank."""
@@ -109,7 +109,7 @@ class Weights:
 
 
 @torch.no_grad()
-def _mark(p):
+def _mark(p: torch.Tensor) -> Any:
     # Bits, so that NaN is equal to itself.
     whole = p.to_local()
     local = whole.flatten()[:SAMPLE]
@@ -119,6 +119,6 @@ def _mark(p):
     return Mark(p, p.untyped_storage(), whole.untyped_storage(), sample.view(torch.int64))
 
 
-def _some(names):
+def _some(names: list[str]) -> Any:
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(names[:5]) + more

@@ -104,7 +104,7 @@ def _heads(
     taken as they are."""
     q, k, v = states
     batch = q.shape[1]
-    if bias_k is not None:
+    if bias_k is not None and bias_v is not None:
         k = torch.cat([k, bias_k.expand(-1, batch, -1)])
         v = torch.cat([v, bias_v.expand(-1, batch, -1)])
     found = []

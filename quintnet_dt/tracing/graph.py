@@ -51,7 +51,7 @@ class Call:
     """One torch function that Python code called, with its ATen operators."""
 
     index: int
-    func: object
+    func: Any
     name: str
     module: "ModuleCall"
     args: tuple  # the arguments with Values for tensors: (args, kwargs)
