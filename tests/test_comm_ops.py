@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from quintnet_dt import comm_ops
+from quintnet_dt import comm_ops, groups
 from quintnet_dt.comm_ops import all_gather, all_reduce, copy_in, reduce_scatter, split
 from quintnet_dt.exchange import exchange
 from quintnet_dt.groups import SimulatedGroup, chunk_sizes, group_rank, group_size
@@ -370,7 +370,7 @@ def test_compiled_before_torch_2_13_they_raise_or_break_the_graph(monkeypatch):
     """There a compiled collective loses what it writes."""
     import torch._dynamo  # noqa: F401
 
-    monkeypatch.setattr(comm_ops, "SINCE_2_13", False)
+    monkeypatch.setattr(groups, "SINCE_2_13", False)
 
     def ranks(rank):
         def f(x):

@@ -1,6 +1,7 @@
 """What users do around a split model, before the split and between its calls."""
 
 import copy
+import gc
 import warnings
 
 import pytest
@@ -307,6 +308,7 @@ class Watched(nn.Module):
 
 def test_what_a_forward_leaves_elsewhere_is_whole():
     def ranks(rank):
+        gc.unfreeze()  # SEEN was there before the fork
         x = inputs(2, 5, 32)
         sharded, whole = pair(Watched, 2, example_inputs=(x,))
         assert not SEEN  # what was traced is taken out of it
