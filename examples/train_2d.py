@@ -1,15 +1,17 @@
-"""Train a Hugging Face language model on a 2-D mesh: data parallel (FSDP2) x tensor parallel.
+"""Train a Hugging Face language model on a 2-D mesh: data parallel (FSDP2) x tensor
+parallel.
 
-    torchrun --standalone --nproc-per-node 4 examples/train_2d.py --stop 30    # dp 2 x tp 2, half
-    of the steps torchrun --standalone --nproc-per-node 4 examples/train_2d.py --tp 4       # goes
-    on from the checkpoint, in another layout torchrun --standalone --nproc-per-node 4
-    examples/train_2d.py --model FOLDER --checkpoint other
+    torchrun --standalone --nproc-per-node 4 examples/train_2d.py --stop 30    # dp 2 x
+    tp 2, half of the steps torchrun --standalone --nproc-per-node 4
+    examples/train_2d.py --tp 4       # goes on from the checkpoint, in another layout
+    torchrun --standalone --nproc-per-node 4 examples/train_2d.py --model FOLDER
+    --checkpoint other
 
-The model is a tiny Llama over bytes with random weights, or that of FOLDER (config.json and
-safetensors, as the hub and --export have them). No rank ever holds it whole. The text is the source
-of Python's standard library, a byte a
-token: for a model with a tokenizer, put its tokens into read_text. A step's batch is the same in
-every layout.
+The model is a tiny Llama over bytes with random weights, or that of FOLDER (config.json
+and safetensors, as the hub and --export have them). No rank ever holds it whole. The
+text is the source of Python's standard library, a byte a
+token: for a model with a tokenizer, put its tokens into read_text. A step's batch is
+the same in every layout.
 """
 
 import argparse
@@ -57,15 +59,17 @@ def read_text(device) -> tuple[torch.Tensor, torch.Tensor]:
 
 def windows(text: torch.Tensor, starts: torch.Tensor, length: int) -> torch.Tensor:
     """The bytes from each start on, (starts, length)."""
-    return text[starts[:, None].to(text.device) + torch.arange(length, device=text.device)].long()
+    return text[
+        starts[:, None].to(text.device) + torch.arange(length, device=text.device)
+    ].long()
 
 
 # ---------------------------------------------------------------- the model
 
 
 def build(args, group: ProcessGroupManager, device) -> nn.Module:
-    """The model on the mesh. It starts without memory, and each rank then makes or reads its shards
-    only."""
+    """The model on the mesh. It starts without memory, and each rank then makes or
+    reads its shards only."""
     if args.model:
         config = AutoConfig.from_pretrained(args.model)
     else:
@@ -80,7 +84,9 @@ def build(args, group: ProcessGroupManager, device) -> nn.Module:
             max_position_embeddings=args.context,
         )
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype))
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=getattr(torch, args.dtype)
+        )
 
     ids = torch.zeros(
         args.batch // group.dp_size // args.accumulate,
@@ -115,10 +121,10 @@ def loss_of(model, ids):
 
 
 def train(model, group, text, held_out, args) -> None:
-    """AdamW, clipped gradients, warm-up then cosine; goes on from the checkpoint, if there is
-    one."""
-    # Made before any forward, which can leave FSDP2's parameters unsharded: it must hold the
-    # shards.
+    """AdamW, clipped gradients, warm-up then cosine; goes on from the checkpoint, if
+    there is one."""
+    # Made before any forward, which can leave FSDP2's parameters unsharded: it must
+    # hold the shards.
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, (0.9, 0.95))
 
     def schedule(step: int) -> float:
@@ -127,7 +133,9 @@ def train(model, group, text, held_out, args) -> None:
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     begin, last, saving = 0, min(args.stop or args.steps, args.steps), None
-    torch.manual_seed(args.seed + group.dp_rank)  # of dropout: the same in a tp group only
+    torch.manual_seed(
+        args.seed + group.dp_rank
+    )  # of dropout: the same in a tp group only
     if any(
         Path(args.checkpoint + end).exists() for end in ("", ".old")
     ):  # .old: killed while it was replaced
@@ -139,12 +147,16 @@ def train(model, group, text, held_out, args) -> None:
     say(f"held-out loss before: {held_out_loss(model, held_out, args):.3f} nats a byte")
 
     model.train()
-    with tqdm(total=last, initial=begin, desc="train", disable=RANK != 0, unit="step") as bar:
+    with tqdm(
+        total=last, initial=begin, desc="train", disable=RANK != 0, unit="step"
+    ) as bar:
         for step in range(begin, last):
             rng = torch.Generator().manual_seed(
                 args.seed + step
             )  # every rank: the same batch, of which it takes
-            starts = torch.randint(len(text) - args.context, (args.batch,), generator=rng)
+            starts = torch.randint(
+                len(text) - args.context, (args.batch,), generator=rng
+            )
             parts = starts.chunk(group.dp_size)[group.dp_rank].chunk(
                 args.accumulate
             )  # its tp group's part
@@ -152,7 +164,9 @@ def train(model, group, text, held_out, args) -> None:
             for i, part in enumerate(parts, 1):
                 if isinstance(model, FSDPModule):  # reduces over dp once a step
                     model.set_requires_gradient_sync(i == args.accumulate)
-                loss = loss_of(model, windows(text, part, args.context)) / args.accumulate
+                loss = (
+                    loss_of(model, windows(text, part, args.context)) / args.accumulate
+                )
                 loss.backward()
                 total += loss.item()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -171,8 +185,8 @@ def train(model, group, text, held_out, args) -> None:
 
 @torch.no_grad()
 def held_out_loss(model, text, args, batches: int = 4) -> float:
-    """The mean loss, in nats a byte, over windows spread evenly over the text; every rank computes
-    all of them."""
+    """The mean loss, in nats a byte, over windows spread evenly over the text; every
+    rank computes all of them."""
     model.eval()
     starts = torch.linspace(0, len(text) - args.context, batches * args.batch).long()
     return (
@@ -196,19 +210,30 @@ def size(tensors) -> int:
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--tp", type=int, default=min(2, WORLD_SIZE), help="ranks of a tp group; the others are dp"
+        "--tp",
+        type=int,
+        default=min(2, WORLD_SIZE),
+        help="ranks of a tp group; the others are dp",
     )
     parser.add_argument(
-        "--model", help="a folder with config.json and safetensors; default: random weights"
+        "--model",
+        help="a folder with config.json and safetensors; default: random weights",
     )
     parser.add_argument(
-        "--dtype", default="float32", help="of the parameters; on CUDA, FSDP2 computes in bfloat16"
+        "--dtype",
+        default="float32",
+        help="of the parameters; on CUDA, FSDP2 computes in bfloat16",
     )
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--stop", type=int, help="end after this step, to go on later")
-    parser.add_argument("--batch", type=int, default=16, help="windows a step, of all ranks")
     parser.add_argument(
-        "--accumulate", type=int, default=2, help="parts of a rank's batch, one after the other"
+        "--batch", type=int, default=16, help="windows a step, of all ranks"
+    )
+    parser.add_argument(
+        "--accumulate",
+        type=int,
+        default=2,
+        help="parts of a rank's batch, one after the other",
     )
     defaults = dict(
         layers=2,
@@ -220,7 +245,9 @@ def main(argv=None) -> int:
         checkpoint="train_2d.checkpoint",
     )
     for name, default in defaults.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=type(default), default=default
+        )
     parser.add_argument(
         "--export", help="a folder for the trained model, as from_pretrained reads it"
     )
@@ -239,12 +266,20 @@ def main(argv=None) -> int:
         say(f"dp {group.dp_size} x tp {group.tp_size}")
         held = [None] * WORLD_SIZE
         dist.all_gather_object(held, size(p.to_local() for p in model.parameters()))
-        say(f"parameter bytes: {size(model.parameters())} in the whole model, {held} on the ranks")
+        say(
+            f"parameter bytes: {size(model.parameters())} in the whole model, {held} on"
+            " the ranks"
+        )
         train(model, group, text, held_out, args)
-        say(f"held-out loss after: {held_out_loss(model, held_out, args):.3f} nats a byte")
+        say(
+            f"held-out loss after: {held_out_loss(model, held_out, args):.3f} nats a"
+            " byte"
+        )
         if args.export:
             export_safetensors(args.export, model)
-            say(f"AutoModelForCausalLM.from_pretrained({args.export!r}) reads the model")
+            say(
+                f"AutoModelForCausalLM.from_pretrained({args.export!r}) reads the model"
+            )
     return 0
 
 

@@ -147,7 +147,9 @@ def train(model, text, args, label: str) -> list[float]:
     model.train()
     with tqdm(total=args.steps, desc=label, disable=RANK != 0, unit="step") as bar:
         for step in range(1, args.steps + 1):
-            starts = torch.randint(len(text) - args.context, (args.batch,), generator=rng)
+            starts = torch.randint(
+                len(text) - args.context, (args.batch,), generator=rng
+            )
             loss = loss_of(model, *windows(text, starts, args.context))
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -205,7 +207,9 @@ def check(model, whole_model, text, args, tolerance: float = 1e-8) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, help="default 600; 20 with --check")
-    defaults = dict(layers=2, hidden=256, heads=8, context=128, batch=8, lr=1e-3, seed=0)
+    defaults = dict(
+        layers=2, hidden=256, heads=8, context=128, batch=8, lr=1e-3, seed=0
+    )
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=type(default), default=default)
     parser.add_argument("--check", action="store_true", help="against the whole model")

@@ -6,8 +6,8 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# Where each public name lives; loaded when first asked for, since torch.distributed.tensor alone
-# takes most of a second to import.
+# Where each public name lives; loaded when first asked for, since
+# torch.distributed.tensor alone takes most of a second to import.
 _PUBLIC = {
     "ColumnParallelLinear": "layers",
     "ProcessGroupManager": "processgroup",
@@ -16,7 +16,7 @@ _PUBLIC = {
     "VocabParallelEmbedding": "layers",
     "apply_tensor_parallel": "rewrite",
     "check_batch": "agreement",
-    "export_safetensors": "state.safetensors",
+    "export_safetensors": "state.export",
     "load_checkpoint": "state.checkpoint",
     "load_safetensors": "state.safetensors",
     "materialize": "state.meta",

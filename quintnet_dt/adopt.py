@@ -1,8 +1,9 @@
-"""What a user hung on a model's parameters before it was split goes on with the DTensors: gradient
-hooks, optimizers, lists.
+"""What a user hung on a model's parameters before it was split goes on with the
+DTensors: gradient hooks, optimizers, lists.
 
-A plain Parameter cannot become a DTensor itself (their classes lay out memory otherwise, so
-`torch.utils.swap_tensors` refuses), so whatever holds one is given the other.
+A plain Parameter cannot become a DTensor itself (their classes lay out memory
+otherwise, so `torch.utils.swap_tensors` refuses), so whatever holds one is given the
+other.
 """
 
 import gc
@@ -24,17 +25,19 @@ class Replaced(NamedTuple):
     new: DTensor
 
 
-# References to a parameter that nothing else holds: from its Replaced, and from the question.
+# References to a parameter that nothing else holds: from its Replaced, and from the
+# question.
 _REFERENCES = 2
 _AT_ONCE = 8  # the time that Python takes to find what holds some objects grows with their number
 
 
 def adopt(replaced: list[Replaced]) -> None:
-    """Give what holds the old parameters the new ones: lists, dicts (optimizers' state is split
-    along), attributes of objects. The hooks on their gradients run on the new ones' gradients.
+    """Give what holds the old parameters the new ones: lists, dicts (optimizers' state
+    is split along), attributes of objects. The hooks on their gradients run on the new
+    ones' gradients.
 
-    Raises RuntimeError where something holds one that cannot be given another: a tuple or a set
-    that a list, a dict or an object keeps.
+    Raises RuntimeError where something holds one that cannot be given another: a tuple
+    or a set that a list, a dict or an object keeps.
     """
     by_id = {id(r.old): r for r in replaced if r.new is not r.old}
     for r in by_id.values():
@@ -45,20 +48,25 @@ def adopt(replaced: list[Replaced]) -> None:
         # What holds some of them most often holds the others too.
         some, todo = todo[:_AT_ONCE], todo[_AT_ONCE:]
         for holder in gc.get_referrers(*(r.old for r in some)):
-            if id(holder) not in ours and not _give(holder, by_id) and _kept_by_user(holder, ours):
+            if (
+                id(holder) not in ours
+                and not _give(holder, by_id)
+                and _kept_by_user(holder, ours)
+            ):
                 stuck.add(type(holder).__name__)
         del holder
     if stuck:
         raise RuntimeError(
-            "apply_tensor_parallel: expected what holds the model's parameters to be lists, dicts"
-            " or attributes, which are given the DTensors, found them in a"
-            f" {' and a '.join(sorted(stuck))} too, which would keep the old ones: make it"
-            " after the split"
+            "apply_tensor_parallel: expected what holds the model's parameters to be"
+            " lists, dicts or attributes, which are given the DTensors, found them in"
+            f" a {' and a '.join(sorted(stuck))} too, which would keep the old ones:"
+            " make it after the split"
         )
 
 
 def _give(holder: Any, by_id: dict[int, Replaced]) -> bool:
-    """Put the new parameters in the place of the old; whether that could be done, or need not."""
+    """Put the new parameters in the place of the old; whether that could be done, or
+    need not."""
     if isinstance(holder, (list, deque)):
         for i, x in enumerate(holder):
             if id(x) in by_id:
@@ -90,13 +98,18 @@ def _give_dict(holder: dict, by_id: dict[int, Replaced]) -> None:
 
 
 def _split_state(state: Any, replaced: Replaced) -> Any:
-    """What an optimizer keeps for a parameter: tensors of its shape are split as it is."""
+    """What an optimizer keeps for a parameter: tensors of its shape are split as it
+    is."""
     if not isinstance(state, dict):
         return state
     new = replaced.new
 
     def split(x: Any) -> Any:
-        if not isinstance(x, torch.Tensor) or isinstance(x, DTensor) or x.shape != new.shape:
+        if (
+            not isinstance(x, torch.Tensor)
+            or isinstance(x, DTensor)
+            or x.shape != new.shape
+        ):
             return x
         return distribute_tensor(x, new.device_mesh, new.placements, src_data_rank=None)
 
@@ -104,6 +117,7 @@ def _split_state(state: Any, replaced: Replaced) -> Any:
 
 
 def _kept_by_user(holder: Any, ours: set[int]) -> bool:
-    """Whether something that lasts keeps a tuple or a set, and not only code that runs."""
+    """Whether something that lasts keeps a tuple or a set, and not only code that
+    runs."""
     keepers = (x for x in gc.get_referrers(holder) if id(x) not in ours)
     return any(isinstance(x, (list, dict)) or hasattr(x, "__dict__") for x in keepers)

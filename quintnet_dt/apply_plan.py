@@ -1,4 +1,5 @@
-"""Applying a plan: parameters become DTensors, modules get the hooks that run their programs."""
+"""Applying a plan: parameters become DTensors, modules get the hooks that run their
+programs."""
 
 import torch
 import torch.distributed as dist
@@ -34,8 +35,8 @@ def apply_plan(
     split_id: str,
     src_data_rank: int | None,
 ) -> None:
-    """Split a model by a plan that all ranks have. `split_id`: the same on all, for this split
-    alone."""
+    """Split a model by a plan that all ranks have. `split_id`: the same on all, for
+    this split alone."""
     plan, group = planned.plan, mesh.get_group()
     for module in modules(model):
         _undo_split(module)
@@ -53,7 +54,9 @@ def apply_plan(
         _share_plain_tensors(model, dist.get_global_rank(group, src_data_rank), group)
     adapt(model)
     mark(model, mesh)
-    context.weights, context.structures = Weights(parameters.owners, mesh), Structures(model)
+    context.weights, context.structures = Weights(parameters.owners, mesh), Structures(
+        model
+    )
     model.tensor_parallel_plan, model.tensor_parallel_mesh = plan, mesh
 
 
@@ -64,7 +67,9 @@ def _undo_split(module: nn.Module) -> None:
         vars(module).pop(attr, None)
 
 
-def _default_programs(model: nn.Module, plan: TensorParallelPlan) -> dict[ModulePath, Program]:
+def _default_programs(
+    model: nn.Module, plan: TensorParallelPlan
+) -> dict[ModulePath, Program]:
     """For a module that no traced forward reached: its own weights gathered."""
     programs = {}
     names = {id(p): name for name, p in named_parameters(model)}
@@ -72,22 +77,28 @@ def _default_programs(model: nn.Module, plan: TensorParallelPlan) -> dict[Module
         entries = [plan[names[id(p)]] for p in module.parameters(recurse=False)]
         if entries:
             programs[path] = Program(
-                {e.name: () if e.dim is None else (Action(GATHER, e.split),) for e in entries}
+                {
+                    e.name: () if e.dim is None else (Action(GATHER, e.split),)
+                    for e in entries
+                }
             )
     return programs
 
 
 def _share_plain_tensors(model: nn.Module, source: int, group: ProcessGroup) -> None:
-    """Every rank takes from one the values of what is no DTensor: buffers, and the parameters of
-    ScriptModules."""
-    left_plain = {id(p): p.data for script in scripts(model) for p in script.parameters()}
+    """Every rank takes from one the values of what is no DTensor: buffers, and the
+    parameters of ScriptModules."""
+    left_plain = {
+        id(p): p.data for script in scripts(model) for p in script.parameters()
+    }
     for tensor in (*model.buffers(), *left_plain.values()):
         if tensor.device.type != "meta" and tensor.numel():
             _broadcast(tensor, source, group)
 
 
 def _broadcast(tensor: torch.Tensor, source: int, group: ProcessGroup) -> None:
-    """Every rank takes a tensor's values from one; a sparse one's elements may differ in number."""
+    """Every rank takes a tensor's values from one; a sparse one's elements may differ
+    in number."""
     if tensor.layout == torch.strided:
         dist.broadcast(carried(tensor), source, group=group)
         return

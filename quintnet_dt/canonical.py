@@ -1,17 +1,29 @@
-"""Data written so that every rank writes the same: no order of a set or a dict, no address, no
-hash."""
+"""Data written so that every rank writes the same: no order of a set or a dict, no
+address, no hash."""
 
 import dataclasses
 import enum
 
 import torch
 
-_PLAIN = bool, int, float, complex, str, bytes, type(None), range, torch.dtype, torch.device
+_PLAIN = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    type(None),
+    range,
+    torch.dtype,
+    torch.device,
+)
 
 
 def canonical(x):
-    """A text of nested data that is the same in every process for the same data, however its dicts
-    and sets are ordered; of an object that is no data, its class alone."""
+    """A text of nested data that is the same in every process for the same data,
+    however its dicts and sets are ordered; of an object that is no data, its class
+    alone."""
     if isinstance(x, enum.Enum):
         return f"{_name(type(x))}.{x.name}"
     if isinstance(x, _PLAIN):
@@ -23,7 +35,9 @@ def canonical(x):
     if isinstance(x, (set, frozenset)):
         return f"{{{', '.join(sorted(map(canonical, x)))}}}"
     if isinstance(x, dict):
-        items = sorted(f"{canonical(key)}: {canonical(value)}" for key, value in x.items())
+        items = sorted(
+            f"{canonical(key)}: {canonical(value)}" for key, value in x.items()
+        )
         return f"{{{', '.join(items)}}}"
     if isinstance(x, slice):
         return f"slice{canonical((x.start, x.stop, x.step))}"

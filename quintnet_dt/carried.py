@@ -1,5 +1,5 @@
-"""Tensors of dtypes that a backend does not send (gloo: float8, int16, unsigned ones) go as others
-of the same size: what is only moved keeps its bits."""
+"""Tensors of dtypes that a backend does not send (gloo: float8, int16, unsigned ones)
+go as others of the same size: what is only moved keeps its bits."""
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -17,7 +17,8 @@ _OF_SIZE = {1: torch.uint8, 2: torch.bfloat16, 4: torch.int32, 8: torch.int64}
 
 
 def carried(t: torch.Tensor) -> torch.Tensor:
-    """A view of a tensor, of a dtype that every backend sends; itself where its own is one."""
+    """A view of a tensor, of a dtype that every backend sends; itself where its own is
+    one."""
     wide = t.dtype.itemsize > 1 and (t.dtype.is_floating_point or t.dtype.is_complex)
     return t if wide or t.dtype in _SENT else t.view(_OF_SIZE[t.dtype.itemsize])
 
@@ -32,7 +33,12 @@ def distribute(
         return split
     local = split.to_local().view(t.dtype)
     return DTensor.from_local(
-        local, mesh, [placement], run_check=False, shape=split.shape, stride=split.stride()
+        local,
+        mesh,
+        [placement],
+        run_check=False,
+        shape=split.shape,
+        stride=split.stride(),
     )
 
 
@@ -43,6 +49,11 @@ def whole_of(t: DTensor) -> torch.Tensor:
     if sent is local:
         return t.full_tensor()
     split = DTensor.from_local(
-        sent, t.device_mesh, t.placements, run_check=False, shape=t.shape, stride=t.stride()
+        sent,
+        t.device_mesh,
+        t.placements,
+        run_check=False,
+        shape=t.shape,
+        stride=t.stride(),
     )
     return split.full_tensor().view(t.dtype)

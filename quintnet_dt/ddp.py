@@ -1,5 +1,6 @@
-"""Under DistributedDataParallel(model, device_mesh=mesh["dp"]): it makes of every DTensor parameter
-a plain one, its local tensor, of which it averages the gradient over dp."""
+"""Under DistributedDataParallel(model, device_mesh=mesh["dp"]): it makes of every
+DTensor parameter a plain one, its local tensor, of which it averages the gradient over
+dp."""
 
 import torch
 from torch import nn
@@ -13,8 +14,8 @@ SPEC = (  # the attribute of such a parameter that says of which DTensor it is t
 
 
 def take_local(model: nn.Module) -> None:
-    """Before a forward: parameters are read as the plain ones that they are. DDP's own hooks, which
-    would make DTensors of them for each forward, find nothing to do."""
+    """Before a forward: parameters are read as the plain ones that they are. DDP's own
+    hooks, which would make DTensors of them for each forward, find nothing to do."""
     for p in model.parameters():
         if DDP_SPEC in vars(p):
             vars(p)[SPEC] = vars(p).pop(DDP_SPEC)
@@ -31,7 +32,8 @@ def whole_shape(p: torch.Tensor) -> tuple[int, ...]:
 
 
 def as_dtensor(p: torch.Tensor) -> torch.Tensor:
-    """The DTensor that a parameter is, or is the local tensor of; a plain one as it is."""
+    """The DTensor that a parameter is, or is the local tensor of; a plain one as it
+    is."""
     if not is_local(p):
         return p
     spec = vars(p)[SPEC]

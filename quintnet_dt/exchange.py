@@ -1,5 +1,5 @@
-"""Rows of a tensor from the ranks that store them to those that use them: an all-to-all, which
-DTensor has not."""
+"""Rows of a tensor from the ranks that store them to those that use them: an
+all-to-all, which DTensor has not."""
 
 from typing import NamedTuple
 
@@ -12,16 +12,18 @@ from .groups import Group, SimulatedGroup, chunk_sizes, group_rank, group_size
 
 
 def exchange(x: Tensor, dim: int, group: Group, positions: Tensor) -> Tensor:
-    """``y_r = X[positions[r]]`` along ``dim``, of the whole ``X`` whose part r, by `chunk_sizes`,
-    is ``x_r``; ``dx`` goes back the same way.
+    """``y_r = X[positions[r]]`` along ``dim``, of the whole ``X`` whose part r, by
+    `chunk_sizes`, is ``x_r``; ``dx`` goes back the same way.
 
-    ``positions`` is (ranks, length): every index of ``X`` once, increasing for each rank. An
-    all-to-all, for weights whose rows are stored in another order than they are used in. Returns
-    (..., length, ...).
+    ``positions`` is (ranks, length): every index of ``X`` once, increasing for each
+    rank. An all-to-all, for weights whose rows are stored in another order than they
+    are used in. Returns (..., length, ...).
     """
     if group_size(group) == 1:
         return x
-    if isinstance(group, SimulatedGroup):  # on fake tensors no positions can be worked out
+    if isinstance(
+        group, SimulatedGroup
+    ):  # on fake tensors no positions can be worked out
         route = Route(x.shape[dim], positions.shape[1])
     else:
         route = Route.of(positions, group_rank(group))
@@ -46,12 +48,17 @@ class Route(NamedTuple):
         given = [p[o == rank] - sum(sizes[:rank]) for p, o in zip(positions, owners)]
         taken = torch.bincount(owners[rank], minlength=len(sizes)).tolist()
         return cls(
-            sizes[rank], positions.shape[1], torch.cat(given), [len(g) for g in given], taken
+            sizes[rank],
+            positions.shape[1],
+            torch.cat(given),
+            [len(g) for g in given],
+            taken,
         )
 
 
 class Exchange(Function):
-    """Rows to the ranks that use them; ``back``: the same rows to the ranks that they came from."""
+    """Rows to the ranks that use them; ``back``: the same rows to the ranks that they
+    came from."""
 
     @staticmethod
     def forward(ctx, x, dim, group, route, back):
@@ -66,7 +73,11 @@ class Exchange(Function):
             came = _swap(rows, route.taken, route.given, group)
             y = torch.empty_like(came)
             y[route.rows] = came
-        return y if dim == 0 else y.movedim(0, dim).clone(memory_format=torch.contiguous_format)
+        return (
+            y
+            if dim == 0
+            else y.movedim(0, dim).clone(memory_format=torch.contiguous_format)
+        )
 
     @staticmethod
     def backward(ctx, dy):

@@ -1,4 +1,5 @@
-"""Groups of ranks that collectives run in, real and simulated, and how they share a length."""
+"""Groups of ranks that collectives run in, real and simulated, and how they share a
+length."""
 
 from dataclasses import dataclass
 from typing import Any, Sequence, TypeAlias
@@ -11,12 +12,12 @@ from .private import SINCE_2_13
 
 @dataclass(frozen=True)
 class SimulatedGroup:
-    """A group whose other ranks are imagined to hold what this one holds. ValueError unless ``0 <=
-    rank < size``.
+    """A group whose other ranks are imagined to hold what this one holds. ValueError
+    unless ``0 <= rank < size``.
 
-    Its collectives communicate nothing and give tensors of the right shape, fake tensors too: a
-    plan can be proved and costed in one process. Where lengths differ, the others hold this rank's
-    tensor cut to theirs, or zero-filled.
+    Its collectives communicate nothing and give tensors of the right shape, fake
+    tensors too: a plan can be proved and costed in one process. Where lengths differ,
+    the others hold this rank's tensor cut to theirs, or zero-filled.
     """
 
     rank: int
@@ -32,8 +33,8 @@ Sizes: TypeAlias = Sequence[int] | None
 
 
 def group_of(mesh: Any) -> Group:
-    """The group of a 1-D DeviceMesh; of one rank, one that outlives its process group, which it
-    does not need."""
+    """The group of a 1-D DeviceMesh; of one rank, one that outlives its process group,
+    which it does not need."""
     return SimulatedGroup(0, 1) if mesh.size() == 1 else mesh.get_group()
 
 
@@ -49,19 +50,21 @@ def group_size(group: Group) -> int:
     if not isinstance(group, ProcessGroup):  # new_group gives outsiders an int
         found = f"found {group!r}; of a DeviceMesh pass mesh.get_group()"
         raise ValueError(
-            f"expected a ProcessGroup that this rank is in, or a SimulatedGroup, {found}"
+            "expected a ProcessGroup that this rank is in, or a SimulatedGroup,"
+            f" {found}"
         )
     if not SINCE_2_13 and torch.compiler.is_compiling():
         raise RuntimeError(
-            f"torch.compile of collectives: expected torch 2.13 or newer, found {torch.__version__}"
+            "torch.compile of collectives: expected torch 2.13 or newer, found"
+            f" {torch.__version__}"
         )
     return group.size()
 
 
 def chunk_sizes(length: int, n: int) -> list[int]:
-    """The lengths of a dim's n parts, as ``torch.chunk`` and DTensor's Shard cut it: ``ceil(length
-    / n)`` while that lasts. 10 over 4 is 3, 3, 3, 1; 3 over 4 is 1, 1, 1, 0. Raises ValueError if
-    ``length < 0`` or ``n < 1``."""
+    """The lengths of a dim's n parts, as ``torch.chunk`` and DTensor's Shard cut it:
+    ``ceil(length / n)`` while that lasts. 10 over 4 is 3, 3, 3, 1; 3 over 4 is 1, 1, 1,
+    0. Raises ValueError if ``length < 0`` or ``n < 1``."""
     if length < 0 or n < 1:
         raise ValueError(f"expected length >= 0 and n >= 1, found {length} and {n}")
     full = -(-length // n)

@@ -1,5 +1,5 @@
-"""What transformers and peft look for on a split model of theirs: their trainers take it, their
-`save_pretrained` saves the whole.
+"""What transformers and peft look for on a split model of theirs: their trainers take
+it, their `save_pretrained` saves the whole.
 
 Nothing is imported: a model is transformers' if its class has the names below.
 """
@@ -23,9 +23,11 @@ MARKS = (
 
 
 def mark(model, mesh):
-    """Mark a model that was split, and models within it, as transformers marks those that it splits
-    itself."""
-    config_class = getattr(sys.modules.get("transformers.distributed"), "DistributedConfig", None)
+    """Mark a model that was split, and models within it, as transformers marks those
+    that it splits itself."""
+    config_class = getattr(
+        sys.modules.get("transformers.distributed"), "DistributedConfig", None
+    )
     for module in modules(model):
         if hasattr(type(module), "save_pretrained") and hasattr(module, "peft_config"):
             vars(module)["_tp_size"] = mesh.size()  # peft then saves whole adapters
@@ -57,11 +59,13 @@ def unmarked(model):
 
 
 def gathered(model, state, distributed_config=None, *, save_on_this_rank=True):
-    """{name: whole tensor, on the CPU} of a state dict, on the ranks that save; {} on the others.
-    On every rank."""
+    """{name: whole tensor, on the CPU} of a state dict, on the ranks that save; {} on
+    the others. On every rank."""
     whole = {}
     for name, x in state.items():
         x = x.detach().full_tensor() if isinstance(x, DTensor) else x
         if save_on_this_rank:
-            whole[name] = x.detach().cpu().contiguous() if isinstance(x, torch.Tensor) else x
+            whole[name] = (
+                x.detach().cpu().contiguous() if isinstance(x, torch.Tensor) else x
+            )
     return whole

@@ -1,5 +1,5 @@
-"""Making a plan: a forward of the model is traced, what to shard is chosen, and the choice is
-proven to compute what the whole model does."""
+"""Making a plan: a forward of the model is traced, what to shard is chosen, and the
+choice is proven to compute what the whole model does."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -40,7 +40,8 @@ class Request:
 
 
 class Planned(NamedTuple):
-    """A plan, and how the traced call runs by it; no programs where nothing was traced."""
+    """A plan, and how the traced call runs by it; no programs where nothing was
+    traced."""
 
     plan: TensorParallelPlan
     programs: dict[Signature, dict[ModulePath, Program]]
@@ -85,8 +86,8 @@ def make_plan(model: nn.Module, request: Request) -> Planned:
 
 
 def _plan_to_apply(request: Request) -> TensorParallelPlan | None:
-    """The plan that is not to be chosen: the user's, or that of the parameters that are split
-    already."""
+    """The plan that is not to be chosen: the user's, or that of the parameters that are
+    split already."""
     n, plan = request.tp_size, request.plan
     if request.before:
         if plan is not None:
@@ -94,11 +95,15 @@ def _plan_to_apply(request: Request) -> TensorParallelPlan | None:
                 "plan: expected none for a model that was split before, found a"
                 f" {type(plan).__name__}: its parameters stay as they are"
             )
-        return TensorParallelPlan(n, request.before, loss_parallel=request.loss_parallel)
+        return TensorParallelPlan(
+            n, request.before, loss_parallel=request.loss_parallel
+        )
     if not isinstance(plan, TensorParallelPlan):
         return None
     if plan.tp_size != n:
-        raise ValueError(f"plan: expected one for tp_size {n}, found one for {plan.tp_size}")
+        raise ValueError(
+            f"plan: expected one for tp_size {n}, found one for {plan.tp_size}"
+        )
     loss_parallel = request.loss_parallel or plan.loss_parallel
     plan = plan.contiguous() if request.contiguous else plan
     return replace(plan, loss_parallel=loss_parallel)
@@ -107,8 +112,8 @@ def _plan_to_apply(request: Request) -> TensorParallelPlan | None:
 def _user_dims(
     model: nn.Module, request: Request, plan: TensorParallelPlan | None
 ) -> dict[ParamName, int | None]:
-    """The dims that parameters must be split on (None: replicate), by the user or an earlier
-    split."""
+    """The dims that parameters must be split on (None: replicate), by the user or an
+    earlier split."""
     placements = {} if request.plan is None else request.plan
     if plan is not None:
         placements = plan.placements
@@ -118,17 +123,24 @@ def _user_dims(
             f" {type(placements).__name__}"
         )
     params = dict(named_parameters(model))
-    strange = [n for n, p in params.items() if isinstance(p, DTensor) and n not in request.before]
+    strange = [
+        n
+        for n, p in params.items()
+        if isinstance(p, DTensor) and n not in request.before
+    ]
     if strange:
         raise ValueError(
-            f"{', '.join(strange[:5])}: expected a model that is whole, or that this function"
-            " split, found DTensors already: apply tensor parallelism before fully_shard"
+            f"{', '.join(strange[:5])}: expected a model that is whole, or that this"
+            " function split, found DTensors already: apply tensor parallelism before"
+            " fully_shard"
         )
     shapes = {name: tuple(p.shape) for name, p in params.items()}
     check_user_plan(placements, shapes)
     if request.tp_size == 1:
         return dict.fromkeys(shapes)
-    return {name: getattr(placement, "dim", None) for name, placement in placements.items()}
+    return {
+        name: getattr(placement, "dim", None) for name, placement in placements.items()
+    }
 
 
 def _trace(model: nn.Module, example_inputs: Any, device: torch.device) -> _Forward:
@@ -153,13 +165,13 @@ def check_model(model: nn.Module) -> None:
         raise TypeError(f"model: expected an nn.Module, found {type(model).__name__}")
     if wrapped := wrapped_by_fsdp1(model):
         raise TypeError(
-            f"{wrapped}: expected a model that is split before any data parallelism, found"
-            " FullyShardedDataParallel: apply tensor parallelism first, then"
+            f"{wrapped}: expected a model that is split before any data parallelism,"
+            " found FullyShardedDataParallel: apply tensor parallelism first, then"
             " torch.distributed.fsdp.fully_shard"
         )
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(
-            "the model: expected modules written in Python, found a ScriptModule, whose weights and"
-            " calls are out of reach: use the module that it was made from (within a model, one is"
-            " left whole)"
+            "the model: expected modules written in Python, found a ScriptModule, whose"
+            " weights and calls are out of reach: use the module that it was made from"
+            " (within a model, one is left whole)"
         )

@@ -13,10 +13,12 @@ from .running.structure import hooks_on
 
 def register_forward_method(module: nn.Module, name: str) -> None:
     """Make a method of a split model, or of a part of it, a forward of its own: CLIP's
-    `encode_text`, say. As `torch.distributed.fsdp.register_fsdp_forward_method` does for FSDP2.
+    `encode_text`, say. As `torch.distributed.fsdp.register_fsdp_forward_method` does
+    for FSDP2.
 
-    A call of it from outside is traced and shown before it runs, once for each kind of call; within
-    a forward of the model it is a part of that. Hooks of the user's on the module do not run.
+    A call of it from outside is traced and shown before it runs, once for each kind of
+    call; within a forward of the model it is a part of that. Hooks of the user's on the
+    module do not run.
 
     Args:
         module: an nn.Module, before or after `apply_tensor_parallel`.
@@ -26,13 +28,14 @@ def register_forward_method(module: nn.Module, name: str) -> None:
     """
     if not isinstance(module, nn.Module):
         raise TypeError(
-            f"register_forward_method: expected an nn.Module, found {type(module).__name__}"
+            "register_forward_method: expected an nn.Module, found"
+            f" {type(module).__name__}"
         )
     found = getattr(type(module), name, None) if isinstance(name, str) else None
     if not isinstance(found, FunctionType) or name == "forward":
         raise ValueError(
-            f"register_forward_method: expected the name of a method of {type(module).__name__}"
-            f" beside forward, found {name!r}"
+            "register_forward_method: expected the name of a method of"
+            f" {type(module).__name__} beside forward, found {name!r}"
         )
 
     @functools.wraps(found)
@@ -46,7 +49,11 @@ def register_forward_method(module: nn.Module, name: str) -> None:
 
 
 def _as_forward(
-    module: nn.Module, hooks: Any, function: Callable, args: tuple, kwargs: dict[str, Any]
+    module: nn.Module,
+    hooks: Any,
+    function: Callable,
+    args: tuple,
+    kwargs: dict[str, Any],
 ) -> Any:
     """Run a method as the module's forward, within this library's hooks."""
     with _forward_is(module, function):

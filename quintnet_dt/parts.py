@@ -1,8 +1,8 @@
 """The parts of a model, less those that TorchScript runs.
 
-A ScriptModule within a model is out of reach: its forward calls no Python, and its parameters
-cannot be DTensors. It is left as it is, an operator of its caller's: it computes the same on every
-rank, on whole tensors.
+A ScriptModule within a model is out of reach: its forward calls no Python, and its
+parameters cannot be DTensors. It is left as it is, an operator of its caller's: it
+computes the same on every rank, on whole tensors.
 """
 
 from collections.abc import Iterator

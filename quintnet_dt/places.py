@@ -1,4 +1,5 @@
-"""Where a model's parameters are, and letting another tensor stand in the place of one."""
+"""Where a model's parameters are, and letting another tensor stand in the place of
+one."""
 
 from collections.abc import Mapping
 from typing import NamedTuple, TypeAlias
@@ -40,8 +41,8 @@ def put(owner: nn.Module, attr: str, tensor: torch.Tensor) -> None:
 
 
 def _tell(owner: nn.Module, attr: str, tensor: torch.Tensor) -> None:
-    """A module that notes what its attributes are set to, as nn.LSTM does in a list, is told. Its
-    parameters stay in their order."""
+    """A module that notes what its attributes are set to, as nn.LSTM does in a list, is
+    told. Its parameters stay in their order."""
     params = owner._parameters
     later = list(params)[list(params).index(attr) + 1 :]
     del params[attr]
@@ -56,11 +57,12 @@ def _tell(owner: nn.Module, attr: str, tensor: torch.Tensor) -> None:
 
 
 def stand_in(model: nn.Module, stand_ins: Mapping[int, torch.Tensor]) -> None:
-    """Let other tensors stand in the places of a model's parameters and buffers, each in every
-    place that holds the one now: ties stay ties.
+    """Let other tensors stand in the places of a model's parameters and buffers, each
+    in every place that holds the one now: ties stay ties.
 
-    `stand_ins`: by the id of the tensor that each takes the place of. To undo it, give the tensors
-    themselves by the ids of their stand-ins: they return wherever those have been moved.
+    `stand_ins`: by the id of the tensor that each takes the place of. To undo it, give
+    the tensors themselves by the ids of their stand-ins: they return wherever those
+    have been moved.
     """
     for module in model.modules():
         for attr, p in list(module._parameters.items()):

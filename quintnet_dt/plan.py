@@ -1,8 +1,9 @@
-"""TensorParallelPlan: what is sharded, how it runs, why, and what it costs. Pure data: a table,
-JSON, and a check against a model."""
+"""TensorParallelPlan: what is sharded, how it runs, why, and what it costs. Pure data:
+a table, JSON, and a check against a model."""
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import count, groupby
 from math import prod
@@ -11,6 +12,7 @@ from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.placement_types import Placement
 
 from .axes.split import Split
+from .keys import ParamName
 from .private import _StridedShard
 
 LOCAL, EXCHANGED, GATHERED = "local", "exchanged", "gathered"
@@ -18,8 +20,8 @@ WEIGHT_GATHERED, REPLICATED = "weight gathered", "replicated"
 HOW = {
     LOCAL: "computes on this rank's shard, the axis stays sharded through the region",
     EXCHANGED: (
-        "as local; of fused pieces, stored in their own order: the ranks exchange rows before"
-        " its use"
+        "as local; of fused pieces, stored in their own order: the ranks exchange rows"
+        " before its use"
     ),
     GATHERED: "computes on this rank's shard, the result is completed at once",
     WEIGHT_GATHERED: "the weight is gathered before its use",
@@ -29,9 +31,9 @@ HOW = {
 
 @dataclass
 class Entry:
-    """One parameter: the `dim` it is split on (None: replicated), in each of its `pieces` equal
-    parts; `how` it runs (see HOW); of how many `units` the axis is that it is split along, 0 where
-    that is the weight's own."""
+    """One parameter: the `dim` it is split on (None: replicated), in each of its
+    `pieces` equal parts; `how` it runs (see HOW); of how many `units` the axis is that
+    it is split along, 0 where that is the weight's own."""
 
     name: str
     shape: tuple
@@ -42,39 +44,50 @@ class Entry:
     units: int = 0
 
     @property
-    def split(self):
+    def split(self) -> Split:
         """How the parameter is stored, where it is sharded."""
-        return Split.of_blocks(self.dim, self.shape[self.dim], self.pieces)
+        dim = self.dim or 0
+        return Split.of_blocks(dim, self.shape[dim], self.pieces)
 
     @property
-    def placement(self):
+    def placement(self) -> Placement:
         return Replicate() if self.dim is None else self.split.placement()
 
-    def in_one_block(self):
+    def in_one_block(self) -> "Entry":
         """This entry, with one block of the weight a rank."""
         return replace(self, pieces=1, how=EXCHANGED if self.units else self.how)
 
-    def valid(self):
+    def valid(self) -> bool:
         """Whether the fields are of their types and ranges."""
-        sizes = [*self.shape, self.pieces, self.units, 0 if self.dim is None else self.dim]
+        sizes = [
+            *self.shape,
+            self.pieces,
+            self.units,
+            0 if self.dim is None else self.dim,
+        ]
         if any(type(x) is not int or x < 0 for x in sizes) or self.pieces < 1:
             return False
         inside = self.dim is None or self.dim < len(self.shape)
         return (
-            inside and self.how in HOW and isinstance(self.name, str) and isinstance(self.why, str)
+            inside
+            and self.how in HOW
+            and isinstance(self.name, str)
+            and isinstance(self.why, str)
         )
 
-    def share(self, n):
+    def share(self, n: int) -> int:
         """Elements that the fullest rank holds."""
-        return prod(self.shape if self.dim is None else self.split.local_shape(self.shape, 0, n))
+        return prod(
+            self.shape if self.dim is None else self.split.local_shape(self.shape, 0, n)
+        )
 
 
 @dataclass
 class TensorParallelPlan:
-    """How a model is split over `tp_size` ranks. `entries` holds an Entry a parameter, by name;
-    `bytes_per_step` is what a rank sends in one forward and backward of the traced inputs (ring
-    collectives); None where none was traced. `plan[name] = Shard(0)` or `Replicate()` edits it:
-    what a user sets, wins."""
+    """How a model is split over `tp_size` ranks. `entries` holds an Entry a parameter,
+    by name; `bytes_per_step` is what a rank sends in one forward and backward of the
+    traced inputs (ring collectives); None where none was traced. `plan[name] =
+    Shard(0)` or `Replicate()` edits it: what a user sets, wins."""
 
     tp_size: int
     entries: dict = field(default_factory=dict)
@@ -82,11 +95,13 @@ class TensorParallelPlan:
     note: str = ""
     loss_parallel: bool = False
 
-    def __getitem__(self, name):
+    def __getitem__(self, name: ParamName) -> Entry:
         return self.entries[name]
 
-    def __setitem__(self, name, placement):
-        errors = problems({name: placement}, {n: e.shape for n, e in self.entries.items()})
+    def __setitem__(self, name: ParamName, placement: Placement) -> None:
+        errors = problems(
+            {name: placement}, {n: e.shape for n, e in self.entries.items()}
+        )
         if errors:
             raise ValueError(errors[0])
         entry = self.entries[name]
@@ -95,27 +110,29 @@ class TensorParallelPlan:
         entry.how = REPLICATED if entry.dim is None else GATHERED
 
     @property
-    def placements(self):
+    def placements(self) -> dict[ParamName, Placement]:
         """Parameter name -> placement on the tp mesh."""
         return {name: e.placement for name, e in self.entries.items()}
 
-    def contiguous(self):
+    def contiguous(self) -> "TensorParallelPlan":
         """This plan with one block of each weight a rank."""
-        entries = {n: e.in_one_block() if e.pieces > 1 else e for n, e in self.entries.items()}
+        entries = {
+            n: e.in_one_block() if e.pieces > 1 else e for n, e in self.entries.items()
+        }
         return replace(self, entries=entries)
 
     @property
-    def share(self):
+    def share(self) -> float:
         """The share of the parameter elements that the fullest rank holds."""
         total = sum(e.share(1) for e in self.entries.values())
         return sum(e.share(self.tp_size) for e in self.entries.values()) / max(total, 1)
 
-    def to_json(self):
+    def to_json(self) -> str:
         """The plan as JSON text; `from_json` reads it back."""
         return json.dumps(asdict(self), indent=1)
 
     @classmethod
-    def from_json(cls, text):
+    def from_json(cls, text: str) -> "TensorParallelPlan":
         """A plan from `to_json`'s text. Raises ValueError where it is not one."""
         what = "expected the JSON of a TensorParallelPlan"
         try:
@@ -125,50 +142,90 @@ class TensorParallelPlan:
                 for n, e in data.pop("entries").items()
             }
             plan = cls(entries=entries, **data)
-            wrong = [f"{n}: {e}" for n, e in entries.items() if n != e.name or not e.valid()]
-            if (
-                type(plan.tp_size) is not int
-                or plan.tp_size < 1
-                or type(plan.bytes_per_step) not in (int, type(None))
-            ):
-                wrong.append(f"tp_size {plan.tp_size!r}, bytes_per_step {plan.bytes_per_step!r}")
+            wrong = [
+                f"{n}: {e}" for n, e in entries.items() if n != e.name or not e.valid()
+            ]
+            wrong += plan._faults()
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as e:
-            raise ValueError(f"{what} (made by to_json), found something else: {e}") from e
+            raise ValueError(
+                f"{what} (made by to_json), found something else: {e}"
+            ) from e
         if wrong:
             raise ValueError(f"{what}, found in it:\n  " + "\n  ".join(wrong))
         return plan
 
-    def __str__(self):
+    def _faults(self) -> list[str]:
+        """What is wrong with the fields but the entries."""
+        sent = self.bytes_per_step
+        fits = {
+            "tp_size": type(self.tp_size) is int and self.tp_size >= 1,
+            "bytes_per_step": sent is None or (type(sent) is int and sent >= 0),
+            "note": isinstance(self.note, str),
+            "loss_parallel": isinstance(self.loss_parallel, bool),
+        }
+        return [
+            f"{name}: {getattr(self, name)!r}"
+            for name, right in fits.items()
+            if not right
+        ]
+
+    def __str__(self) -> str:
         rows = [("module", "parameter", "shape", "placement", "how it runs", "why")]
         for name, e in _collapsed(self.entries.values()):
             module, _, leaf = name.rpartition(".")
             pieces = f" of {e.pieces} pieces" if e.pieces > 1 else ""
             placement = "Replicate()" if e.dim is None else f"Shard({e.dim}){pieces}"
             rows.append(
-                (module or "(root)", leaf, " x ".join(map(str, e.shape)), placement, e.how, e.why)
+                (
+                    module or "(root)",
+                    leaf,
+                    " x ".join(map(str, e.shape)),
+                    placement,
+                    e.how,
+                    e.why,
+                )
             )
         widths = [max(map(len, column)) for column in zip(*rows)]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in rows]
+        lines = [
+            "  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in rows
+        ]
         if self.bytes_per_step is None:
             sends = "; what it sends was not counted, as no forward was traced"
         else:
-            sends = f" and sends {self.bytes_per_step / 1e6:.2f} MB a step of the traced inputs"
+            sends = (
+                f" and sends {self.bytes_per_step / 1e6:.2f} MB a step of the traced"
+                " inputs"
+            )
         head = (
-            f"tensor parallel over {self.tp_size} ranks: each holds {self.share:.1%} of the"
-            f" parameters{sends}"
+            f"tensor parallel over {self.tp_size} ranks: each holds {self.share:.1%} of"
+            f" the parameters{sends}"
         )
         return "\n".join(
-            [head, *filter(None, [self.note]), lines[0], "-" * max(map(len, lines)), *lines[1:]]
+            [
+                head,
+                *filter(None, [self.note]),
+                lines[0],
+                "-" * max(map(len, lines)),
+                *lines[1:],
+            ]
         )
 
 
 def _collapsed(entries):
-    """Entries that differ only in a layer's number, as one: ("layers.0-31.mlp.up.weight",
-    entry)."""
+    """Entries that differ only in a layer's number, as one:
+    ("layers.0-31.mlp.up.weight", entry)."""
     groups = {}
     for e in entries:
-        key = (re.sub(r"\d+", "#", f"{e.name} {e.why}"), e.shape, e.dim, e.pieces, e.how)
-        groups.setdefault(key, []).append((tuple(map(int, re.findall(r"\d+", e.name))), e))
+        key = (
+            re.sub(r"\d+", "#", f"{e.name} {e.why}"),
+            e.shape,
+            e.dim,
+            e.pieces,
+            e.how,
+        )
+        groups.setdefault(key, []).append(
+            (tuple(map(int, re.findall(r"\d+", e.name))), e)
+        )
     for group in groups.values():
         parts = {(): group}
         if len(group) < prod(
@@ -186,18 +243,26 @@ def _ranges(numbers):
     """[0, 1, 2, 5] -> "0-2,5"."""
     runs = [
         list(run)
-        for _, run in groupby(sorted(set(numbers)), key=lambda x, at=count(): x - next(at))
+        for _, run in groupby(
+            sorted(set(numbers)), key=lambda x, at=count(): x - next(at)
+        )
     ]
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    return ",".join(
+        str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs
+    )
 
 
-def problems(placements, shapes):
-    """What is wrong with a user's placements for a model whose parameters have these shapes: a list
-    of messages."""
+def problems(
+    placements: Mapping[ParamName, Placement], shapes: Mapping[ParamName, tuple]
+) -> list[str]:
+    """What is wrong with a user's placements for a model whose parameters have these
+    shapes: a list of messages."""
     errors = []
     for name, p in placements.items():
         if name not in shapes:
-            close = [n for n in shapes if n.split(".")[-2:] == str(name).split(".")[-2:]][:1]
+            close = [
+                n for n in shapes if n.split(".")[-2:] == str(name).split(".")[-2:]
+            ][:1]
             hint = f" (is it {close[0]}?)" if close else ""
             errors.append(f"{name}: the model has no such parameter{hint}")
         elif not isinstance(p, Placement) or p.is_partial():
@@ -206,14 +271,19 @@ def problems(placements, shapes):
             shape, last = tuple(shapes[name]), len(shapes[name]) - 1
             if not 0 <= p.dim <= last:
                 errors.append(
-                    f"{name}: expected a dim of 0 to {last} for shape {shape}, found Shard({p.dim})"
+                    f"{name}: expected a dim of 0 to {last} for shape {shape}, found"
+                    f" Shard({p.dim})"
                 )
     return errors
 
 
-def check_user_plan(placements, shapes):
+def check_user_plan(
+    placements: Mapping[ParamName, Placement], shapes: Mapping[ParamName, tuple]
+) -> None:
     """Raise one ValueError that lists every entry that does not fit the model."""
     errors = problems(placements, shapes)
     if errors:
-        head = f"the plan does not fit the model, {len(errors)} of its entries are wrong:"
+        head = (
+            f"the plan does not fit the model, {len(errors)} of its entries are wrong:"
+        )
         raise ValueError("\n  ".join([head, *errors]))

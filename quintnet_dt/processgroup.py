@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import DeviceMesh, ProcessGroup, init_device_mesh
 
-# Seconds that a collective waits for other ranks: torch's own are 1800 for gloo, long after one has
-# died.
+# Seconds that a collective waits for other ranks: torch's own are 1800 for gloo, long
+# after one has died.
 TIMEOUT = 600
 
 # What a launcher tells each process.
@@ -21,30 +21,33 @@ _RUN = "run: torchrun --standalone --nproc-per-node %s your_script.py"
 class ProcessGroupManager(AbstractContextManager):
     """The ranks that hold one model together, and this process's place among them.
 
-    Made from one of ``tp_size``, ``mesh`` and ``group`` (none of them: the whole world is one tp
-    group). Every rank of the world must make the same call (with ``mesh`` or ``group``, every rank
-    of it). As a context manager it closes itself. A copy (``copy.deepcopy``, pickle) shares the
-    groups and closes nothing.
+    Made from one of ``tp_size``, ``mesh`` and ``group`` (none of them: the whole world
+    is one tp group). Every rank of the world must make the same call (with ``mesh`` or
+    ``group``, every rank of it). As a context manager it closes itself. A copy
+    (``copy.deepcopy``, pickle) shares the groups and closes nothing.
 
     Args:
-        tp_size: an int, ranks in a tp group; with ``mesh`` or ``group``, must be theirs. Alone, of
-            the processes that torchrun started: initialises the default process group if there is none, with nccl (and
-            ``torch.cuda.set_device(LOCAL_RANK)``) where CUDA is available, else gloo. A size of 1
-            needs no launcher. In a larger world, ranks ``k * tp_size ... (k + 1) * tp_size - 1``
-            are one tp group.
+        tp_size: an int, ranks in a tp group; with ``mesh`` or ``group``, must be
+            theirs. Alone, of the processes that torchrun started: initialises the
+            default process group if there is none, with nccl (and
+            ``torch.cuda.set_device(LOCAL_RANK)``) where CUDA is available, else gloo. A
+            size of 1 needs no launcher. In a larger world, ranks ``k * tp_size ... (k +
+            1) * tp_size - 1`` are one tp group.
         mesh: a 1-D DeviceMesh of any name, such as ``mesh["tp"]`` of a larger one.
         group: a ProcessGroup that this process is in.
-        device_type: "cpu", "cuda", ...; None for that of the mesh or the group's backend.
-        timeout: seconds, above 0, after which a collective raises in the groups that this makes;
-            None for those of the default process group where there is one, else 600.
+        device_type: "cpu", "cuda", ...; None for that of the mesh or the group's
+            backend.
+        timeout: seconds, above 0, after which a collective raises in the groups that
+            this makes; None for those of the default process group where there is one,
+            else 600.
 
-    Attributes: ``mesh``, the 1-D mesh of the tp group; ``world_mesh``, of all ranks, ("dp", "tp"),
-    or ``mesh`` if tp_size is the world's or a mesh or group was given.
+    Attributes: ``mesh``, the 1-D mesh of the tp group; ``world_mesh``, of all ranks,
+    ("dp", "tp"), or ``mesh`` if tp_size is the world's or a mesh or group was given.
 
-    Raises ValueError: more than one source; a mesh not 1-D; a tp_size that is no positive int, does
-    not divide the world or is not the mesh's; a mesh or group without this rank; a timeout that is
-    no number above 0, or of a mesh or group, which have theirs. RuntimeError: nothing tells where
-    the others are.
+    Raises ValueError: more than one source; a mesh not 1-D; a tp_size that is no
+    positive int, does not divide the world or is not the mesh's; a mesh or group
+    without this rank; a timeout that is no number above 0, or of a mesh or group, which
+    have theirs. RuntimeError: nothing tells where the others are.
 
     Example::
 
@@ -63,9 +66,13 @@ class ProcessGroupManager(AbstractContextManager):
     ):
         # No ProcessGroup is stored: it cannot be copied, and a mesh can.
         self._opened: str | None = None  # "world", "groups" of a given world, or None
-        self.alone = False  # whether it opened a world of one process, which no launcher started
+        self.alone = (
+            False  # whether it opened a world of one process, which no launcher started
+        )
         if tp_size is not None and (type(tp_size) is not int or tp_size < 1):
-            raise ValueError(f"expected tp_size to be an int from 1 on, found {tp_size!r}")
+            raise ValueError(
+                f"expected tp_size to be an int from 1 on, found {tp_size!r}"
+            )
         if mesh is not None and group is not None:
             raise ValueError("expected a mesh or a group, found a mesh and a group")
         wait = _checked_timeout(timeout, made=mesh is None and group is None)
@@ -77,7 +84,8 @@ class ProcessGroupManager(AbstractContextManager):
             self._open(tp_size, device_type, wait)
         if tp_size not in (None, self.tp_size):
             raise ValueError(
-                f"expected tp_size={tp_size} ranks, found {self.tp_size}; leave tp_size out"
+                f"expected tp_size={tp_size} ranks, found {self.tp_size}; leave"
+                " tp_size out"
             )
 
     def _open(
@@ -102,7 +110,9 @@ class ProcessGroupManager(AbstractContextManager):
             return
         self._opened = self._opened or "groups"
         shape = (world // tp_size, tp_size)
-        self.world_mesh = init_device_mesh(device_type, shape, mesh_dim_names=("dp", "tp"))
+        self.world_mesh = init_device_mesh(
+            device_type, shape, mesh_dim_names=("dp", "tp")
+        )
         self.mesh = self.world_mesh["tp"]
         # A mesh makes its groups with the backend's own timeout.
         for group in self.world_mesh.get_all_groups():
@@ -138,7 +148,9 @@ class ProcessGroupManager(AbstractContextManager):
         """Destroys the process groups that this object made, no others. Idempotent."""
         opened, self._opened = self._opened, None
         if opened and dist.is_initialized():
-            for group in self.world_mesh.get_all_groups() if opened == "groups" else [None]:
+            for group in (
+                self.world_mesh.get_all_groups() if opened == "groups" else [None]
+            ):
                 if group is not dist.group.WORLD:  # a dim of the whole world borrows it
                     dist.destroy_process_group(group)  # of None: all
 
@@ -150,21 +162,26 @@ class ProcessGroupManager(AbstractContextManager):
 
     def __repr__(self) -> str:
         values = ", ".join(
-            f"{name}={getattr(self, name)}" for name in ("tp_rank", "tp_size", "dp_rank", "dp_size")
+            f"{name}={getattr(self, name)}"
+            for name in ("tp_rank", "tp_size", "dp_rank", "dp_size")
         )
         return f"ProcessGroupManager({values}, {self.mesh.device_type})"
 
 
 def _checked_timeout(timeout: float | None, made: bool) -> timedelta | None:
-    """The timeout as torch takes it. `made`: whether there will be groups that it is for."""
+    """The timeout as torch takes it. `made`: whether there will be groups that it is
+    for."""
     if timeout is None:
         return None
     number = isinstance(timeout, (int, float)) and not isinstance(timeout, bool)
     if not number or not math.isfinite(timeout) or timeout <= 0:
-        raise ValueError(f"timeout: expected a number of seconds above 0, found {timeout!r}")
+        raise ValueError(
+            f"timeout: expected a number of seconds above 0, found {timeout!r}"
+        )
     if not made:
         raise ValueError(
-            f"timeout: expected None with a mesh or a group, which have theirs, found {timeout!r}"
+            "timeout: expected None with a mesh or a group, which have theirs, found"
+            f" {timeout!r}"
         )
     return timedelta(seconds=timeout)
 
@@ -176,7 +193,8 @@ def _checked_mesh(mesh: DeviceMesh, device_type: str | None) -> DeviceMesh:
         raise ValueError(f"rank {dist.get_rank()} is not in the mesh {mesh}")
     if device_type not in (None, mesh.device_type):
         raise ValueError(
-            f"expected a mesh of device_type {device_type!r}, found {mesh.device_type!r}"
+            f"expected a mesh of device_type {device_type!r}, found"
+            f" {mesh.device_type!r}"
         )
     return mesh
 
@@ -184,16 +202,16 @@ def _checked_mesh(mesh: DeviceMesh, device_type: str | None) -> DeviceMesh:
 def _mesh_of_group(group: ProcessGroup, device_type: str | None) -> DeviceMesh:
     if not isinstance(group, ProcessGroup):  # new_group gives outsiders an int
         raise ValueError(
-            f"expected a ProcessGroup that this rank is in, found {group!r}; call this on the ranks"
-            " of the group only"
+            f"expected a ProcessGroup that this rank is in, found {group!r}; call this"
+            " on the ranks of the group only"
         )
     device_type = device_type or _device_type(group)
     return DeviceMesh.from_group(group, device_type, mesh_dim_names=("tp",))
 
 
 def _world_size(fresh: bool, unset: list[str], tp_size: int | None) -> int:
-    """How many processes there are. `fresh`: they have no process group yet; `unset`: what no
-    launcher has set."""
+    """How many processes there are. `fresh`: they have no process group yet; `unset`:
+    what no launcher has set."""
     if not fresh:
         return dist.get_world_size()
     if not unset:
@@ -220,8 +238,8 @@ def _initialise(device_type: str | None, timeout: timedelta | None, alone: bool)
 
 
 def timeout_of(group: ProcessGroup) -> timedelta:
-    """How long a group's store waits for its ranks: as long as collectives of the default group
-    do."""
+    """How long a group's store waits for its ranks: as long as collectives of the
+    default group do."""
     store = group.get_group_store() if hasattr(group, "get_group_store") else None
     return store.timeout if store is not None else timedelta(seconds=TIMEOUT)
 

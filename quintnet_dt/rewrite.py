@@ -1,7 +1,7 @@
 """The one call, `apply_tensor_parallel`, and the plan without it.
 
-Both make a plan (make_plan.py: trace, choose, prove). The call then lets the ranks agree on it
-(agreement.py) and applies it (apply_plan.py).
+Both make a plan (make_plan.py: trace, choose, prove). The call then lets the ranks
+agree on it (agreement.py) and applies it (apply_plan.py).
 """
 
 import warnings
@@ -33,22 +33,24 @@ def plan_tensor_parallel(
     loss_parallel: bool = False,
     contiguous: bool = False,
 ) -> TensorParallelPlan:
-    """The plan that `apply_tensor_parallel` would apply, in one process, without a process group, a
-    GPU, or a change to the model.
+    """The plan that `apply_tensor_parallel` would apply, in one process, without a
+    process group, a GPU, or a change to the model.
 
     Args:
         tp_size: number of ranks to split over, at least 1.
-        model, example_inputs, plan, loss_parallel, contiguous: as for `apply_tensor_parallel`,
-            which sets `contiguous` by itself.
+        model, example_inputs, plan, loss_parallel, contiguous: as for
+            `apply_tensor_parallel`, which sets `contiguous` by itself.
 
     Returns: TensorParallelPlan.
-    Raises: TypeError, ValueError for inputs or plans that do not fit; every wrong plan entry is
-    listed at once.
+    Raises: TypeError, ValueError for inputs or plans that do not fit; every wrong plan
+    entry is listed at once.
     """
     if isinstance(tp_size, bool) or not isinstance(tp_size, int) or tp_size < 1:
         raise ValueError(f"tp_size: expected an int of at least 1, found {tp_size!r}")
     check_model(model)
-    made = make_plan(model, Request(tp_size, example_inputs, plan, loss_parallel, contiguous)).plan
+    made = make_plan(
+        model, Request(tp_size, example_inputs, plan, loss_parallel, contiguous)
+    ).plan
     _warn_if_untraced(model, made)
     return made
 
@@ -67,44 +69,46 @@ def apply_tensor_parallel(
 ) -> nn.Module:
     """Split a model's weights over the ranks of a process group, in place.
 
-    The model stays itself: same object, classes, parameter names and outputs. Every parameter
-    becomes a DTensor on the 1-D tp mesh; its plan is `model.tensor_parallel_plan`, the mesh
-    `model.tensor_parallel_mesh`.
+    The model stays itself: same object, classes, parameter names and outputs. Every
+    parameter becomes a DTensor on the 1-D tp mesh; its plan is
+    `model.tensor_parallel_plan`, the mesh `model.tensor_parallel_mesh`.
 
-    A model that was split before, and whose modules have changed since (adapters were added or
-    merged), is split anew: its DTensors stay as they are, new parameters are split along the axes
-    of theirs, or replicated.
+    A model that was split before, and whose modules have changed since (adapters were
+    added or merged), is split anew: its DTensors stay as they are, new parameters are
+    split along the axes of theirs, or replicated.
 
     Args:
         model: any nn.Module, live or on the meta device.
-        tp_size: number of ranks to split over; with no mesh, the world is laid out as by
-            `ProcessGroupManager(tp_size)`. In a process that no launcher started, 1 leaves no
-            process group open.
+        tp_size: number of ranks to split over; with no mesh, the world is laid out as
+            by `ProcessGroupManager(tp_size)`. In a process that no launcher started, 1
+            leaves no process group open.
         mesh: a 1-D DeviceMesh or a ProcessGroupManager, instead of tp_size.
-        example_inputs: a tuple (positional) or dict (keyword) for the model's forward; made up from
-            the first layer if left out.
-        plan: placements that win over the planner's: {parameter name: Shard(dim) or Replicate()},
-            or a TensorParallelPlan.
-        loss_parallel: outputs that are sharded on their last dim (the vocabulary of logits) are
-            returned as DTensors with Shard(-1), and not gathered: use them within
-            torch.distributed.tensor.parallel.loss_parallel(). A cross entropy inside the model runs
-            on shards in any case.
-        contiguous: whether each rank's part of a fused weight ([q | k | v]) is one block of it, a
-            plain Shard, of which the ranks exchange rows before its use; else it is a part of each
-            piece, a _StridedShard, which sends nothing, but which FSDP2 and torch's own checkpoint
-            functions do not handle. By default it is where the world is larger than the tp group,
-            as it then will be split again, and before torch 2.13.
-        src_data_rank: the rank of each tp group whose weights are used; None if every rank holds
-            the same: then each takes its slices with no communication.
+        example_inputs: a tuple (positional) or dict (keyword) for the model's forward;
+            made up from the first layer if left out.
+        plan: placements that win over the planner's: {parameter name: Shard(dim) or
+            Replicate()}, or a TensorParallelPlan.
+        loss_parallel: outputs that are sharded on their last dim (the vocabulary of
+            logits) are returned as DTensors with Shard(-1), and not gathered: use them
+            within torch.distributed.tensor.parallel.loss_parallel(). A cross entropy
+            inside the model runs on shards in any case.
+        contiguous: whether each rank's part of a fused weight ([q | k | v]) is one
+            block of it, a plain Shard, of which the ranks exchange rows before its use;
+            else it is a part of each piece, a _StridedShard, which sends nothing, but
+            which FSDP2 and torch's own checkpoint functions do not handle. By default
+            it is where the world is larger than the tp group, as it then will be split
+            again, and before torch 2.13.
+        src_data_rank: the rank of each tp group whose weights are used; None if every
+            rank holds the same: then each takes its slices with no communication.
 
     Returns: the model.
-    Raises: TypeError, ValueError, RuntimeError, on every rank, also when only one rank's model or
-    plan is at fault.
+    Raises: TypeError, ValueError, RuntimeError, on every rank, also when only one
+    rank's model or plan is at fault.
     """
     mesh = mesh.mesh if isinstance(mesh, ProcessGroupManager) else mesh
     if mesh is not None and not isinstance(mesh, DeviceMesh):
         raise TypeError(
-            f"mesh: expected a 1-D DeviceMesh or a ProcessGroupManager, found {type(mesh).__name__}"
+            "mesh: expected a 1-D DeviceMesh or a ProcessGroupManager, found"
+            f" {type(mesh).__name__}"
         )
     ranks = ProcessGroupManager(tp_size, mesh=mesh)
     try:
@@ -119,7 +123,9 @@ def apply_tensor_parallel(
                 )
             check_model(model)
             before = entries_of_split(model, mesh)
-            request = Request(n, example_inputs, plan, loss_parallel, contiguous, before)
+            request = Request(
+                n, example_inputs, plan, loss_parallel, contiguous, before
+            )
             planned = make_plan(model, request)
             _warn_if_untraced(model, planned.plan)
         options = {
@@ -127,7 +133,9 @@ def apply_tensor_parallel(
             "contiguous": contiguous,
             "loss_parallel": planned.plan.loss_parallel,
         }
-        split_id = agree(model, options, (planned.plan.to_json(), planned.programs), mesh)
+        split_id = agree(
+            model, options, (planned.plan.to_json(), planned.programs), mesh
+        )
         apply_plan(model, mesh, planned, split_id, src_data_rank)
     finally:
         if ranks.alone:  # nothing more will be communicated

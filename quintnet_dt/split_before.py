@@ -1,4 +1,5 @@
-"""A model that was split before, and whose modules have changed since: what of it stays."""
+"""A model that was split before, and whose modules have changed since: what of it
+stays."""
 
 from collections.abc import Collection
 from dataclasses import replace
@@ -17,10 +18,11 @@ from .tracing.user_hooks import PASSED
 
 
 def entries_of_split(model: nn.Module, mesh: DeviceMesh) -> dict[ParamName, Entry]:
-    """The Entries of the parameters that this library has split already, by their names of now.
+    """The Entries of the parameters that this library has split already, by their names
+    of now.
 
-    Raises ValueError where nothing has changed since, or where modules are shared with another
-    model that was split.
+    Raises ValueError where nothing has changed since, or where modules are shared with
+    another model that was split.
     """
     # One of the hooks for each split that there was: of the model, or of parts of it.
     splits: dict[int, Any] = {}
@@ -29,19 +31,26 @@ def entries_of_split(model: nn.Module, mesh: DeviceMesh) -> dict[ParamName, Entr
         if hooks is not None and hooks.context.paths is not None:
             splits[id(hooks.context)] = hooks
     params = dict(named_parameters(model))
-    ours = {n: p for n, p in params.items() if isinstance(p, DTensor) and p.device_mesh == mesh}
+    ours = {
+        n: p
+        for n, p in params.items()
+        if isinstance(p, DTensor) and p.device_mesh == mesh
+    }
     contexts = [hooks.context for hooks in splits.values()]
     for context in contexts:
         _check_shared(model, context)
     all_split = len(contexts) == 1 and len(ours) == len(params)
     if all_split and not changed_modules(model, contexts[0]):
         raise ValueError(
-            "the model was split already, and not changed since: apply tensor parallelism once"
+            "the model was split already, and not changed since: apply tensor"
+            " parallelism once"
         )
     for module in modules(model):
         vars(module).pop(PASSED, None)
     entries = _entries_by_id(splits.values())
-    return {n: replace(entries[id(p)], name=n) for n, p in ours.items() if id(p) in entries}
+    return {
+        n: replace(entries[id(p)], name=n) for n, p in ours.items() if id(p) in entries
+    }
 
 
 def _entries_by_id(splits: Collection[Any]) -> dict[int, Entry]:
@@ -55,8 +64,8 @@ def _entries_by_id(splits: Collection[Any]) -> dict[int, Entry]:
 
 
 def _check_shared(model: nn.Module, context: Context) -> None:
-    """Refuse to split a module again as a part of a model that neither holds the one it was split
-    in nor is a part of it: its hooks can serve one of them."""
+    """Refuse to split a module again as a part of a model that neither holds the one it
+    was split in nor is a part of it: its hooks can serve one of them."""
     root = context.paths.root and context.paths.root()
     if root is None or root is model:
         return
@@ -65,6 +74,6 @@ def _check_shared(model: nn.Module, context: Context) -> None:
     if root not in mine and model not in theirs and shared:
         raise ValueError(
             f"{shared[0]}: expected modules of one model, found one that is a part of a"
-            f" {type(root).__name__} too, which was split before: make one module that holds it and"
-            f" this {type(model).__name__}, split that, and call its parts"
+            f" {type(root).__name__} too, which was split before: make one module that"
+            f" holds it and this {type(model).__name__}, split that, and call its parts"
         )

@@ -1,5 +1,5 @@
-"""Small helpers: walking nested arguments, telling the model's own calls from others, and where
-they are."""
+"""Small helpers: walking nested arguments, telling the model's own calls from others,
+and where they are."""
 
 import dataclasses
 import functools
@@ -14,11 +14,18 @@ from .private import HigherOrderOperator, constant
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _HERE = os.path.dirname(__file__) + os.sep
-_LEAVES = torch.Tensor, int, float, str, type(None)  # the usual ones, so that they are told first
+_LEAVES = (
+    torch.Tensor,
+    int,
+    float,
+    str,
+    type(None),
+)  # the usual ones, so that they are told first
 
 
 def leaves(obj, path=()):
-    """`[(path, leaf), ...]` for every leaf of nested tuples, lists, dicts, dataclasses and slices.
+    """`[(path, leaf), ...]` for every leaf of nested tuples, lists, dicts, dataclasses
+    and slices.
 
     A path is the tuple of indices, keys and field names that leads to the leaf.
     """
@@ -31,7 +38,11 @@ def leaves(obj, path=()):
     elif isinstance(obj, slice):
         items = enumerate((obj.start, obj.stop, obj.step))
     elif dataclasses.is_dataclass(obj) and not isinstance(obj, type):
-        held = vars(obj).get if hasattr(obj, "__dict__") else functools.partial(getattr, obj)
+        held = (
+            vars(obj).get
+            if hasattr(obj, "__dict__")
+            else functools.partial(getattr, obj)
+        )
         items = [
             (f.name, held(f.name)) for f in dataclasses.fields(obj)
         ]  # not what a property makes up
@@ -41,26 +52,35 @@ def leaves(obj, path=()):
 
 
 def opaque(x):
-    """Whether a leaf is an object with a state of its own, such as a key-value cache."""
-    return hasattr(x, "__dict__") and not isinstance(x, (torch.Tensor, type)) and not callable(x)
+    """Whether a leaf is an object with a state of its own, such as a key-value
+    cache."""
+    return (
+        hasattr(x, "__dict__")
+        and not isinstance(x, (torch.Tensor, type))
+        and not callable(x)
+    )
 
 
 def held(obj, depth=0):
-    """Yield `(path, object, place, tensor)` for every tensor within opaque objects: of the
-    innermost one, and there."""
+    """Yield `(path, object, place, tensor)` for every tensor within opaque objects: of
+    the innermost one, and there."""
     for path, x in leaves(obj):
         if opaque(x) and depth < 5:
             yield from ((path, x, place, t) for place, t in tensors(vars(x)))
-            yield from (((*path, *inner), *rest) for inner, *rest in held(vars(x), depth + 1))
+            yield from (
+                ((*path, *inner), *rest) for inner, *rest in held(vars(x), depth + 1)
+            )
 
 
 def shard_kept(holder, place):
-    """The Action that would complete the tensor that an object keeps at a place, None where it is
-    whole."""
+    """The Action that would complete the tensor that an object keeps at a place, None
+    where it is whole."""
     return vars(holder).get(SHARDS, {}).get(place)
 
 
-SHARDS = "_tp_shards"  # the attribute of such an object that says which of its tensors are shards
+SHARDS = (  # the attribute of such an object that says which of its tensors are shards
+    "_tp_shards"
+)
 
 
 def lookup(obj, path):
@@ -69,7 +89,9 @@ def lookup(obj, path):
         if isinstance(obj, slice):
             obj = (obj.start, obj.stop, obj.step)
         try:
-            obj = obj[key] if isinstance(obj, (tuple, list, dict)) else getattr(obj, key)
+            obj = (
+                obj[key] if isinstance(obj, (tuple, list, dict)) else getattr(obj, key)
+            )
         except (LookupError, AttributeError, TypeError):
             return None
     return obj
@@ -81,10 +103,11 @@ def tensors(obj):
 
 
 def replace(obj, changes):
-    """A copy of `obj` in which the leaf at each path of `changes` is `changes[path]`; what does not
-    change is shared.
+    """A copy of `obj` in which the leaf at each path of `changes` is `changes[path]`;
+    what does not change is shared.
 
-    Dataclasses and other mappings (a Hugging Face ModelOutput is both) keep their class.
+    Dataclasses and other mappings (a Hugging Face ModelOutput is both) keep their
+    class.
     """
     if not changes:
         return obj
@@ -103,18 +126,20 @@ def replace(obj, changes):
     if isinstance(obj, dict):
         new = {k: replace(x, at.get(k)) for k, x in obj.items()}
         return new if type(obj) is dict else type(obj)(**new)
-    return dataclasses.replace(obj, **{k: replace(getattr(obj, k), c) for k, c in at.items()})
+    return dataclasses.replace(
+        obj, **{k: replace(getattr(obj, k), c) for k, c in at.items()}
+    )
 
 
 def is_float(x):
-    """Whether a tensor's (or Value's) elements are real or complex numbers, which gradients are
-    taken of."""
+    """Whether a tensor's (or Value's) elements are real or complex numbers, which
+    gradients are taken of."""
     return x.dtype.is_floating_point or x.dtype.is_complex
 
 
 class quiet:
-    """Around what is not the model's own computation: its calls are not counted. One object a use,
-    which torch.compile can trace."""
+    """Around what is not the model's own computation: its calls are not counted. One
+    object a use, which torch.compile can trace."""
 
     def __enter__(self):
         silence.depth += 1
@@ -144,8 +169,8 @@ silence = _Depth()
 
 
 def source_line():
-    """`file:line` of the innermost frame that is neither torch's nor ours: the user's code that
-    called the operator."""
+    """`file:line` of the innermost frame that is neither torch's nor ours: the user's
+    code that called the operator."""
     frame = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
@@ -159,9 +184,9 @@ _CHECKPOINT = os.path.join(_TORCH, "utils", "checkpoint.py")
 
 
 def callers():
-    """Of the code that runs: whether it is in the forward of an autograd.Function that is not
-    torch's own, which has a backward of its own; and how many frames of torch.utils.checkpoint it
-    is in, which run it again."""
+    """Of the code that runs: whether it is in the forward of an autograd.Function that
+    is not torch's own, which has a backward of its own; and how many frames of
+    torch.utils.checkpoint it is in, which run it again."""
     frame, custom, checkpoints = sys._getframe(1), False, 0
     while frame is not None:
         custom |= _own_backward(frame.f_code)
@@ -174,8 +199,8 @@ _HIGHER_ORDER = os.path.join(_TORCH, "_higher_order_ops") + os.sep
 
 
 def within_higher_order():
-    """Whether the code that runs was given to an operator such as torch.cond, which runs it
-    itself."""
+    """Whether the code that runs was given to an operator such as torch.cond, which
+    runs it itself."""
     frame = sys._getframe(1)
     while frame is not None and not frame.f_code.co_filename.startswith(_HIGHER_ORDER):
         frame = frame.f_back
@@ -184,8 +209,8 @@ def within_higher_order():
 
 @functools.cache
 def _own_backward(code):
-    """Whether this is the code of the forward, undecorated, of an autograd.Function that is not
-    torch's own."""
+    """Whether this is the code of the forward, undecorated, of an autograd.Function
+    that is not torch's own."""
     kinds, forwards = [torch.autograd.Function], []
     for kind in kinds:  # grows as it is read
         kinds += kind.__subclasses__()
@@ -199,13 +224,16 @@ _FUNCTION = os.path.join(_TORCH, "autograd", "function.py")
 
 
 def by_torch():
-    """Whether torch makes this call itself: for a backward hook of a module, which sees views of
-    its inputs and outputs; for a checkpoint within one that is run again, whose inputs it
-    detaches."""
+    """Whether torch makes this call itself: for a backward hook of a module, which sees
+    views of its inputs and outputs; for a checkpoint within one that is run again,
+    whose inputs it detaches."""
     frame = sys._getframe(1)
     while frame is not None and frame.f_code.co_filename.startswith((_HERE, _FUNCTION)):
         frame = frame.f_back
-    return frame is not None and frame.f_code.co_filename in (_BACKWARD_HOOKS, _CHECKPOINT)
+    return frame is not None and frame.f_code.co_filename in (
+        _BACKWARD_HOOKS,
+        _CHECKPOINT,
+    )
 
 
 OPERATORS = type(torch.ops.aten.add), type(torch.ops.aten.add.Tensor)
@@ -214,23 +242,25 @@ _TENSOR_PROPERTIES = {"T", "mT", "H", "mH", "real", "imag", "data", "grad"}
 
 @constant
 def call_name(func):
-    """The name of a torch function, None for a read of `.shape`, `.dtype` and the like, which
-    computes nothing, and for operators that are given functions, which torch compiles (torch.cond,
-    flex_attention)."""
+    """The name of a torch function, None for a read of `.shape`, `.dtype` and the like,
+    which computes nothing, and for operators that are given functions, which torch
+    compiles (torch.cond, flex_attention)."""
     if isinstance(func, HigherOrderOperator):
         return None
     name = getattr(func, "__name__", str(func))
     if name in ("__get__", "__set__"):
         name = getattr(getattr(func, "__self__", None), "__name__", name)
         return name if name in _TENSOR_PROPERTIES else None
-    if isinstance(func, OPERATORS) and not str(func).startswith("aten."):  # mylib.view is not view
+    if isinstance(func, OPERATORS) and not str(func).startswith(
+        "aten."
+    ):  # mylib.view is not view
         name = str(func)
     return None if name in _QUERIES or name.startswith(("prim.", "prims.")) else name
 
 
 _QUERIES = set(
-    "size dim numel stride is_grad_enabled _set_grad_enabled is_inference is_floating_point"
-    " ndimension nelement __len__ is_contiguous is_complex get_device storage_offset is_tensor"
-    " data_ptr element_size is_inference_mode_enabled is_autocast_enabled get_autocast_dtype"
-    " promote_types requires_grad_ device".split()
+    "size dim numel stride is_grad_enabled _set_grad_enabled is_inference"
+    " is_floating_point ndimension nelement __len__ is_contiguous is_complex get_device"
+    " storage_offset is_tensor data_ptr element_size is_inference_mode_enabled"
+    " is_autocast_enabled get_autocast_dtype promote_types requires_grad_ device".split()
 )

@@ -1,14 +1,16 @@
-"""Modules at random, written as people write them: split over ranks, they are to compute what the
-whole ones do.
+"""Modules at random, written as people write them: split over ranks, they are to
+compute what the whole ones do.
 
     python tests/fuzz.py --seeds 1000 --tp 2             # as many as wished
-    python tests/fuzz.py --start 17 --seeds 1 --shrink   # one that failed, made as short as it goes
+    python tests/fuzz.py --start 17 --seeds 1 --shrink   # one that failed, made as
+    short as it goes
 
-A seed is a program (fuzzing/): source code of an nn.Module, inputs and calls: a backward, another
-batch, another length, eval, without gradients, under checkpointing, a gradient of gradients, steps
-of an optimizer, changed attributes. Each is GOOD; WRONG, where an output, a gradient, a buffer or a
-parameter is not the whole model's; RAISED; or HUNG, where ranks did not all come to an end. The
-exit code is 1 where one was WRONG or HUNG.
+A seed is a program (fuzzing/): source code of an nn.Module, inputs and calls: a
+backward, another batch, another length, eval, without gradients, under checkpointing, a
+gradient of gradients, steps of an optimizer, changed attributes. Each is GOOD; WRONG,
+where an output, a gradient, a buffer or a parameter is not the whole model's; RAISED;
+or HUNG, where ranks did not all come to an end. The exit code is 1 where one was WRONG
+or HUNG.
 """
 
 import argparse
@@ -38,21 +40,33 @@ def parse(args):
     parser.add_argument("--seeds", type=int, default=100, help="how many")
     parser.add_argument("--start", type=int, default=0, help="the first seed")
     parser.add_argument("--tp", type=int, default=2, help="number of ranks")
-    parser.add_argument("--timeout", type=float, default=20, help="seconds for a program")
-    parser.add_argument("--shrink", action="store_true", help="make what fails as short as it goes")
-    parser.add_argument("--quiet", action="store_true", help="no programs, only the summary")
     parser.add_argument(
-        "--only", default="", help="kinds of statements and ways of calls, by comma, and no others"
+        "--timeout", type=float, default=20, help="seconds for a program"
+    )
+    parser.add_argument(
+        "--shrink", action="store_true", help="make what fails as short as it goes"
+    )
+    parser.add_argument(
+        "--quiet", action="store_true", help="no programs, only the summary"
+    )
+    parser.add_argument(
+        "--only",
+        default="",
+        help="kinds of statements and ways of calls, by comma, and no others",
     )
     parser.add_argument("--without", default="", help="all but these")
-    parser.add_argument("--show", action="store_true", help="print the programs, and run none")
+    parser.add_argument(
+        "--show", action="store_true", help="print the programs, and run none"
+    )
     return parser.parse_args(args)
 
 
 def main(args=None):
     args = parse(args)
     seeds = range(args.start, args.start + args.seeds)
-    choice = [set(filter(None, names.split(","))) for names in (args.only, args.without)]
+    choice = [
+        set(filter(None, names.split(","))) for names in (args.only, args.without)
+    ]
     if args.show:
         maker = Worker(make_programs)
         for seed in seeds:
@@ -74,12 +88,14 @@ def main(args=None):
             if not args.quiet:
                 report(outcome, args.tp, args.shrink, args.timeout)
         if word == RAISED:
-            messages[grouped(outcome.verdict.text)].append((seed, outcome.verdict.placed))
+            messages[grouped(outcome.verdict.text)].append(
+                (seed, outcome.verdict.placed)
+            )
         if time.time() - said > 5:
             said, done = time.time(), sum(counts.values())
             print(
-                f"{done} of {args.seeds}, {dict(counts)}, {(said - began) / done * 1000:.0f} ms"
-                " each",
+                f"{done} of {args.seeds}, {dict(counts)},"
+                f" {(said - began) / done * 1000:.0f} ms each",
                 flush=True,
             )
     total = max(1, sum(counts.values()))

@@ -1,5 +1,5 @@
-"""A sharded model against the whole one, on real processes: outputs, every gradient, and what must
-not change."""
+"""A sharded model against the whole one, on real processes: outputs, every gradient,
+and what must not change."""
 
 import copy
 
@@ -32,23 +32,31 @@ def run(model, given, seed=1):
 
 
 def loss_of(output):
-    """A scalar in which each element of each floating output has a weight of its own."""
+    """A scalar in which each element of each floating output has a weight of its
+    own."""
     gen, total = torch.Generator().manual_seed(2), 0.0
     for _, x in leaves(output):
         if torch.is_tensor(x) and x.is_floating_point():
-            total = total + (x * torch.randn(x.shape, generator=gen, dtype=torch.float64)).sum()
+            total = (
+                total
+                + (x * torch.randn(x.shape, generator=gen, dtype=torch.float64)).sum()
+            )
     return total
 
 
 def close(found, whole, what, tol=1e-9):
-    assert type(found) is type(whole), f"{what}: expected {type(whole)}, found {type(found)}"
+    assert type(found) is type(
+        whole
+    ), f"{what}: expected {type(whole)}, found {type(found)}"
     if not torch.is_tensor(whole):
         assert found == whole, what
         return
     assert (
         found.shape == whole.shape
     ), f"{what}: expected shape {tuple(whole.shape)}, found {tuple(found.shape)}"
-    assert found.dtype == whole.dtype, f"{what}: expected {whole.dtype}, found {found.dtype}"
+    assert (
+        found.dtype == whole.dtype
+    ), f"{what}: expected {whole.dtype}, found {found.dtype}"
     if whole.numel():
         a, b = found.detach().double(), whole.detach().double()
         error = ((a - b).abs().max() / b.abs().max().clamp(min=1e-30)).item()
@@ -64,11 +72,15 @@ def same_output(found, whole, tol=1e-9):
 
 
 def same_grads(sharded, whole, tol=1e-9, floor=1e-11):
-    """Every gradient equals the whole model's, and replicated ones are bit-identical on all
-    ranks."""
+    """Every gradient equals the whole model's, and replicated ones are bit-identical on
+    all ranks."""
     there = dict(sharded.named_parameters())
     largest = max(
-        (p.grad.abs().max().item() for p in whole.parameters() if p.grad is not None and p.numel()),
+        (
+            p.grad.abs().max().item()
+            for p in whole.parameters()
+            if p.grad is not None and p.numel()
+        ),
         default=1,
     )
     wrong, flat = [], []
@@ -81,13 +93,19 @@ def same_grads(sharded, whole, tol=1e-9, floor=1e-11):
             if (p.grad is None) != (grad is None) and (
                 p.grad is not None or grad.full_tensor().any()
             ):
-                wrong.append(f"{name}: expected {'no' if p.grad is None else 'a'} gradient")
+                wrong.append(
+                    f"{name}: expected {'no' if p.grad is None else 'a'} gradient"
+                )
             continue
-        assert isinstance(grad, DTensor) and grad.placements == there[name].placements, name
+        assert (
+            isinstance(grad, DTensor) and grad.placements == there[name].placements
+        ), name
         error = (grad.full_tensor() - p.grad).abs().max().item()
         scale = max(p.grad.abs().max().item(), floor / tol * largest)
         if not error <= tol * scale:
-            wrong.append(f"{name} {grad.placements}: relative error {error / scale:.1e}")
+            wrong.append(
+                f"{name} {grad.placements}: relative error {error / scale:.1e}"
+            )
         if grad.placements[0].is_replicate():
             flat.append(grad.to_local().detach().double().flatten())
     assert not wrong, "wrong gradients: " + "; ".join(wrong)
@@ -131,10 +149,15 @@ def make(build, train=True):
 
 
 def pair(build, mesh_or_n, train=True, **options):
-    """(sharded, whole) from the same seed; checks that the sharded one is still itself."""
+    """(sharded, whole) from the same seed; checks that the sharded one is still
+    itself."""
     whole, model = make(build, train), make(build, train)
     options = {
-        **({"tp_size": mesh_or_n} if isinstance(mesh_or_n, int) else {"mesh": mesh_or_n}),
+        **(
+            {"tp_size": mesh_or_n}
+            if isinstance(mesh_or_n, int)
+            else {"mesh": mesh_or_n}
+        ),
         **options,
     }
     before = describe(model)
@@ -144,9 +167,13 @@ def pair(build, mesh_or_n, train=True, **options):
     for what in before:
         assert after[what] == before[what], f"{what} changed"
     mesh = sharded.tensor_parallel_mesh
-    assert all(isinstance(p, DTensor) and p.device_mesh == mesh for p in sharded.parameters())
+    assert all(
+        isinstance(p, DTensor) and p.device_mesh == mesh for p in sharded.parameters()
+    )
     for (name, p), q in zip(sharded.named_parameters(), whole.parameters()):
-        assert torch.equal(p.detach().full_tensor(), q.detach()), f"{name} was sharded wrongly"
+        assert torch.equal(
+            p.detach().full_tensor(), q.detach()
+        ), f"{name} was sharded wrongly"
     return sharded, whole
 
 
@@ -181,13 +208,12 @@ def check(
     example=True,
     **options,
 ):
-    """On n ranks, `build()` sharded equals `build()` whole, on the example inputs `given` and on
-    each of `calls`.
+    """On n ranks, `build()` sharded equals `build()` whole, on the example inputs
+    `given` and on each of `calls`.
 
     Args:
-        given: a function that returns a tuple (positional) or dict (keyword) of inputs, and is
-        called with a fixed
-            seed.
+        given: a function that returns a tuple (positional) or dict (keyword) of inputs,
+            and is called with a fixed seed.
         calls: functions like `given`.
         share: a bound on the share of the elements that any rank holds.
         example: False lets the library make inputs up.

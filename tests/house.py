@@ -29,7 +29,7 @@ NOT_CODE = {
 class Function:
     name: str
     complexity: int  # cyclomatic (McCabe 1976), with what is nested in it
-    lines: int
+    lines: int  # less its docstring's
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,13 @@ def complexity(function: ast.AST) -> int:
     return total
 
 
+def length(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    lines = function.end_lineno - function.lineno + 1
+    if ast.get_docstring(function) is not None:
+        lines -= function.body[0].end_lineno - function.body[0].lineno + 1
+    return lines
+
+
 def docstring_lines(tree: ast.AST) -> set[int]:
     lines = set()
     for node in ast.walk(tree):
@@ -66,7 +73,7 @@ def docstring_lines(tree: ast.AST) -> set[int]:
 def measure(code: str) -> Text:
     tree = ast.parse(code)
     functions = [
-        Function(node.name, complexity(node), node.end_lineno - node.lineno + 1)
+        Function(node.name, complexity(node), length(node))
         for node in ast.walk(tree)
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
     ]

@@ -10,13 +10,14 @@
 
         assert run_ranks(ranks, 2) == [1.0, 1.0]
 
-The processes are forked, so the function may be a closure, and nothing is imported again. Each call
-has processes of its own, so no test sees what another left behind. The calling process must not have
-initialised a default process group itself, nor run a backward: torch for CUDA then refuses one in a
-fork of it. Tests that need one take `own_process`.
+The processes are forked, so the function may be a closure, and nothing is imported
+again. Each call has processes of its own, so no test sees what another left behind. The
+calling process must not have initialised a default process group itself, nor run a
+backward: torch for CUDA then refuses one in a fork of it. Tests that need one take
+`own_process`.
 
-Forks share one hash seed, which processes that torchrun starts do not: ``fresh=True`` starts new
-ones, each with a seed of its own (2 s a call).
+Forks share one hash seed, which processes that torchrun starts do not: ``fresh=True``
+starts new ones, each with a seed of its own (2 s a call).
 """
 
 import contextlib
@@ -40,8 +41,8 @@ from typing import Any
 
 import torch
 
-# A first plan imports these. Imported before the fork they cost nothing; after it, every rank of
-# every test would spend a second on them.
+# A first plan imports these. Imported before the fork they cost nothing; after it,
+# every rank of every test would spend a second on them.
 import torch._dynamo
 import torch.distributed as dist
 import torch.distributed.tensor.experimental
@@ -80,22 +81,23 @@ _NO_REPORT = _Report(_LOST, "")
 def run_ranks(fn, n, *args, timeout=60, init=True, expect_failure=False, fresh=False):
     """``[fn(0, *args), ..., fn(n - 1, *args)]``, each on a process of its own.
 
-    Each process has one thread, RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE in its
-    environment, and a default process group (gloo, over a file). No process leaves before all are
-    done, and none survives this call.
+    Each process has one thread, RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE in
+    its environment, and a default process group (gloo, over a file). No process leaves
+    before all are done, and none survives this call.
 
     Args:
         fn: called with the rank, then ``args``; what it returns must be picklable.
         n: the number of ranks.
         timeout: seconds for the whole.
-        init: False makes no process group, but sets MASTER_ADDR and MASTER_PORT as torchrun does,
-            so that ``fn`` can initialise one itself.
+        init: False makes no process group, but sets MASTER_ADDR and MASTER_PORT as
+            torchrun does, so that ``fn`` can initialise one itself.
         expect_failure: every rank must raise; returns each one's "Type: message".
-        fresh: each process is a new one, with another PYTHONHASHSEED; ``fn`` must then be a
-            function of a module, and ``args`` be picklable.
+        fresh: each process is a new one, with another PYTHONHASHSEED; ``fn`` must then
+            be a function of a module, and ``args`` be picklable.
 
     Raises:
-        AssertionError: a rank raised (with its traceback), died, or ran out of time (with the place
+        AssertionError: a rank raised (with its traceback), died, or ran out of time
+        (with the place
             where it hung); or did not raise where it should.
     """
     if dist.is_initialized():
@@ -114,7 +116,11 @@ def run_ranks(fn, n, *args, timeout=60, init=True, expect_failure=False, fresh=F
             processes.collect(timeout, patient=expect_failure)
         del store
         reports = [
-            _Report(_LOST, _where_it_hung(folder, rank)) if report is _NO_REPORT else report
+            (
+                _Report(_LOST, _where_it_hung(folder, rank))
+                if report is _NO_REPORT
+                else report
+            )
             for rank, report in enumerate(processes.reports)
         ]
     return _verdict(reports, timeout, expect_failure)
@@ -203,7 +209,8 @@ class _Processes:
                         deadline = min(deadline, time.monotonic() + _GRACE)
 
     def end(self):
-        """Waits till all have left; stops them where one failed, as the others may then hang."""
+        """Waits till all have left; stops them where one failed, as the others may then
+        hang."""
         if any(report.word != _RETURNED for report in self.reports):
             for pid in self.pids:
                 os.kill(pid, signal.SIGKILL)
@@ -239,8 +246,9 @@ def _fork(life, hold):
         warnings.simplefilter("ignore", DeprecationWarning)
         pid = os.fork()
     if pid == 0:
-        # What was there before the fork is no garbage of this process: not to be searched each
-        # time. (Nor is it found by gc.get_referrers: a test that needs that calls gc.unfreeze.)
+        # What was there before the fork is no garbage of this process: not to be
+        # searched each time. (Nor is it found by gc.get_referrers: a test that needs
+        # that calls gc.unfreeze.)
         gc.freeze()
         os.close(hold)
         _live(life)
@@ -302,14 +310,18 @@ def _live(life):
         _join(life)
         report = pickle.dumps(_Report(_RETURNED, life.fn(life.rank, *life.args)))
     except BaseException as error:  # SystemExit and pytest's outcomes too
-        text = "\n".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])])
+        text = "\n".join(
+            [f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])]
+        )
         report = pickle.dumps(_Report(_RAISED, text, traceback.format_exc()))
     try:
         sys.stdout.flush()
         sys.stderr.flush()
         with os.fdopen(life.report_to, "wb") as pipe:
             pipe.write(report)
-        os.read(life.release, 1)  # left early, this rank would break the others' connections
+        os.read(
+            life.release, 1
+        )  # left early, this rank would break the others' connections
     finally:
         os._exit(0)
 

@@ -1,5 +1,5 @@
-"""What ranks must have in common: the batch, which is compared; the random state, which is
-shared."""
+"""What ranks must have in common: the batch, which is compared; the random state, which
+is shared."""
 
 import pytest
 import torch
@@ -26,21 +26,31 @@ class Dropping(nn.Module):
     def __init__(self):
         super().__init__()
         self.q, self.k, self.v, self.o = (nn.Linear(16, 16) for _ in "qkvo")
-        self.up, self.down, self.norm = nn.Linear(16, 64), nn.Linear(64, 16), nn.LayerNorm(16)
+        self.up, self.down, self.norm = (
+            nn.Linear(16, 64),
+            nn.Linear(64, 16),
+            nn.LayerNorm(16),
+        )
 
     def forward(self, x, again=False):
         def mlp(x):
             return self.down(F.dropout(F.gelu(self.up(x)), 0.3, self.training))
 
-        q, k, v = (m(x).unflatten(-1, (4, 4)).transpose(1, 2) for m in (self.q, self.k, self.v))
-        a = F.scaled_dot_product_attention(q, k, v, dropout_p=0.2 if self.training else 0.0)
+        q, k, v = (
+            m(x).unflatten(-1, (4, 4)).transpose(1, 2) for m in (self.q, self.k, self.v)
+        )
+        a = F.scaled_dot_product_attention(
+            q, k, v, dropout_p=0.2 if self.training else 0.0
+        )
         x = x + F.dropout(self.o(a.transpose(1, 2).flatten(2)), 0.1, self.training)
         x = self.norm(x)
         return x + (checkpoint(mlp, x, use_reentrant=False) if again else mlp(x))
 
 
 def given(step=0):
-    return torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+    return torch.randn(
+        2, 5, 16, generator=torch.Generator().manual_seed(step), dtype=torch.float64
+    )
 
 
 def same_on_ranks(tensors):
@@ -56,8 +66,12 @@ def test_fifty_steps_with_ranks_seeded_differently(n, tmp_path):
         torch.manual_seed(0)
         model = apply_tensor_parallel(Dropping().double(), n, example_inputs=(given(),))
         whole = Dropping().double()
-        whole.load_state_dict({k: p.full_tensor() for k, p in model.state_dict().items()})
-        optimizer, reference = (torch.optim.AdamW(m.parameters(), 1e-3) for m in (model, whole))
+        whole.load_state_dict(
+            {k: p.full_tensor() for k, p in model.state_dict().items()}
+        )
+        optimizer, reference = (
+            torch.optim.AdamW(m.parameters(), 1e-3) for m in (model, whole)
+        )
         torch.manual_seed(rank)
         seen = []
         model.register_forward_hook(lambda m, a, y: seen.append(y.detach()))
@@ -77,7 +91,9 @@ def test_fifty_steps_with_ranks_seeded_differently(n, tmp_path):
             for o in optimizer, reference:
                 o.step(), o.zero_grad()
         assert same_on_ranks(seen)
-        replicated = [p.to_local() for p in model.parameters() if p.placements[0].is_replicate()]
+        replicated = [
+            p.to_local() for p in model.parameters() if p.placements[0].is_replicate()
+        ]
         assert replicated and same_on_ranks(replicated)
         for p, q in zip(model.parameters(), whole.parameters()):
             assert (p.full_tensor() - q).abs().max() < 1e-9
@@ -87,7 +103,9 @@ def test_fifty_steps_with_ranks_seeded_differently(n, tmp_path):
         for step in range(40, 50):
             model(given(step), again=step % 2 == 1).square().sum().backward()
             optimizer.step(), optimizer.zero_grad()
-        assert all(torch.equal(p.to_local(), q) for p, q in zip(model.parameters(), final))
+        assert all(
+            torch.equal(p.to_local(), q) for p, q in zip(model.parameters(), final)
+        )
 
     run_ranks(ranks, n)
 
@@ -99,7 +117,9 @@ def test_masks_of_shards_differ():
         class Mask(nn.Module):
             def __init__(self):
                 super().__init__()
-                self.up, self.down = nn.Linear(4, 64, bias=False), nn.Linear(64, 64, bias=False)
+                self.up, self.down = nn.Linear(4, 64, bias=False), nn.Linear(
+                    64, 64, bias=False
+                )
                 nn.init.eye_(self.down.weight)
 
             def forward(self, x):
@@ -120,12 +140,18 @@ def test_batches_that_differ_are_refused_on_every_rank():
         model = apply_tensor_parallel(Dropping().double(), 2, example_inputs=(given(),))
         with pytest.raises(
             ValueError,
-            match=r"\[0\]\[0\] is a tensor of shape \(2, 5, 16\), .* with other values on rank 1",
+            match=(
+                r"\[0\]\[0\] is a tensor of shape \(2, 5, 16\), .* with other values on"
+                r" rank 1"
+            ),
         ):
             model(given(rank))
         with pytest.raises(
             ValueError,
-            match=r"\[0\]\[0\] is a tensor of shape \(2, 5, 16\), .* and a tensor of shape \(3",
+            match=(
+                r"\[0\]\[0\] is a tensor of shape \(2, 5, 16\), .* and a tensor of"
+                r" shape \(3"
+            ),
         ):
             model(given() if rank == 0 else torch.cat([given()] * 2)[:3])
         with pytest.raises(
@@ -151,7 +177,9 @@ def test_batches_that_differ_are_refused_on_every_rank():
         ):
             with pytest.raises(ValueError, match="different batches"):
                 check_batch([different], ProcessGroupManager(mesh=mesh))
-        with pytest.raises(ValueError, match=r"\[1\] is nothing on rank 0 and 2 on rank 1"):
+        with pytest.raises(
+            ValueError, match=r"\[1\] is nothing on rank 0 and 2 on rank 1"
+        ):
             check_batch([1, 2][: rank + 1], mesh)
 
     run_ranks(ranks, 2)
@@ -161,14 +189,18 @@ def test_dp_groups_have_batches_and_random_states_of_their_own():
     def ranks(rank):
         ranks = ProcessGroupManager(tp_size=2)
         torch.manual_seed(0)
-        model = apply_tensor_parallel(Dropping().double(), mesh=ranks, example_inputs=(given(),))
+        model = apply_tensor_parallel(
+            Dropping().double(), mesh=ranks, example_inputs=(given(),)
+        )
         torch.manual_seed(ranks.dp_rank)
         expected = run(model, (given(),), seed=ranks.dp_rank).detach()
         torch.manual_seed(rank if ranks.tp_rank else ranks.dp_rank)
         assert torch.equal(model(given()), expected)
         outputs = [None] * 4
         dist.all_gather_object(outputs, expected)
-        assert torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[0], outputs[2])
+        assert torch.equal(outputs[0], outputs[1]) and not torch.equal(
+            outputs[0], outputs[2]
+        )
         model(given(ranks.dp_rank))
 
     run_ranks(ranks, 4)
@@ -184,11 +216,15 @@ def test_sampling_with_ranks_seeded_differently():
             num_hidden_layers=1,
             num_attention_heads=4,
         )
-        model = apply_tensor_parallel(hf.LlamaForCausalLM(hf.LlamaConfig(**config)), 2).eval()
+        model = apply_tensor_parallel(
+            hf.LlamaForCausalLM(hf.LlamaConfig(**config)), 2
+        ).eval()
         ids = torch.ones(1, 3, dtype=torch.long)
         for seed in range(3):
             torch.manual_seed(100 * seed + rank)
-            found = model.generate(ids, max_new_tokens=8, do_sample=True, pad_token_id=0)
+            found = model.generate(
+                ids, max_new_tokens=8, do_sample=True, pad_token_id=0
+            )
             assert same_on_ranks([found])
 
     run_ranks(ranks, 2)

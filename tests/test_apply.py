@@ -1,5 +1,5 @@
-"""Every kind of layer gives, sharded, the outputs and gradients of the whole one; so do sizes that
-ranks do not divide."""
+"""Every kind of layer gives, sharded, the outputs and gradients of the whole one; so do
+sizes that ranks do not divide."""
 
 import pytest
 import torch
@@ -16,7 +16,9 @@ from torch import nn
 def test_mlp(n, bias):
     def local(sharded, whole):
         assert {
-            e.how for e in sharded.tensor_parallel_plan.entries.values() if len(e.shape) == 2
+            e.how
+            for e in sharded.tensor_parallel_plan.entries.values()
+            if len(e.shape) == 2
         } == {"local"}
 
     check(lambda: mlp(bias=bias), features(3, 16), n, share=1 / n + 0.05, then=local)
@@ -57,7 +59,8 @@ def test_variants_of_attention(options, n):
 
 
 @pytest.mark.parametrize(
-    "how, n", [("chunk", 2), ("chunk", 4), ("split", 2), ("slice", 2), ("interleaved", 2)]
+    "how, n",
+    [("chunk", 2), ("chunk", 4), ("split", 2), ("slice", 2), ("interleaved", 2)],
 )
 def test_fused_gate_up(how, n):
     check(lambda: GatedMLP(how=how), features(2, 3, 16), n, share=1 / n + 0.05)
@@ -75,7 +78,12 @@ def test_fused_gate_up(how, n):
     ],
 )
 def test_fused_qkv(kind, kv, n):
-    check(lambda: FusedAttention(kind=kind, kv_heads=kv), features(2, 5, 32), n, share=1 / n + 0.05)
+    check(
+        lambda: FusedAttention(kind=kind, kv_heads=kv),
+        features(2, 5, 32),
+        n,
+        share=1 / n + 0.05,
+    )
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -89,14 +97,21 @@ def test_group_norm():
 
 @pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU])
 def test_recurrent(layer):
-    check(lambda: layer(8, 16, num_layers=2, batch_first=True), features(2, 5, 8), 2, share=0.6)
+    check(
+        lambda: layer(8, 16, num_layers=2, batch_first=True),
+        features(2, 5, 8),
+        2,
+        share=0.6,
+    )
 
 
 def test_multihead_attention():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.attn, self.fc = nn.MultiheadAttention(16, 4, batch_first=True), nn.Linear(16, 16)
+            self.attn, self.fc = nn.MultiheadAttention(
+                16, 4, batch_first=True
+            ), nn.Linear(16, 16)
 
         def forward(self, x):
             out, weights = self.attn(x, x, x)
@@ -107,9 +122,11 @@ def test_multihead_attention():
 
 @pytest.mark.parametrize("train, grad", [(True, True), (False, True), (False, False)])
 def test_transformer_encoder_layer(train, grad):
-    """In eval mode without gradients torch takes a fused path that reads the weights of its
-    children."""
-    build = lambda: nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)  # noqa: E731
+    """In eval mode without gradients torch takes a fused path that reads the weights of
+    its children."""
+    build = lambda: nn.TransformerEncoderLayer(
+        16, 4, 32, batch_first=True
+    )  # noqa: E731
     check(build, features(2, 5, 16), 2, train=train, grad=grad)
 
 
@@ -140,7 +157,11 @@ def test_norms_inside_a_region():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.norm, self.b = nn.Linear(8, 32), nn.LayerNorm(32), nn.Linear(32, 8)
+            self.a, self.norm, self.b = (
+                nn.Linear(8, 32),
+                nn.LayerNorm(32),
+                nn.Linear(32, 8),
+            )
             self.slope = nn.PReLU()
             self.scale = nn.Parameter(torch.rand(1))
 
@@ -186,7 +207,11 @@ def test_a_scale_computed_from_a_width():
         (lambda: mlp(5, 6), features(3, 5), 4),
         (lambda: mlp(3, 2), features(3, 3), 4),
         (lambda: GPT(vocab=13, d=12, h=7, heads=3), ids(13, 2, 5), 2),
-        (lambda: GPT(vocab=13, d=12, h=7, heads=3, style="written", tied=True), ids(13, 2, 5), 4),
+        (
+            lambda: GPT(vocab=13, d=12, h=7, heads=3, style="written", tied=True),
+            ids(13, 2, 5),
+            4,
+        ),
         (lambda: GatedMLP(5, 7), features(2, 5), 2),
         (lambda: FusedAttention(12, 3, 3, kind="timm"), features(2, 4, 12), 2),
         (lambda: nn.Linear(1, 1), features(2, 1), 2),

@@ -19,8 +19,8 @@ def axes_of(model, *inputs, **kwargs):
 
 
 def shared(model, *inputs):
-    """The axes of a model as {frozenset of "parameter[dim] outer x units x inner"}, those of one
-    parameter included."""
+    """The axes of a model as {frozenset of "parameter[dim] outer x units x inner"},
+    those of one parameter included."""
     graph, axes = axes_of(model, *inputs)
     found = {}
     for name, v in graph.params.items():
@@ -28,7 +28,9 @@ def shared(model, *inputs):
             at = Axis((f,)).find(axes, v)
             if at:
                 ((outer, inner),) = at.segments
-                found.setdefault(f, set()).add(f"{name}[{at.dim}] {outer}x{f.size}x{inner}")
+                found.setdefault(f, set()).add(
+                    f"{name}[{at.dim}] {outer}x{f.size}x{inner}"
+                )
     return {frozenset(places) for places in found.values()}
 
 
@@ -65,7 +67,8 @@ def test_take_of_one_takes_nothing():
 
 
 @pytest.mark.parametrize(
-    "sizes, size", [((6,), 4), ((4, 6), 10), ((4, 6), 16), ((4,), 8), ((), 2), ((3, 4), 4)]
+    "sizes, size",
+    [((6,), 4), ((4, 6), 10), ((4, 6), 16), ((4,), 8), ((), 2), ((3, 4), 4)],
 )
 def test_take_knows_where_it_cannot_cut(sizes, size):
     assert take([Factor(s) for s in sizes], size) is None
@@ -108,7 +111,8 @@ def test_unshardable_is_kept_through_merging_and_cutting():
 
 
 def test_a_factor_that_meets_its_own_outer_part():
-    """x.view(4, 3) unified with its transpose, and a factor with a part of itself, must end."""
+    """x.view(4, 3) unified with its transpose, and a factor with a part of itself, must
+    end."""
     f = Factor(4)
     outer, inner = take([f], 2)
     unify(outer, inner)  # [2, 2] of one axis: twice the same
@@ -123,8 +127,8 @@ def test_a_factor_that_meets_its_own_outer_part():
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions; `fused`: None, "blocks" ([q|k|v]), "heads" ([q
-    k v] a head, as GPT-NeoX)."""
+    """Grouped-query attention with rotary positions; `fused`: None, "blocks" ([q|k|v]),
+    "heads" ([q k v] a head, as GPT-NeoX)."""
 
     def __init__(self, d=16, heads=4, kv=2, d_head=4, fused=None):
         super().__init__()
@@ -146,7 +150,10 @@ class Attention(nn.Module):
             )
         elif self.fused == "heads":
             q, k, v = (
-                self.m0(x).view(b, t, self.heads, 3 * self.d_head).transpose(1, 2).chunk(3, -1)
+                self.m0(x)
+                .view(b, t, self.heads, 3 * self.d_head)
+                .transpose(1, 2)
+                .chunk(3, -1)
             )
         else:
             q, k, v = (
@@ -155,7 +162,9 @@ class Attention(nn.Module):
             )
             n = self.heads // self.kv
             k, v = (
-                y[:, :, None].expand(b, self.kv, n, t, self.d_head).reshape(b, self.heads, t, -1)
+                y[:, :, None]
+                .expand(b, self.kv, n, t, self.d_head)
+                .reshape(b, self.heads, t, -1)
                 for y in (k, v)
             )
         q, k = self.rotate(q), self.rotate(k)
@@ -163,7 +172,9 @@ class Attention(nn.Module):
         return self.m3(y.transpose(1, 2).reshape(b, t, -1))
 
     def rotate(self, x):
-        angles = torch.arange(x.shape[-2])[:, None] / 10.0 ** torch.arange(self.d_head // 2)
+        angles = torch.arange(x.shape[-2])[:, None] / 10.0 ** torch.arange(
+            self.d_head // 2
+        )
         cos, sin = angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)
         half = x.shape[-1] // 2
         return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
@@ -185,7 +196,9 @@ class Block(nn.Module):
         if fused:
             self.f0 = nn.Linear(d, 2 * hidden, bias=False)
         else:
-            self.f0, self.f1 = nn.Linear(d, hidden, bias=False), nn.Linear(d, hidden, bias=False)
+            self.f0, self.f1 = nn.Linear(d, hidden, bias=False), nn.Linear(
+                d, hidden, bias=False
+            )
         self.f2 = nn.Linear(hidden, d, bias=False)
 
     def forward(self, x):
@@ -198,7 +211,11 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, *blocks, vocab=40, d=16, tied=False):
         super().__init__()
-        self.e, self.b, self.n = nn.Embedding(vocab, d), nn.ModuleList(blocks), RMSNorm(d)
+        self.e, self.b, self.n = (
+            nn.Embedding(vocab, d),
+            nn.ModuleList(blocks),
+            RMSNorm(d),
+        )
         self.h = nn.Linear(d, vocab, bias=False)
         if tied:
             self.h.weight = self.e.weight
@@ -217,25 +234,29 @@ def test_a_llama_like_model():
     found = shared(Decoder(Block(Attention(kv=4)), Block(Attention(kv=4))), IDS)
     for i in (0, 1):
         heads = (
-            f"b.{i}.a.m0.weight[0] 1x4x4\nb.{i}.a.m1.weight[0] 1x4x4\nb.{i}.a.m2.weight[0]"
-            f" 1x4x4\nb.{i}.a.m3.weight[1] 1x4x4"
+            f"b.{i}.a.m0.weight[0] 1x4x4\nb.{i}.a.m1.weight[0]"
+            f" 1x4x4\nb.{i}.a.m2.weight[0] 1x4x4\nb.{i}.a.m3.weight[1] 1x4x4"
         )
         assert places(heads) in found
         assert (
             places(
-                f"b.{i}.f0.weight[0] 1x24x1\nb.{i}.f1.weight[0] 1x24x1\nb.{i}.f2.weight[1] 1x24x1"
+                f"b.{i}.f0.weight[0] 1x24x1\nb.{i}.f1.weight[0]"
+                f" 1x24x1\nb.{i}.f2.weight[1] 1x24x1"
             )
             in found
         )
-    assert places("e.weight[0] 1x40x1") in found and places("h.weight[0] 1x40x1") in found
+    assert (
+        places("e.weight[0] 1x40x1") in found and places("h.weight[0] 1x40x1") in found
+    )
     model_dim = [s for s in found if "n.weight[0] 1x16x1" in s]
     assert len(model_dim) == 1
     assert model_dim[0] == places(
         "n.weight[0] 1x16x1\ne.weight[1] 1x16x1\nh.weight[1] 1x16x1\n"
         + "\n".join(
-            f"b.{i}.n0.weight[0] 1x16x1\nb.{i}.n1.weight[0] 1x16x1\nb.{i}.a.m0.weight[1]"
-            f" 1x16x1\nb.{i}.a.m1.weight[1] 1x16x1\nb.{i}.a.m2.weight[1]"
-            f" 1x16x1\nb.{i}.a.m3.weight[0] 1x16x1\nb.{i}.f0.weight[1] 1x16x1\nb.{i}.f1.weight[1]"
+            f"b.{i}.n0.weight[0] 1x16x1\nb.{i}.n1.weight[0]"
+            f" 1x16x1\nb.{i}.a.m0.weight[1] 1x16x1\nb.{i}.a.m1.weight[1]"
+            f" 1x16x1\nb.{i}.a.m2.weight[1] 1x16x1\nb.{i}.a.m3.weight[0]"
+            f" 1x16x1\nb.{i}.f0.weight[1] 1x16x1\nb.{i}.f1.weight[1]"
             f" 1x16x1\nb.{i}.f2.weight[0] 1x16x1"
             for i in (0, 1)
         )
@@ -298,7 +319,10 @@ def test_the_sizes_of_factors_are_those_of_the_dims():
         Decoder(Block(Attention()), Block(Attention(fused="heads"), fused=True)), IDS
     )
     for v in graph.values:
-        sizes = [torch.Size([f.size for f in dim]).numel() if dim else 1 for dim in axes.final(v)]
+        sizes = [
+            torch.Size([f.size for f in dim]).numel() if dim else 1
+            for dim in axes.final(v)
+        ]
         assert tuple(sizes) == v.shape
 
 
@@ -310,7 +334,9 @@ def test_the_axes_do_not_depend_on_the_run():
 def test_a_norm_contracts_the_dim_that_it_takes_a_mean_of():
     graph, axes = axes_of(Decoder(Block(Attention())), IDS)
     model_dim = set(axes.final(graph.params["n.weight"])[0])
-    means = [n for c in graph.calls for n in c.nodes if n.op._schema.name == "aten::mean"]
+    means = [
+        n for c in graph.calls for n in c.nodes if n.op._schema.name == "aten::mean"
+    ]
     assert means
     for node in means:
         assert axes.effect(node).contract == model_dim and axes.effect(node).mean
@@ -318,7 +344,9 @@ def test_a_norm_contracts_the_dim_that_it_takes_a_mean_of():
 
 def test_what_a_linear_sums_over():
     graph, axes = axes_of(nn.Linear(4, 6), torch.randn(2, 4))
-    (node,) = [n for c in graph.calls for n in c.nodes if n.op._schema.name == "aten::addmm"]
+    (node,) = [
+        n for c in graph.calls for n in c.nodes if n.op._schema.name == "aten::addmm"
+    ]
     effect = axes.effect(node)
     assert effect.contract == set(axes.final(graph.params["weight"])[1])
     assert effect.bias == node.inputs[0].id
@@ -346,7 +374,9 @@ def test_rows_of_a_table_that_are_a_part_of_its_dim_are_not_looked_up_as_if_they
             self.e = nn.Embedding(16, 8)
 
         def forward(self, ids):
-            return F.linear(self.e(ids), self.e.weight).view(*ids.shape, 4, 4).softmax(-1)
+            return (
+                F.linear(self.e(ids), self.e.weight).view(*ids.shape, 4, 4).softmax(-1)
+            )
 
     graph, axes = axes_of(TiedHead(), torch.arange(16).view(2, 8))
     v = graph.params["e.weight"]
@@ -359,13 +389,17 @@ def test_rows_of_a_table_that_are_a_part_of_its_dim_are_not_looked_up_as_if_they
 
 
 def test_a_parameter_that_lies_otherwise_than_its_axis_is_refused():
-    """The bias of a convolution in groups has parts of each group, which no block of it is."""
+    """The bias of a convolution in groups has parts of each group, which no block of it
+    is."""
     graph, axes = axes_of(
         nn.Sequential(nn.ConvTranspose2d(12, 24, 2, groups=6)), torch.randn(1, 12, 3, 3)
     )
     weight = axes.final(graph.params["0.weight"])[1]
     axis = Axis(tuple(weight))
-    placed = {"0.weight": ShardedParam(1, axis), "0.bias": ShardedParam(0, axis, blocks=6)}
+    placed = {
+        "0.weight": ShardedParam(1, axis),
+        "0.bias": ShardedParam(0, axis, blocks=6),
+    }
     lay_out(graph, axes, Sharding(placed))
     placed["0.bias"] = ShardedParam(0, axis)
     with pytest.raises(LayoutError, match="0.bias lies otherwise"):

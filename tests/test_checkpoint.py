@@ -1,5 +1,5 @@
-"""Checkpoints: from every layout into every other, bit for bit; and what must not load, with
-everything kept as it was."""
+"""Checkpoints: from every layout into every other, bit for bit; and what must not load,
+with everything kept as it was."""
 
 import json
 import os
@@ -49,9 +49,13 @@ class Fused(nn.Module):
 
     def forward(self, ids):
         x = self.tokens(ids)
-        q, k, v = (t.unflatten(-1, (-1, 2)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        q, k, v = (
+            t.unflatten(-1, (-1, 2)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1)
+        )
         x = x + self.out(
-            F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+            F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            .transpose(1, 2)
+            .flatten(2)
         )
         x = self.drop(self.norm(x.transpose(1, 2)).transpose(1, 2))
         return self.head(x + self.down(F.gelu(self.up(x))))
@@ -69,7 +73,9 @@ def make(layout, seed=0, build=Fused):
         apply_tensor_parallel(model, LAYOUTS[layout], example_inputs=example)
     elif layout != "one":
         shape, names = (
-            ((2, 2), ("dp", "tp")) if layout[0] == "d" else ((2, 1, 2), ("rep", "dp", "tp"))
+            ((2, 2), ("dp", "tp"))
+            if layout[0] == "d"
+            else ((2, 1, 2), ("rep", "dp", "tp"))
         )
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
         apply_tensor_parallel(model, mesh=mesh["tp"], example_inputs=example)
@@ -83,7 +89,9 @@ def make(layout, seed=0, build=Fused):
 
 
 def train(model, optimizer, step=0):
-    F.cross_entropy(model(batch(step)).flatten(0, 1), batch(step + 1).flatten()).backward()
+    F.cross_entropy(
+        model(batch(step)).flatten(0, 1), batch(step + 1).flatten()
+    ).backward()
     optimizer.step(), optimizer.zero_grad()
 
 
@@ -92,7 +100,9 @@ def whole(model, optimizer):
     state = {k: v for k, v in model.state_dict().items()}
     names = {id(p): n for n, p in model.named_parameters()}
     state |= {
-        f"{names[id(p)]}/{k}": v for p, values in optimizer.state.items() for k, v in values.items()
+        f"{names[id(p)]}/{k}": v
+        for p, values in optimizer.state.items()
+        for k, v in values.items()
     }
     return {
         k: (v.full_tensor() if isinstance(v, DTensor) else v).detach().clone()
@@ -108,7 +118,11 @@ def same(found, expected):
 
 def on(layout, fn):
     """fn() on the ranks of a layout; rank 0's result."""
-    return alone(fn) if LAYOUTS[layout] == 1 else run_ranks(lambda rank: fn(), LAYOUTS[layout])[0]
+    return (
+        alone(fn)
+        if LAYOUTS[layout] == 1
+        else run_ranks(lambda rank: fn(), LAYOUTS[layout])[0]
+    )
 
 
 def test_every_layout_into_every_other(tmp_path):
@@ -118,7 +132,11 @@ def test_every_layout_into_every_other(tmp_path):
         optimizer.param_groups[1]["lr"] = 0.5
         expected = whole(model, optimizer)
         done = save_checkpoint(
-            tmp_path / layout, model, optimizer, extra={"step": 1, "from": layout}, async_=async_
+            tmp_path / layout,
+            model,
+            optimizer,
+            extra={"step": 1, "from": layout},
+            async_=async_,
         )
         if async_:
             train(model, optimizer)  # what is written is of before
@@ -160,7 +178,9 @@ def test_every_layout_into_every_other(tmp_path):
         dcp_to_torch_save(tmp_path / layout, tmp_path / "whole.pt")
         found = torch.load(tmp_path / "whole.pt")
         for k, x in model["model"].items():
-            assert torch.equal(x, expected[layout][k]) and torch.equal(found["model"][k], x)
+            assert torch.equal(x, expected[layout][k]) and torch.equal(
+                found["model"][k], x
+            )
         assert torch.equal(
             found["optimizer"]["state"]["qkv.weight"]["exp_avg"],
             expected[layout]["qkv.weight/exp_avg"],
@@ -176,7 +196,10 @@ def test_resuming_is_going_on(tmp_path):
         for step in range(2):
             train(model, optimizer, step), scheduler.step()
         save_checkpoint(
-            tmp_path / "c", model, optimizer, extra={"scheduler": scheduler.state_dict()}
+            tmp_path / "c",
+            model,
+            optimizer,
+            extra={"scheduler": scheduler.state_dict()},
         )
         for step in range(2, 5):
             train(model, optimizer, step), scheduler.step()
@@ -185,7 +208,9 @@ def test_resuming_is_going_on(tmp_path):
     def rest(layout):
         model, optimizer = make(layout, seed=5)
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2)
-        scheduler.load_state_dict(load_checkpoint(tmp_path / "c", model, optimizer)["scheduler"])
+        scheduler.load_state_dict(
+            load_checkpoint(tmp_path / "c", model, optimizer)["scheduler"]
+        )
         for step in range(2, 5):
             train(model, optimizer, step), scheduler.step()
         return whole(model, optimizer)
@@ -203,7 +228,10 @@ def test_an_optimizer_that_has_not_stepped_and_one_model_alone(tmp_path):
         save_checkpoint(tmp_path / "c", model, optimizer)
         other, trained = make("tp2", 1)
         train(other, trained)
-        assert load_checkpoint(tmp_path / "c", other, trained) is None and not trained.state
+        assert (
+            load_checkpoint(tmp_path / "c", other, trained) is None
+            and not trained.state
+        )
         same(whole(other, trained), whole(model, optimizer))
         other, _ = make("tp2", 1)
         load_checkpoint(tmp_path / "c", other)
@@ -257,7 +285,8 @@ DAMAGES = {
     "no manifest": "expected a checkpoint with a manifest.json, .* found none",
     "another manifest": "cannot be read",
     "code in the index": (
-        "UnpicklingError: expected the index of a checkpoint, found posix.system|nt.system"
+        "UnpicklingError: expected the index of a checkpoint, found"
+        " posix.system|nt.system"
     ),
     "code in the state": "Weights only load failed",
 }
@@ -273,7 +302,9 @@ def everywhere(fn, match):
     found = [None] * dist.get_world_size()
     dist.all_gather_object(found, text)
 
-    assert all(re.search(match, t, re.S) for t in found), f"expected {match}, found {found}"
+    assert all(
+        re.search(match, t, re.S) for t in found
+    ), f"expected {match}, found {found}"
 
 
 def test_damaged_checkpoints_are_refused_on_every_rank(tmp_path, monkeypatch):
@@ -294,7 +325,8 @@ def test_damaged_checkpoints_are_refused_on_every_rank(tmp_path, monkeypatch):
             "expected a checkpoint .* found nothing",
         )
         everywhere(
-            lambda: load_checkpoint(tmp_path, model), "expected a checkpoint with a manifest"
+            lambda: load_checkpoint(tmp_path, model),
+            "expected a checkpoint with a manifest",
         )
         same(whole(model, optimizer), before)
         assert not (tmp_path / "RAN").exists()
@@ -321,9 +353,14 @@ def test_what_does_not_fit_is_refused(tmp_path):
         model.double()
         extended, _ = make("tp2")
         extended.register_buffer("more", torch.ones(3))
-        everywhere(lambda: load_checkpoint(tmp_path / "c", extended), "more: not in the checkpoint")
+        everywhere(
+            lambda: load_checkpoint(tmp_path / "c", extended),
+            "more: not in the checkpoint",
+        )
         save_checkpoint(tmp_path / "d", extended)
-        everywhere(lambda: load_checkpoint(tmp_path / "d", model), "more: not in the model")
+        everywhere(
+            lambda: load_checkpoint(tmp_path / "d", model), "more: not in the model"
+        )
         some = torch.optim.AdamW(list(model.parameters())[:2])
         everywhere(
             lambda: load_checkpoint(tmp_path / "c", model, some),
@@ -371,10 +408,14 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path):
             "rank 1: OSError|File too large",
         )
         everywhere(
-            lambda: save_checkpoint(tmp_path / "c", model, optimizer, async_=True).result(),
+            lambda: save_checkpoint(
+                tmp_path / "c", model, optimizer, async_=True
+            ).result(),
             "rank 1: OSError",
         )
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        resource.setrlimit(
+            resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+        )
         assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "mine"]
         load_checkpoint(tmp_path / "c", model, optimizer)
         same(whole(model, optimizer), before)
@@ -383,8 +424,8 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path):
 
 
 def test_killed_at_any_moment(tmp_path):
-    """Ten times a rank is killed after so many Python calls, within saves too; the run that resumes
-    ends as one that was left alone."""
+    """Ten times a rank is killed after so many Python calls, within saves too; the run
+    that resumes ends as one that was left alone."""
     steps, rng = 6, random.Random(0)
 
     def run(rank, folder, kill=None, async_=False):
@@ -433,8 +474,8 @@ def test_killed_at_any_moment(tmp_path):
 
 
 def test_torchs_own_readers_and_planners_take_pieces(tmp_path):
-    """A weight that is held as k pieces is filled from safetensors by HuggingFaceStorageReader and
-    the default planner, neither of which knows pieces."""
+    """A weight that is held as k pieces is filled from safetensors by
+    HuggingFaceStorageReader and the default planner, neither of which knows pieces."""
     torch.manual_seed(3)
     saved = {k: torch.rand(p.shape).double() for k, p in Fused().named_parameters()}
     save_file(saved, tmp_path / "model.safetensors")

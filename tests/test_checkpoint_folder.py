@@ -1,5 +1,5 @@
-"""Folders of checkpoints: what is not this library's is neither read nor touched, a reader sees one
-checkpoint or raises, and an index leads to every element."""
+"""Folders of checkpoints: what is not this library's is neither read nor touched, a
+reader sees one checkpoint or raises, and an index leads to every element."""
 
 import json
 import pickle
@@ -37,14 +37,20 @@ def names(folder):
 
 def run_of(value):
     """A small split model, of which every parameter has one value."""
-    model = apply_tensor_parallel(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4)), 2)
+    model = apply_tensor_parallel(
+        nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4)), 2
+    )
     for p in model.parameters():
         nn.init.constant_(p, value)
     return model
 
 
 def values(model):
-    return {t.item() for p in model.parameters() for t in (p.to_local().min(), p.to_local().max())}
+    return {
+        t.item()
+        for p in model.parameters()
+        for t in (p.to_local().min(), p.to_local().max())
+    }
 
 
 USERS = "c.saving", "c.old-1234", "c.saving-0123456789abcdef", "c.old-0123456789abcdef"
@@ -73,12 +79,23 @@ def test_what_is_the_users_stays(tmp_path):
             on_rank_0(rank, lambda: (c / "notes.txt").write_text("mine"))
             save_checkpoint(tmp_path / "link", two)
         everywhere(
-            lambda: save_checkpoint(tmp_path / "web", two), "expected a checkpoint or nothing"
+            lambda: save_checkpoint(tmp_path / "web", two),
+            "expected a checkpoint or nothing",
         )
-        assert names(tmp_path) == sorted([*USERS, "c", "c.old", "link", "linked", "web"])
-        assert all((tmp_path / name / "state.pt").read_text() == "mine" for name in USERS)
-        assert (tmp_path / "link").is_symlink() and (c / "notes.txt").read_text() == "mine"
-        for path, value in (c, 2.0), (tmp_path / "link", 2.0), (tmp_path / "c.old", 1.0):
+        assert names(tmp_path) == sorted(
+            [*USERS, "c", "c.old", "link", "linked", "web"]
+        )
+        assert all(
+            (tmp_path / name / "state.pt").read_text() == "mine" for name in USERS
+        )
+        assert (tmp_path / "link").is_symlink() and (
+            c / "notes.txt"
+        ).read_text() == "mine"
+        for path, value in (
+            (c, 2.0),
+            (tmp_path / "link", 2.0),
+            (tmp_path / "c.old", 1.0),
+        ):
             model = run_of(3.0)
             load_checkpoint(path, model)
             assert values(model) == {value}
@@ -87,7 +104,8 @@ def test_what_is_the_users_stays(tmp_path):
 
 
 def test_killed_between_the_two_renames(tmp_path, monkeypatch):
-    """The new one is complete, and is read; the next save puts it in its place before it begins."""
+    """The new one is complete, and is read; the next save puts it in its place before
+    it begins."""
     c = tmp_path / "c"
 
     def ranks(rank):
@@ -105,10 +123,15 @@ def test_killed_between_the_two_renames(tmp_path, monkeypatch):
             patch.setattr(checkpoint, "remove", lambda folder: None)
             patch.setattr(checkpoint, "finish", finish if rank == 0 else None)
             save_checkpoint(c, two)
-        assert [re.sub("-.*", "", name) for name in names(tmp_path)] == ["c.old", "c.saving"]
+        assert [re.sub("-.*", "", name) for name in names(tmp_path)] == [
+            "c.old",
+            "c.saving",
+        ]
         load_checkpoint(c, found)
         assert values(found) == {2.0}
-        everywhere(lambda: save_checkpoint(c, one, extra=print), "extra, .* expected numbers")
+        everywhere(
+            lambda: save_checkpoint(c, one, extra=print), "extra, .* expected numbers"
+        )
         assert names(tmp_path) == ["c"]
         load_checkpoint(c, one)
         assert values(one) == {2.0}
@@ -142,7 +165,8 @@ def test_a_reader_beside_a_save(tmp_path, monkeypatch):
 
         assert saved_within(Reader, "read_data") == (1, {1.0})
         everywhere(
-            lambda: saved_within(opened.Opened, "verify"), "replaced by a save while it was read"
+            lambda: saved_within(opened.Opened, "verify"),
+            "replaced by a save while it was read",
         )
         # rank 1 opens what was put there after rank 0 had opened another
         save_checkpoint(c, one, extra=1), save_checkpoint(tmp_path / "d", two, extra=2)
@@ -171,7 +195,9 @@ def test_ranks_on_different_file_systems(tmp_path):
             lambda: save_checkpoint(tmp_path / f"disk{rank}" / "c", model),
             "disk1.*: expected the folder that rank 0 made, found none",
         )
-        assert not (tmp_path / "disk1").exists() and not list((tmp_path / "disk0").iterdir())
+        assert not (tmp_path / "disk1").exists() and not list(
+            (tmp_path / "disk0").iterdir()
+        )
 
     run_ranks(ranks, 2)
 
@@ -217,7 +243,9 @@ def outside(index):
 
 
 def beyond(index):
-    next(p for i, p in index.storage_data.items() if i.fqn == "model.norm.bias").length = 10**9
+    next(
+        p for i, p in index.storage_data.items() if i.fqn == "model.norm.bias"
+    ).length = (10**9)
 
 
 def no_tensor(index):
@@ -226,12 +254,20 @@ def no_tensor(index):
 
 INDICES = {
     lost_chunk: (
-        r"model.qkv.weight: expected blocks that are \(72, 24\) together, found 1440 elements of"
+        r"model.qkv.weight: expected blocks that are \(72, 24\) together, found 1440"
+        r" elements of"
         r" 1728"
     ),
-    chunk_twice: r"model.up.weight: expected blocks .* overlapping ones at \(0, 0\) and \(12, 0\)",
-    lost_place: r"model.norm.bias: expected its block at \(0,\) in a file of the checkpoint",
-    outside: r"model.norm.bias: expected its block at \(0,\) in a file of the checkpoint",
+    chunk_twice: (
+        r"model.up.weight: expected blocks .* overlapping ones at \(0, 0\) and"
+        r" \(12, 0\)"
+    ),
+    lost_place: (
+        r"model.norm.bias: expected its block at \(0,\) in a file of the checkpoint"
+    ),
+    outside: (
+        r"model.norm.bias: expected its block at \(0,\) in a file of the checkpoint"
+    ),
     beyond: r"model.norm.bias: .* beyond its end",
     no_tensor: r"model.norm.bias: expected \(24,\) .*float64, found \(\) NoneType",
 }
@@ -269,14 +305,19 @@ def test_what_does_not_lead_to_every_element_is_refused(tmp_path):
 
 
 def test_exact_covers():
-    """Against counting: boxes of random grids, of which some are moved, dropped or doubled."""
+    """Against counting: boxes of random grids, of which some are moved, dropped or
+    doubled."""
     rng, found = random.Random(0), set()
     for _ in range(500):
         shape = tuple(rng.randrange(1, 6) for _ in range(rng.randrange(4)))
         blocks = [((), ())]
         for n in shape:
             cuts = sorted({0, n, rng.randrange(n + 1), rng.randrange(n + 1)})
-            blocks = [((*o, a), (*s, b - a)) for o, s in blocks for a, b in zip(cuts, cuts[1:])]
+            blocks = [
+                ((*o, a), (*s, b - a))
+                for o, s in blocks
+                for a, b in zip(cuts, cuts[1:])
+            ]
         for _ in range(rng.randrange(3)):
             i = rng.randrange(len(blocks))
             offsets, sizes = blocks[i]
@@ -288,7 +329,9 @@ def test_exact_covers():
                     [*blocks[:i], moved, *blocks[i + 1 :]],
                 )
             )
-        inside = all(o >= 0 and o + s <= n for os, ss in blocks for o, s, n in zip(os, ss, shape))
+        inside = all(
+            o >= 0 and o + s <= n for os, ss in blocks for o, s, n in zip(os, ss, shape)
+        )
         count = torch.zeros(shape)
         for offsets, sizes in blocks if inside else ():
             count[tuple(slice(o, o + s) for o, s in zip(offsets, sizes))] += 1

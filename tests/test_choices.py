@@ -33,7 +33,9 @@ def test_planning_a_hundred_gigabytes_allocates_nothing():
     with torch.device("meta"):
         model = llama(**big, vocab_size=128256, num_hidden_layers=3).bfloat16().eval()
     state = torch.get_rng_state()
-    plan = plan_tensor_parallel(model, 8, example_inputs=(torch.ones(1, 16, dtype=torch.long),))
+    plan = plan_tensor_parallel(
+        model, 8, example_inputs=(torch.ones(1, 16, dtype=torch.long),)
+    )
     assert torch.equal(torch.get_rng_state(), state)
     assert all(x.is_meta for x in (*model.parameters(), *model.buffers()))
     assert not model.training and plan.share < 0.13
@@ -68,9 +70,19 @@ def test_planning_changes_nothing(train):
         ]
         modes = [(m.training, sorted(vars(m)), m.forward) for m in model.modules()]
         grads = [(id(p), p._version, p.grad) for p in model.parameters()]
-        return hooks, modes, grads, [id(b) for b in model.buffers()], torch.is_grad_enabled()
+        return (
+            hooks,
+            modes,
+            grads,
+            [id(b) for b in model.buffers()],
+            torch.is_grad_enabled(),
+        )
 
-    before, values, state = seen(), copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    before, values, state = (
+        seen(),
+        copy.deepcopy(model.state_dict()),
+        torch.get_rng_state(),
+    )
     plan_tensor_parallel(
         model, 2, example_inputs=(torch.randn(2, 3, 8, 8, generator=torch.Generator()),)
     )
@@ -87,16 +99,24 @@ def blocked(m, x):
 def test_why_names_the_operator_in_the_way_and_its_line():
     line = inspect.getsourcelines(blocked)[1] + 1
     build = model(
-        blocked, lambda: {"a": nn.Linear(D, 64, bias=False), "b": nn.Linear(64, D)}, residual=False
+        blocked,
+        lambda: {"a": nn.Linear(D, 64, bias=False), "b": nn.Linear(64, D)},
+        residual=False,
     )
-    a = plan_tensor_parallel(build(), 2, example_inputs=(torch.randn(2, 5, D),))["a.weight"]
+    a = plan_tensor_parallel(build(), 2, example_inputs=(torch.randn(2, 5, D),))[
+        "a.weight"
+    ]
     assert (
-        a.how == "weight gathered" and "linalg_qr" in a.why and f"test_choices.py:{line}" in a.why
+        a.how == "weight gathered"
+        and "linalg_qr" in a.why
+        and f"test_choices.py:{line}" in a.why
     ), a
 
 
 def chain(*widths):
-    return nn.Sequential(*[nn.Linear(a, b, bias=False) for a, b in zip(widths, widths[1:])])
+    return nn.Sequential(
+        *[nn.Linear(a, b, bias=False) for a, b in zip(widths, widths[1:])]
+    )
 
 
 SMALL = [
@@ -110,9 +130,12 @@ SMALL = [
 @pytest.mark.parametrize("build", SMALL)
 @pytest.mark.parametrize("n", [2, 4])
 def test_the_choice_is_brute_forces(build, n):
-    """Of all sets of axes that do not conflict, none sends fewer bytes than the planner's."""
+    """Of all sets of axes that do not conflict, none sends fewer bytes than the
+    planner's."""
     model = build()
-    x = torch.randn(2, 12, next(p.shape[-1] for p in model.parameters()), requires_grad=True)
+    x = torch.randn(
+        2, 12, next(p.shape[-1] for p in model.parameters()), requires_grad=True
+    )
     graph = trace(model, (x,), {})
     axes = Axes(graph)
     task = Task(graph, axes, n)

@@ -1,4 +1,5 @@
-"""Which blocks of a whole tensor each rank holds: together, by every layout, the whole."""
+"""Which blocks of a whole tensor each rank holds: together, by every layout, the
+whole."""
 
 import pytest
 import torch
@@ -6,7 +7,13 @@ import torch.distributed as dist
 from ranks import run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Replicate,
+    Shard,
+    distribute_tensor,
+)
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from quintnet_dt.state.chunks import chunks
@@ -36,7 +43,9 @@ def test_one_mesh_dim(n):
         for shape in (12, 5), (13, 7), (2, 3), (0, 4):
             whole = torch.arange(shape[0] * shape[1]).double().view(shape)
             for placement in Shard(0), Shard(1), Replicate():
-                assert torch.equal(assembled(distribute_tensor(whole, mesh, [placement])), whole), (
+                assert torch.equal(
+                    assembled(distribute_tensor(whole, mesh, [placement])), whole
+                ), (
                     shape,
                     placement,
                 )
@@ -44,7 +53,9 @@ def test_one_mesh_dim(n):
             whole = torch.arange(36 * 12).double().view(36, 12)
             fused = distribute_tensor(whole, mesh, [_StridedShard(dim, split_factor=k)])
             assert len(chunks(fused)) == k and torch.equal(assembled(fused), whole)
-        assert torch.equal(assembled(whole), whole) and assembled(torch.tensor(3.0)) == 3
+        assert (
+            torch.equal(assembled(whole), whole) and assembled(torch.tensor(3.0)) == 3
+        )
         chunks(fused)[0].tensor.zero_()
         assert not fused.full_tensor()[:, : 6 // n].any()
         with pytest.raises(ValueError, match="Partial"):
@@ -58,21 +69,36 @@ def test_fsdp_over_tensor_parallel():
         for shape in (2, 2), (4, 1), (1, 4):
             mesh = init_device_mesh("cpu", shape, mesh_dim_names=("dp", "tp"))
             for size in (12, 4), (13, 6), (5, 8):
-                for placement in Shard(0), Shard(1), Replicate(), _StridedShard(1, split_factor=2):
-                    if isinstance(placement, _StridedShard) and size[1] % (2 * shape[1]):
+                for placement in (
+                    Shard(0),
+                    Shard(1),
+                    Replicate(),
+                    _StridedShard(1, split_factor=2),
+                ):
+                    if isinstance(placement, _StridedShard) and size[1] % (
+                        2 * shape[1]
+                    ):
                         continue
                     whole = torch.arange(size[0] * size[1]).double().view(size)
                     model = holder(distribute_tensor(whole, mesh["tp"], [placement]))
                     fully_shard(model, mesh=mesh["dp"])
                     assert model.p.device_mesh.ndim == 2
-                    assert torch.equal(assembled(model.p), whole), (shape, size, placement)
-        mesh = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("replicate", "shard", "tp"))
+                    assert torch.equal(assembled(model.p), whole), (
+                        shape,
+                        size,
+                        placement,
+                    )
+        mesh = init_device_mesh(
+            "cpu", (2, 1, 2), mesh_dim_names=("replicate", "shard", "tp")
+        )
         model = holder(distribute_tensor(whole, mesh["tp"], [Shard(0)]))
         fully_shard(model, mesh=mesh["replicate", "shard"])
         assert torch.equal(assembled(model.p), whole)
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
         model = holder(
-            distribute_tensor(torch.ones(12, 4), mesh["tp"], [_StridedShard(0, split_factor=3)])
+            distribute_tensor(
+                torch.ones(12, 4), mesh["tp"], [_StridedShard(0, split_factor=3)]
+            )
         )
         fully_shard(model, mesh=mesh["dp"])
         with pytest.raises(ValueError, match="contiguous=True"):

@@ -1,5 +1,5 @@
-"""Models that keep functions which reach their modules by a closure, a default, a global or a
-partial."""
+"""Models that keep functions which reach their modules by a closure, a default, a
+global or a partial."""
 
 import functools
 import types
@@ -56,11 +56,16 @@ class Kept(nn.Module):
             m.a.forward = types.MethodType(lambda layer, x: F.gelu(was(x)), m.a)
             self.run = lambda x: m.b(m.a(x))
         elif how == "hook":
-            m.a.register_forward_hook(lambda module, args, out: F.gelu(out) + 0 * m.b.weight.sum())
+            m.a.register_forward_hook(
+                lambda module, args, out: F.gelu(out) + 0 * m.b.weight.sum()
+            )
             self.run = lambda x: m.b(m.a(x))
         elif how == "global":
             scope = {"model": self, "F": F}
-            exec("run = lambda x: (lambda y: model.mlp.b(F.gelu(y)))(model.mlp.a(x))", scope)
+            exec(
+                "run = lambda x: (lambda y: model.mlp.b(F.gelu(y)))(model.mlp.a(x))",
+                scope,
+            )
             self.run = scope["run"]
 
     def forward(self, ids, scale=None):
@@ -73,7 +78,9 @@ def ids(*more):
     return lambda: (torch.randint(0, 61, (2, 7)), *more)
 
 
-WAYS = "closure self default functions dict object list partial method hook global".split()
+WAYS = (
+    "closure self default functions dict object list partial method hook global".split()
+)
 
 
 def test_functions_that_reach_the_model():
@@ -106,7 +113,9 @@ class Held:
 
 def test_what_cannot_be_followed_is_told():
     def ranks(rank):
-        a_parameter, an_object, a_global = (make(lambda: Kept("closure")) for _ in range(3))
+        a_parameter, an_object, a_global = (
+            make(lambda: Kept("closure")) for _ in range(3)
+        )
         a, b = a_parameter.mlp.a.weight, a_parameter.mlp.b.weight
         a_parameter.run = lambda x: F.linear(F.gelu(F.linear(x, a)), b)
         held = Held()
@@ -115,7 +124,9 @@ def test_what_cannot_be_followed_is_told():
         LIVE["model"] = a_global
         a_global.run = lambda x: LIVE["model"].mlp.b(F.gelu(LIVE["model"].mlp.a(x)))
         for model in a_parameter, an_object, a_global:
-            with pytest.raises(ValueError, match=r"mlp\.a\.weight.* that holds its module"):
+            with pytest.raises(
+                ValueError, match=r"mlp\.a\.weight.* that holds its module"
+            ):
                 apply_tensor_parallel(model, 2, example_inputs=ids()())
 
     run_ranks(ranks, 2)

@@ -19,14 +19,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from quintnet_dt import comm_ops, groups
+from quintnet_dt import groups
 from quintnet_dt.comm_ops import all_gather, all_reduce, copy_in, reduce_scatter, split
 from quintnet_dt.exchange import exchange
 from quintnet_dt.groups import SimulatedGroup, chunk_sizes, group_rank, group_size
 
 VARIES_IN = "all_reduce", "all_gather", "gather_partial", "reduce_scatter", "exchange"
 VARIES_OUT = "copy_in", "split", "gather_partial", "reduce_scatter", "exchange"
-OF_PARTS = "all_gather", "gather_partial", "exchange"  # each rank's input is a part of the whole
+OF_PARTS = (
+    "all_gather",
+    "gather_partial",
+    "exchange",
+)  # each rank's input is a part of the whole
 
 # The ranks' lengths along the dim: even, chunks, chunks with an empty one, odd ones.
 SIZES = {
@@ -62,7 +66,9 @@ class Case(NamedTuple):
     def positions(self):
         """For an exchange: each rank's part of each of three pieces of the dim."""
         n = len(self.sizes)
-        return torch.arange(sum(self.sizes)).view(3, n, -1).transpose(0, 1).reshape(n, -1)
+        return (
+            torch.arange(sum(self.sizes)).view(3, n, -1).transpose(0, 1).reshape(n, -1)
+        )
 
     def whole(self, xs):
         """Every rank's result, of every rank's input: plain torch, no ranks."""
@@ -71,7 +77,10 @@ class Case(NamedTuple):
         if self.op == "copy_in":
             return xs
         if self.op == "exchange":
-            return [torch.cat(xs, self.dim).index_select(self.dim, at) for at in self.positions()]
+            return [
+                torch.cat(xs, self.dim).index_select(self.dim, at)
+                for at in self.positions()
+            ]
         if self.op in OF_PARTS:
             return [torch.cat(xs, self.dim)] * len(xs)
         x = xs[0] if self.op == "split" else sum(xs)
@@ -98,9 +107,13 @@ def randn(shape, seed, dtype=torch.float64):
 def cases(n):
     for op in dict.fromkeys(VARIES_IN + VARIES_OUT):
         dims = (0,) if op in ("all_reduce", "copy_in") else (0, 1, -1)
-        for dim, sizes in itertools.product(dims, [(6,) * n] if op == "exchange" else SIZES[n]):
+        for dim, sizes in itertools.product(
+            dims, [(6,) * n] if op == "exchange" else SIZES[n]
+        ):
             even = len(set(sizes)) == 1
-            found = even if op in OF_PARTS else list(sizes) == chunk_sizes(sum(sizes), n)
+            found = (
+                even if op in OF_PARTS else list(sizes) == chunk_sizes(sum(sizes), n)
+            )
             for given in (True, False) if found else (True,):
                 for contiguous in (True, False):
                     yield Case(op, dim, sizes, given, contiguous)
@@ -467,7 +480,9 @@ def test_chunk_sizes_are_those_of_dtensor(n):
             for length in lengths
         ]
 
-    assert list(zip(*run_ranks(ranks, n))) == [tuple(chunk_sizes(k, n)) for k in lengths]
+    assert list(zip(*run_ranks(ranks, n))) == [
+        tuple(chunk_sizes(k, n)) for k in lengths
+    ]
 
 
 def test_bad_input_is_an_error_on_every_rank_before_anything_is_sent():

@@ -1,5 +1,5 @@
-"""torch.compile of a sharded model: block by block and whole, with no graph break, shared by blocks
-that are alike; right at any length."""
+"""torch.compile of a sharded model: block by block and whole, with no graph break,
+shared by blocks that are alike; right at any length."""
 
 import pytest
 import torch
@@ -19,7 +19,9 @@ LAYERS = VARIANTS + 1
 
 def llama(layers=LAYERS, dropout=0.0):
     tokens = dict(vocab_size=64, bos_token_id=0, eos_token_id=1)
-    return hf.llama(num_hidden_layers=layers, attention_dropout=dropout, **tokens).double()
+    return hf.llama(
+        num_hidden_layers=layers, attention_dropout=dropout, **tokens
+    ).double()
 
 
 def gpt2(layers=LAYERS, dropout=0.0):
@@ -32,7 +34,9 @@ def blocks(model):
 
 
 def given(length, labels=False):
-    ids = torch.randint(0, 64, (2, length), generator=torch.Generator().manual_seed(length))
+    ids = torch.randint(
+        0, 64, (2, length), generator=torch.Generator().manual_seed(length)
+    )
     return {"input_ids": ids, "use_cache": False, **({"labels": ids} if labels else {})}
 
 
@@ -72,8 +76,8 @@ def compare(compiled, sharded, whole, inputs, tol=1e-9):
 
 @pytest.mark.parametrize("build, labels", [(llama, True), (gpt2, False)])
 def test_blocks_share_one_graph_each(build, labels):
-    """Compiled one by one, as torchtitan does: the number of graphs does not grow with the layers
-    nor with the lengths."""
+    """Compiled one by one, as torchtitan does: the number of graphs does not grow with
+    the layers nor with the lengths."""
 
     def ranks(rank):
         torch._dynamo.config.recompile_limit = VARIANTS
@@ -85,7 +89,9 @@ def test_blocks_share_one_graph_each(build, labels):
             compare(sharded, sharded, whole, given(length, labels))
         assert (
             backend.graphs <= 4
-        ), backend.graphs  # two lengths (then any), and perhaps a first layer that differs
+        ), (
+            backend.graphs
+        )  # two lengths (then any), and perhaps a first layer that differs
         sharded.eval(), whole.eval()
         with torch.no_grad():
             assert torch.allclose(sharded(**given(9)).logits, whole(**given(9)).logits)
@@ -107,8 +113,8 @@ def test_a_whole_model():
 
 @pytest.mark.parametrize("build", [llama, gpt2])
 def test_attention_dropout(build):
-    """In the attention kernel and, of GPT-2, elsewhere: this rank's part of the mask of the whole
-    model."""
+    """In the attention kernel and, of GPT-2, elsewhere: this rank's part of the mask of
+    the whole model."""
 
     def ranks(rank):
         sharded, whole = pair(build, layers=1, dropout=0.1)
@@ -120,7 +126,8 @@ def test_attention_dropout(build):
 
 
 @pytest.mark.parametrize(
-    "build, how", [(llama, "eager"), (gpt2, "eager"), (llama, "blocks"), (gpt2, "whole")]
+    "build, how",
+    [(llama, "eager"), (gpt2, "eager"), (llama, "blocks"), (gpt2, "whole")],
 )
 def test_checkpoints(build, how):
     def ranks(rank):
@@ -129,7 +136,11 @@ def test_checkpoints(build, how):
             sharded.gradient_checkpointing_enable({"use_reentrant": reentrant})
             for block in blocks(sharded) if how == "blocks" else ():
                 block.compile(backend="aot_eager")
-            compiled = torch.compile(sharded, backend="aot_eager") if how == "whole" else sharded
+            compiled = (
+                torch.compile(sharded, backend="aot_eager")
+                if how == "whole"
+                else sharded
+            )
             for length in (8, 12):
                 compare(compiled, sharded, whole, given(length))
 
@@ -149,8 +160,8 @@ def test_inductor(tmp_path, monkeypatch):
 
 
 def test_a_path_that_only_compiled_code_takes():
-    """A block that asks whether it is compiled, while the model around it is not: it is not
-    silently another."""
+    """A block that asks whether it is compiled, while the model around it is not: it is
+    not silently another."""
 
     class Block(torch.nn.Module):
         def __init__(self):
@@ -159,12 +170,16 @@ def test_a_path_that_only_compiled_code_takes():
 
         def forward(self, x):
             y = self.up(x)
-            return self.down(y * y.shape[-1] if torch.compiler.is_compiling() else y.relu())
+            return self.down(
+                y * y.shape[-1] if torch.compiler.is_compiling() else y.relu()
+            )
 
     def ranks(rank):
         whole = torch.nn.Sequential(Block(), Block()).double()
         sharded = torch.nn.Sequential(Block(), Block()).double()
-        x = torch.randn(2, 16, dtype=torch.double, generator=torch.Generator().manual_seed(2))
+        x = torch.randn(
+            2, 16, dtype=torch.double, generator=torch.Generator().manual_seed(2)
+        )
         apply_tensor_parallel(sharded, 2, example_inputs=(x,))
         sharded[0].compile(fullgraph=True, backend="aot_eager")
         with pytest.raises(Exception, match="another path"):

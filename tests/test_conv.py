@@ -1,5 +1,5 @@
-"""Convolutional networks: what is built of them in image and audio models gives, sharded, the whole
-model's numbers, and its channels stay sharded."""
+"""Convolutional networks: what is built of them in image and audio models gives,
+sharded, the whole model's numbers, and its channels stay sharded."""
 
 import contextlib
 import copy
@@ -22,8 +22,8 @@ from quintnet_dt import apply_tensor_parallel, comm_ops, plan_tensor_parallel
 
 @pytest.mark.parametrize("n, part", [(2, 0), (2, 1), (2, 2), (2, 3), (3, 0), (4, 1)])
 def test_outputs_gradients_and_running_statistics(n, part):
-    """On two ranks also a second call, which sees the statistics of the first, and then evaluation;
-    half of them on three ranks, the others on four."""
+    """On two ranks also a second call, which sees the statistics of the first, and then
+    evaluation; half of them on three ranks, the others on four."""
 
     def ranks(rank):
         for name in list(MODELS)[part :: 4 if n == 2 else 2]:
@@ -57,15 +57,18 @@ IN_GROUPS = [
 
 
 def test_weights_in_one_block():
-    """Each rank holds one block of a weight, also where parts of groups or of pieces are its own;
-    then by a plan that says otherwise of a bias than the weight's use would."""
+    """Each rank holds one block of a weight, also where parts of groups or of pieces
+    are its own; then by a plan that says otherwise of a bias than the weight's use
+    would."""
 
     def ranks(rank):
         for name in IN_GROUPS:
             build, given, _ = MODELS[name]
             torch.manual_seed(3)
             inputs = double(given())
-            models = pair(build, 2, example_inputs=copy.deepcopy(inputs), contiguous=True)
+            models = pair(
+                build, 2, example_inputs=copy.deepcopy(inputs), contiguous=True
+            )
             plan = models[0].tensor_parallel_plan
             assert all(type(p) in (Shard, Replicate) for p in plan.placements.values())
             compare(*models, inputs)
@@ -73,19 +76,26 @@ def test_weights_in_one_block():
                 plan["up1.weight"], plan["up1.bias"] = Shard(1), Shard(
                     0
                 )  # together: parts of groups, and a block
-                compare(*pair(build, 2, example_inputs=copy.deepcopy(inputs), plan=plan), inputs)
+                compare(
+                    *pair(build, 2, example_inputs=copy.deepcopy(inputs), plan=plan),
+                    inputs,
+                )
 
     run_ranks(ranks, 2)
 
 
-@pytest.mark.parametrize("name", [name for name, (_, _, local) in MODELS.items() if local])
+@pytest.mark.parametrize(
+    "name", [name for name, (_, _, local) in MODELS.items() if local]
+)
 def test_axes_run_through(name):
     build, given, local = MODELS[name]
     for n in (2, 3):
         plan = plan_tensor_parallel(build(), n, example_inputs=given())
         how = {
             m: {
-                e.how for p, e in plan.entries.items() if p.startswith(f"{m}.") and len(e.shape) > 1
+                e.how
+                for p, e in plan.entries.items()
+                if p.startswith(f"{m}.") and len(e.shape) > 1
             }
             for m in local
         }
@@ -100,7 +110,9 @@ def counted():
     def count(owner, name):
         real = getattr(owner, name)
         return unittest.mock.patch.object(
-            owner, name, lambda *a, **kw: (counts.update([name.strip("_")]), real(*a, **kw))[1]
+            owner,
+            name,
+            lambda *a, **kw: (counts.update([name.strip("_")]), real(*a, **kw))[1],
         )
 
     with (
@@ -134,22 +146,30 @@ class Scaled(nn.Sequential):
     ids=["basic", "grouped", "inverted with squeeze-excite", "ConvNeXt", "two"],
 )
 def test_collectives(block, forward, backward):
-    """A column and row pair sums once forward, its input's gradient once backward; squeeze-excite
-    sums its few channels once each way; a layer's scale, applied before the sum, has its gradient
-    summed."""
+    """A column and row pair sums once forward, its input's gradient once backward;
+    squeeze-excite sums its few channels once each way; a layer's scale, applied before
+    the sum, has its gradient summed."""
 
     def ranks(rank):
         torch.manual_seed(0)
         model = Scaled(block()).double().eval()
-        x = torch.randn(2, 384 if block.func is ConvNeXt else 48, 6, 6, dtype=torch.float64)
+        x = torch.randn(
+            2, 384 if block.func is ConvNeXt else 48, 6, 6, dtype=torch.float64
+        )
         apply_tensor_parallel(model, 2, example_inputs=(x,))
         for _ in range(2):  # in the first calls batches are compared
             model(x), model.train()(x), model.eval()
         with counted() as counts:
             y = model(x)
-            assert counts == {"all_reduce": forward}, (counts, model.tensor_parallel_plan)
+            assert counts == {"all_reduce": forward}, (
+                counts,
+                model.tensor_parallel_plan,
+            )
             y.sum().backward()
-        assert counts == {"all_reduce": forward + backward}, (counts, model.tensor_parallel_plan)
+        assert counts == {"all_reduce": forward + backward}, (
+            counts,
+            model.tensor_parallel_plan,
+        )
         with (
             counted() as counts
         ):  # the running statistics of a norm on shards are whole again: both in one collective
@@ -159,14 +179,18 @@ def test_collectives(block, forward, backward):
             for p, e in model.tensor_parallel_plan.entries.items()
             if e.how == "local" and p.endswith("1.weight") and len(e.shape) == 1
         ]
-        assert counts == Counter(all_reduce=forward, gather_flat=len(norms)), (counts, norms)
+        assert counts == Counter(all_reduce=forward, gather_flat=len(norms)), (
+            counts,
+            norms,
+        )
 
     run_ranks(ranks, 2)
 
 
 @pytest.mark.parametrize("n", [3, 4])
 def test_no_channels_for_the_last_rank(n):
-    """Convolutions and norms of nothing fail or crash: such a weight is gathered instead."""
+    """Convolutions and norms of nothing fail or crash: such a weight is gathered
+    instead."""
 
     def ranks(rank):
         def build():
@@ -190,11 +214,13 @@ def test_no_channels_for_the_last_rank(n):
 
 
 def test_statistics_in_a_checkpoint_that_ends_within_the_norm():
-    """A forward that is recomputed ends as soon as its backward has what it needs: in the call that
-    updates the running statistics, which have been by then."""
+    """A forward that is recomputed ends as soon as its backward has what it needs: in
+    the call that updates the running statistics, which have been by then."""
 
     def ranks(rank):
-        build = lambda: nn.Sequential(nn.Conv1d(8, 12, 3, padding=1), nn.BatchNorm1d(12))
+        build = lambda: nn.Sequential(
+            nn.Conv1d(8, 12, 3, padding=1), nn.BatchNorm1d(12)
+        )
         x = torch.randn(4, 8, 6, generator=torch.Generator().manual_seed(1)).double()
         models = pair(build, 2, example_inputs=(x,))
         for _ in range(2):

@@ -1,5 +1,5 @@
-"""The examples, short: the losses of the split model and of the whole one agree, and a run that
-goes on in another layout ends where it would have."""
+"""The examples, short: the losses of the split model and of the whole one agree, and a
+run that goes on in another layout ends where it would have."""
 
 import runpy
 import subprocess
@@ -36,13 +36,18 @@ def test_the_example_trains_and_agrees_with_the_whole_model():
 
 def train_2d(n, *args):
     """Run examples/train_2d.py, small, on n ranks."""
-    small = "--layers 1 --hidden 64 --context 16 --batch 8 --steps 4 --save-every 1 --dtype float64".split()
+    small = (
+        "--layers 1 --hidden 64 --context 16 --batch 8 --steps 4 --save-every 1 --dtype"
+        " float64".split()
+    )
     path = str(ROOT / "examples" / "train_2d.py")
 
     def ranks(rank):
         assert runpy.run_path(path)["main"]([*small, *map(str, args)]) == 0
 
-    runpy.run_path(path), transformers.LlamaForCausalLM  # imported once, not on each rank
+    runpy.run_path(
+        path
+    ), transformers.LlamaForCausalLM  # imported once, not on each rank
 
     run_ranks(ranks, n, init=False)
 
@@ -53,7 +58,9 @@ def test_2d_goes_on_in_another_layout_as_if_nothing_had_been(tmp_path, capfd):
     train_2d(4, "--tp", 2, "--checkpoint", tmp_path / "b", "--stop", 2)
     train_2d(2, "--tp", 2, "--checkpoint", tmp_path / "b", "--export", moved)
     assert "goes on from step 2" in capfd.readouterr().out
-    found, expected = (load_file(folder / "model.safetensors") for folder in (moved, straight))
+    found, expected = (
+        load_file(folder / "model.safetensors") for folder in (moved, straight)
+    )
     assert found.keys() == expected.keys()
     for name, t in expected.items():
         torch.testing.assert_close(
@@ -76,5 +83,6 @@ def test_2d_goes_on_in_another_layout_as_if_nothing_had_been(tmp_path, capfd):
         more,
     )
     assert all(
-        torch.equal(t, found[name]) for name, t in load_file(more / "model.safetensors").items()
+        torch.equal(t, found[name])
+        for name, t in load_file(more / "model.safetensors").items()
     )

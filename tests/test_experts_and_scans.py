@@ -3,30 +3,49 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from models.regions import FLOAT32, HEADS, TEXT, D, attention, check_all, features, ids, model
+from models.regions import (
+    FLOAT32,
+    HEADS,
+    TEXT,
+    D,
+    attention,
+    check_all,
+    features,
+    ids,
+    model,
+)
 from torch import nn
 
 # ------------------------------------------------------------------ experts
 
 
 def experts(kind, e=4, hidden=32):
-    """Experts as parameters of three dims; all compute each token, and the weights of those not
-    chosen are zero."""
+    """Experts as parameters of three dims; all compute each token, and the weights of
+    those not chosen are zero."""
 
     def forward(m, x):
         flat = x.flatten(0, 1)
         probs = m.router(flat).softmax(-1)
         value, index = probs.topk(2, dim=-1)
-        weights = torch.zeros_like(probs).scatter(1, index, value / value.sum(-1, keepdim=True))
+        weights = torch.zeros_like(probs).scatter(
+            1, index, value / value.sum(-1, keepdim=True)
+        )
         if kind == "bmm":
             gate, up = torch.bmm(flat.expand(e, -1, -1), m.up).chunk(2, dim=-1)
-            return (torch.bmm(F.silu(gate) * up, m.down) * weights.t()[..., None]).sum(0).view_as(x)
+            return (
+                (torch.bmm(F.silu(gate) * up, m.down) * weights.t()[..., None])
+                .sum(0)
+                .view_as(x)
+            )
         gate, up = torch.einsum("td,edh->teh", flat, m.up).chunk(2, dim=-1)
-        return torch.einsum("teh,ehd,te->td", F.silu(gate) * up, m.down, weights).view_as(x)
+        return torch.einsum(
+            "teh,ehd,te->td", F.silu(gate) * up, m.down, weights
+        ).view_as(x)
 
     router = lambda: nn.Linear(D, e, bias=False)  # noqa: E731
     return model(
-        forward, lambda: {"router": router(), "up": (e, D, 2 * hidden), "down": (e, hidden, D)}
+        forward,
+        lambda: {"router": router(), "up": (e, D, 2 * hidden), "down": (e, hidden, D)},
     )
 
 
@@ -37,12 +56,16 @@ def routed(m, x):
     out = torch.zeros_like(flat)
     for e, expert in enumerate(m.experts):
         token, slot = torch.where(chosen == e)
-        out.index_add_(0, token, expert(flat[token]) * weight[token, slot].unsqueeze(-1))
+        out.index_add_(
+            0, token, expert(flat[token]) * weight[token, slot].unsqueeze(-1)
+        )
     return out.view_as(x) + m.shared(x)
 
 
 def expert_list():
-    shared, *each = (nn.Sequential(nn.Linear(D, 32), nn.GELU(), nn.Linear(32, D)) for _ in range(4))
+    shared, *each = (
+        nn.Sequential(nn.Linear(D, 32), nn.GELU(), nn.Linear(32, D)) for _ in range(4)
+    )
     return {"router": nn.Linear(D, 3), "shared": shared, "experts": nn.ModuleList(each)}
 
 
@@ -54,7 +77,9 @@ def test_experts(n):
         def then(sharded):
             plan = sharded.tensor_parallel_plan
             assert all(
-                e.dim is not None for name, e in plan.entries.items() if name.endswith(ends)
+                e.dim is not None
+                for name, e in plan.entries.items()
+                if name.endswith(ends)
             ), plan
 
         return then
@@ -72,9 +97,15 @@ def test_experts(n):
         [features(1, 1, D), features(3, 7, D)],
         {"up": None, "down": None},
     )
-    cases = {kind: dict(build=experts(kind), given=x, local=local) for kind in ("bmm", "einsum")}
+    cases = {
+        kind: dict(build=experts(kind), given=x, local=local)
+        for kind in ("bmm", "einsum")
+    }
     cases["list"] = dict(
-        build=model(routed, expert_list), given=x, calls=calls, then=split("0.weight", "2.weight")
+        build=model(routed, expert_list),
+        given=x,
+        calls=calls,
+        then=split("0.weight", "2.weight"),
     )
     parts = split("experts.gate_up_proj", "experts.down_proj")
     cases["mixtral"] = dict(
@@ -123,14 +154,16 @@ def linear_attention(q, k, v, m):
     state, out = q.new_zeros(b, h, d, d), []
     for i in range(t):
         new = k[:, i].unsqueeze(-1) * v[:, i].unsqueeze(-2)
-        out.append(torch.einsum("bhk,bhkv->bhv", q[:, i], state + m.bonus.unsqueeze(-1) * new))
+        out.append(
+            torch.einsum("bhk,bhkv->bhv", q[:, i], state + m.bonus.unsqueeze(-1) * new)
+        )
         state = state * torch.sigmoid(m.decay) + new
     return m.after(torch.stack(out, 1).reshape(b * t, -1)).view(b, t, -1)
 
 
 def rwkv(m, x):
-    """Each token is mixed with the one before it; keys weigh values, with a decay for each
-    channel."""
+    """Each token is mixed with the one before it; keys weigh values, with a decay for
+    each channel."""
     mixed = x * m.mix + F.pad(x, (0, 0, 1, -1)) * (1 - m.mix)
     k, v, r = m.key(mixed), m.value(mixed), torch.sigmoid(m.gate(mixed))
     num, den, out = torch.zeros_like(v[:, 0]), torch.zeros_like(v[:, 0]), []
@@ -173,16 +206,23 @@ def test_state_spaces_and_linear_attention(n):
         "out.weight": 1,
     }
     linear = attention(
-        linear_attention, decay=(4, 1, 1), bonus=(4, 6), after=lambda: nn.GroupNorm(4, D)
+        linear_attention,
+        decay=(4, 1, 1),
+        bonus=(4, 6),
+        after=lambda: nn.GroupNorm(4, D),
     )
     cases = {
         "mamba": dict(
-            build=model(mamba, mamba_parts), given=x, local={**inner, "out_proj.weight": 1}
+            build=model(mamba, mamba_parts),
+            given=x,
+            local={**inner, "out_proj.weight": 1},
         ),
-        # A length equal to the number of heads (4) would be taken for it in new_zeros: right, but
-        # not local then.
+        # A length equal to the number of heads (4) would be taken for it in new_zeros:
+        # right, but not local then.
         "linear attention": dict(build=linear, given=x, local=HEADS),
         "rwkv": dict(build=model(rwkv, rwkv_parts), given=x, local=mix),
-        "transformers' mamba": dict(build=real, given=ids(2, 4), share=0.1, tol=FLOAT32),
+        "transformers' mamba": dict(
+            build=real, given=ids(2, 4), share=0.1, tol=FLOAT32
+        ),
     }
     check_all(cases, n)

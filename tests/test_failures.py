@@ -1,5 +1,5 @@
-"""What cannot be done is refused on every rank, with a message that says what to do; planning
-leaves no trace."""
+"""What cannot be done is refused on every rank, with a message that says what to do;
+planning leaves no trace."""
 
 import copy
 import warnings
@@ -81,10 +81,14 @@ def test_models_that_differ_otherwise(how):
         apply_tensor_parallel(model, 2, example_inputs=(torch.randn(2, 16),))
 
     for message in run_ranks(ranks, 2, expect_failure=True):
-        assert {"dtype": "2.weight", "frozen": "2.weight", "name": "2.weight", "more": "2.extra"}[
-            how
-        ] in message or (
-            how == "dtype" and "rank 1" in message  # its forward fails with mixed dtypes
+        assert {
+            "dtype": "2.weight",
+            "frozen": "2.weight",
+            "name": "2.weight",
+            "more": "2.extra",
+        }[how] in message or (
+            how == "dtype"
+            and "rank 1" in message  # its forward fails with mixed dtypes
         )
 
 
@@ -99,8 +103,8 @@ def test_plans_that_differ_between_ranks():
 
 @pytest.mark.parametrize("where", [(0,), (1,), (0, 1)])
 def test_forward_that_raises_in_planning(where):
-    """On the ranks that fail, the error itself; on the others one that tells of it; nobody
-    waits."""
+    """On the ranks that fail, the error itself; on the others one that tells of it;
+    nobody waits."""
 
     def ranks(rank):
         model = Raises(where)
@@ -109,7 +113,9 @@ def test_forward_that_raises_in_planning(where):
         finally:
             assert untouched(model)
 
-    for rank, message in enumerate(run_ranks(ranks, 2, expect_failure=True, timeout=30)):
+    for rank, message in enumerate(
+        run_ranks(ranks, 2, expect_failure=True, timeout=30)
+    ):
         assert "no such thing" in message
         if rank not in where:
             assert "another rank" in message and f"rank {where[0]}" in message
@@ -140,7 +146,9 @@ def test_applied_already():
         apply_tensor_parallel(model, 2)
 
     for message in run_ranks(ranks, 2, expect_failure=True):
-        assert "ValueError" in message and "split already" in message and "once" in message
+        assert (
+            "ValueError" in message and "split already" in message and "once" in message
+        )
 
 
 def test_not_a_module():
@@ -228,15 +236,25 @@ def test_made_up_inputs_that_fit_nothing():
     assert "example_inputs" in plan.note and plan.note in str(plan) and plan.share < 0.6
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert plan_tensor_parallel(Net(), 2, example_inputs=({"x": torch.ones(2, 16)},)).note == ""
+        assert (
+            plan_tensor_parallel(
+                Net(), 2, example_inputs=({"x": torch.ones(2, 16)},)
+            ).note
+            == ""
+        )
 
 
 class Stateful(nn.Module):
-    """Draws random numbers and changes buffers, plain tensors, numbers and lists as it runs."""
+    """Draws random numbers and changes buffers, plain tensors, numbers and lists as it
+    runs."""
 
     def __init__(self, reads=False):
         super().__init__()
-        self.fc, self.norm, self.drop = nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Dropout(0.5)
+        self.fc, self.norm, self.drop = (
+            nn.Linear(8, 16),
+            nn.BatchNorm1d(16),
+            nn.Dropout(0.5),
+        )
         self.out, self.reads = nn.Linear(16, 8), reads
         self.register_buffer("seen", torch.zeros(16))
         self.plain, self.count, self.log = torch.zeros(3), 0, []
@@ -278,16 +296,24 @@ def test_planning_leaves_no_trace(reads, given):
         and model.training
         and torch.equal(x, torch.ones(4, 8))
     )
-    assert torch.equal(model.out.weight.grad, torch.ones(8, 16)) and model.fc.weight.grad is None
+    assert (
+        torch.equal(model.out.weight.grad, torch.ones(8, 16))
+        and model.fc.weight.grad is None
+    )
     assert untouched(model) and not hasattr(model, "tensor_parallel_plan")
 
 
 def test_a_new_path_leaves_no_trace_either():
-    """Learning a call that was not traced draws no random numbers and counts no batch."""
+    """Learning a call that was not traced draws no random numbers and counts no
+    batch."""
 
     def ranks(rank):
         sharded, whole = pair(Stateful, 2, example_inputs=(torch.ones(4, 8).double(),))
-        compare(sharded, whole, (torch.randn(5, 8, generator=torch.Generator().manual_seed(0)),))
+        compare(
+            sharded,
+            whole,
+            (torch.randn(5, 8, generator=torch.Generator().manual_seed(0)),),
+        )
         sharded.eval(), whole.eval()
         compare(sharded, whole, (torch.ones(1, 8),))
         assert sharded.count == whole.count and len(sharded.log) == len(whole.log)
@@ -299,7 +325,10 @@ def test_a_new_path_leaves_no_trace_either():
 def test_planning_takes_no_memory_for_a_meta_model():
     with torch.device("meta"):
         model = nn.Sequential(
-            nn.Linear(16, 1 << 20), nn.GELU(), nn.Linear(1 << 20, 1 << 20), nn.Linear(1 << 20, 16)
+            nn.Linear(16, 1 << 20),
+            nn.GELU(),
+            nn.Linear(1 << 20, 1 << 20),
+            nn.Linear(1 << 20, 16),
         )
     plan = plan_tensor_parallel(model, 8)
     assert plan.share < 0.13
@@ -307,7 +336,9 @@ def test_planning_takes_no_memory_for_a_meta_model():
 
 def test_plan_as_text_and_json():
     plan = plan_tensor_parallel(mlp(), 2)
-    assert plan.placements["0.weight"] == Shard(0) and plan.placements["2.weight"] == Shard(1)
+    assert plan.placements["0.weight"] == Shard(0) and plan.placements[
+        "2.weight"
+    ] == Shard(1)
     again = TensorParallelPlan.from_json(plan.to_json())
     assert again == plan and str(again) == str(plan)
     assert "Shard(0)" in str(plan) and "0.weight"[2:] in str(plan)
@@ -324,9 +355,9 @@ def test_plan_edited_then_applied():
         plan["0.weight"] = Replicate()
         plan["2.weight"] = Shard(0)
         sharded, whole = pair(mlp, 2, plan=TensorParallelPlan.from_json(plan.to_json()))
-        assert sharded[0].weight.placements[0].is_replicate() and sharded[2].weight.placements[
-            0
-        ] == Shard(0)
+        assert sharded[0].weight.placements[0].is_replicate() and sharded[
+            2
+        ].weight.placements[0] == Shard(0)
         compare(sharded, whole, (torch.ones(3, 16),))
         compare(sharded, whole, (torch.ones(2, 3, 16),))
 

@@ -1,5 +1,5 @@
-"""Training as it is done, on tp and on dp x tp meshes (FSDP2): twenty steps of AdamW with clipping
-end where the whole model does."""
+"""Training as it is done, on tp and on dp x tp meshes (FSDP2): twenty steps of AdamW
+with clipping end where the whole model does."""
 
 import copy
 from math import prod
@@ -50,7 +50,11 @@ def t5():
 
 def resnet():
     config = ResNetConfig(
-        embedding_size=16, hidden_sizes=[16, 32], depths=[1, 2], layer_type="basic", num_labels=10
+        embedding_size=16,
+        hidden_sizes=[16, 32],
+        depths=[1, 2],
+        layer_type="basic",
+        num_labels=10,
     )
     return ResNetForImageClassification(config)
 
@@ -58,7 +62,9 @@ def resnet():
 def text(name, gen):
     ids = torch.randint(0, 67, (4, 10), generator=gen)
     inputs = (
-        {"input_ids": ids, "decoder_input_ids": ids.flip(1)} if name == "t5" else {"input_ids": ids}
+        {"input_ids": ids, "decoder_input_ids": ids.flip(1)}
+        if name == "t5"
+        else {"input_ids": ids}
     )
     return {**inputs, "use_cache": False}, torch.randint(0, 67, (4, 10), generator=gen)
 
@@ -94,7 +100,9 @@ def sharded(name, mesh, reshard=True):
     torch.manual_seed(0)
     model = build().double()
     inputs, _ = data(name, torch.Generator().manual_seed(0))
-    apply_tensor_parallel(model, mesh=mesh["tp"] if mesh.ndim > 1 else mesh, example_inputs=inputs)
+    apply_tensor_parallel(
+        model, mesh=mesh["tp"] if mesh.ndim > 1 else mesh, example_inputs=inputs
+    )
     if mesh.ndim > 1:
         dp = mesh[mesh.mesh_dim_names[:-1]] if mesh.ndim > 2 else mesh["dp"]
         for block in blocks(model):
@@ -122,13 +130,25 @@ def test_twenty_steps_end_where_the_whole_model_does(name):
             backward(model, part(inputs, mine, dp), part(labels, mine, dp))
             for i in range(dp):
                 backward(whole, part(inputs, i, dp), part(labels, i, dp), 1 / dp)
-            norms = [torch.nn.utils.clip_grad_norm_(m.parameters(), 0.5) for m in (model, whole)]
-            assert abs(norms[0].full_tensor() - norms[1]) < 1e-9 * norms[1], (step, norms)
+            norms = [
+                torch.nn.utils.clip_grad_norm_(m.parameters(), 0.5)
+                for m in (model, whole)
+            ]
+            assert abs(norms[0].full_tensor() - norms[1]) < 1e-9 * norms[1], (
+                step,
+                norms,
+            )
             for o in optimizer, reference:
                 o.step(), o.zero_grad()
-        found = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+        found = get_model_state_dict(
+            model, options=StateDictOptions(full_state_dict=True)
+        )
         for key, p in whole.named_parameters():
-            assert (found[key] - p).abs().max() < 1e-9, (layout, key, (found[key] - p).abs().max())
+            assert (found[key] - p).abs().max() < 1e-9, (
+                layout,
+                key,
+                (found[key] - p).abs().max(),
+            )
 
     for layout in LAYOUTS[name]:
         run_ranks(ranks, prod(MESHES[layout][0]), layout)
@@ -140,8 +160,8 @@ def full(model):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_what_a_training_loop_does(name):
-    """Accumulation without reductions, activation checkpointing, paths that were not traced,
-    torch's own state dicts; fused weights among them."""
+    """Accumulation without reductions, activation checkpointing, paths that were not
+    traced, torch's own state dicts; fused weights among them."""
 
     def ranks(rank):
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
@@ -153,7 +173,10 @@ def test_what_a_training_loop_does(name):
             torch.optim.SGD(m.parameters(), 0.1, momentum=0.9) for m in (model, whole)
         )
         for step in range(2):
-            batches = [text(name, torch.Generator().manual_seed(10 * step + i)) for i in range(2)]
+            batches = [
+                text(name, torch.Generator().manual_seed(10 * step + i))
+                for i in range(2)
+            ]
             for i, (inputs, labels) in enumerate(batches):
                 model.set_requires_gradient_sync(i == 1)
                 backward(model, part(inputs, mine, 2), part(labels, mine, 2), 0.5)
@@ -181,7 +204,9 @@ def test_what_a_training_loop_does(name):
 
         state = {k: v + 1 for k, v in found.items()} if rank == 0 else {}
         set_model_state_dict(
-            model, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+            model,
+            state,
+            options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True),
         )
         after = full(model)
         assert all(torch.equal(after[k], v + 1) for k, v in found.items())
@@ -201,18 +226,28 @@ def test_mixed_precision():
         apply_tensor_parallel(model, mesh=mesh["tp"], example_inputs=inputs)
         policy = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         for block in model.model.layers:
-            fully_shard(block, mesh=mesh["dp"], mp_policy=MixedPrecisionPolicy(**policy))
+            fully_shard(
+                block, mesh=mesh["dp"], mp_policy=MixedPrecisionPolicy(**policy)
+            )
         fully_shard(
             model,
             mesh=mesh["dp"],
             mp_policy=MixedPrecisionPolicy(**policy, output_dtype=torch.float32),
         )
-        for with_labels in {}, {"labels": labels}:  # the second path is traced under FSDP
-            out, expected = model(**inputs, **with_labels), whole(**inputs, **with_labels)
+        for with_labels in {}, {
+            "labels": labels
+        }:  # the second path is traced under FSDP
+            out, expected = model(**inputs, **with_labels), whole(
+                **inputs, **with_labels
+            )
             assert out.logits.dtype == torch.float32
-            assert (out.logits - expected.logits).abs().max() < 0.02 * expected.logits.abs().max()
+            assert (
+                out.logits - expected.logits
+            ).abs().max() < 0.02 * expected.logits.abs().max()
             F.cross_entropy(out.logits.flatten(0, 1), labels.flatten()).backward()
-            F.cross_entropy(expected.logits.float().flatten(0, 1), labels.flatten()).backward()
+            F.cross_entropy(
+                expected.logits.float().flatten(0, 1), labels.flatten()
+            ).backward()
             for (key, p), q in zip(model.named_parameters(), whole.parameters()):
                 assert p.dtype == p.grad.dtype == torch.float32
                 grad, like = p.grad.full_tensor(), q.grad.float()
@@ -229,7 +264,9 @@ def test_compiled_blocks():
         torch.manual_seed(0)
         whole = llama().double()
         for block in model.model.layers:
-            block.compile(backend="aot_eager")  # FSDP2's hooks are not compiled: no fullgraph=True
+            block.compile(
+                backend="aot_eager"
+            )  # FSDP2's hooks are not compiled: no fullgraph=True
         for step in range(2):
             inputs, labels = text("llama", torch.Generator().manual_seed(step))
             backward(model, inputs, labels), backward(whole, inputs, labels)

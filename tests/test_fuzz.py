@@ -1,5 +1,5 @@
-"""Modules written at random (fuzz.py): what they compute over ranks is what they compute alone;
-errors say where."""
+"""Modules written at random (fuzz.py): what they compute over ranks is what they
+compute alone; errors say where."""
 
 import pytest
 from fuzzing.judge import GOOD, RAISED
@@ -11,8 +11,8 @@ def failure(outcome, tp):
     if verdict.word == GOOD or verdict.word == RAISED and verdict.placed:
         return None
     return (
-        f"{verdict.word} python tests/fuzz.py --start {program.seed} --seeds 1 --tp {tp} --shrink:"
-        f" {verdict.text[:500]}"
+        f"{verdict.word} python tests/fuzz.py --start {program.seed} --seeds 1 --tp"
+        f" {tp} --shrink: {verdict.text[:500]}"
     )
 
 

@@ -1,5 +1,5 @@
-"""Key-value caches: they hold this rank's shards, and generation is the whole model's, token for
-token."""
+"""Key-value caches: they hold this rank's shards, and generation is the whole model's,
+token for token."""
 
 import copy
 
@@ -36,7 +36,9 @@ def gpt2():
 
 
 def t5():
-    sizes = dict(vocab_size=100, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
+    sizes = dict(
+        vocab_size=100, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4
+    )
     return hf.t5(**sizes)
 
 
@@ -51,9 +53,16 @@ def spread(model):
     return model
 
 
-@pytest.mark.parametrize("build, n", [(llama, 2), (llama, 4), (mistral, 2), (gpt2, 2), (t5, 2)])
+@pytest.mark.parametrize(
+    "build, n", [(llama, 2), (llama, 4), (mistral, 2), (gpt2, 2), (t5, 2)]
+)
 def test_generation(build, n):
-    ways = [dict(), dict(num_beams=3), dict(do_sample=True), dict(cache_implementation="static")]
+    ways = [
+        dict(),
+        dict(num_beams=3),
+        dict(do_sample=True),
+        dict(cache_implementation="static"),
+    ]
 
     def ranks(rank):
         whole = make(lambda: spread(build()), train=False)
@@ -86,15 +95,22 @@ def test_a_cache_holds_the_heads_of_this_rank(n, kv, held):
         sharded = apply_tensor_parallel(copy.deepcopy(whole), n)
         step = torch.tensor([[3], [4]])
         with torch.no_grad():
-            caches = [m(prompt(), use_cache=True).past_key_values for m in (sharded, whole)]
+            caches = [
+                m(prompt(), use_cache=True).past_key_values for m in (sharded, whole)
+            ]
             for _ in range(2):
-                outputs = [m(step, past_key_values=c) for m, c in zip((sharded, whole), caches)]
+                outputs = [
+                    m(step, past_key_values=c) for m, c in zip((sharded, whole), caches)
+                ]
                 same_output(*(o.logits for o in outputs))
             branch = [copy.deepcopy(c) for c in caches]
             for c in branch:
                 c.reorder_cache(torch.tensor([1, 0]))
             same_output(
-                *(m(step, past_key_values=c).logits for m, c in zip((sharded, whole), branch))
+                *(
+                    m(step, past_key_values=c).logits
+                    for m, c in zip((sharded, whole), branch)
+                )
             )
         assert [layer.keys.shape[1] for layer in caches[0].layers] == [held] * 2
 

@@ -1,5 +1,6 @@
-"""What functions of state are given that they cannot take: an error that says what was expected, on
-every rank, also where one rank alone is wrong; and parameters of every dtype."""
+"""What functions of state are given that they cannot take: an error that says what was
+expected, on every rank, also where one rank alone is wrong; and parameters of every
+dtype."""
 
 import torch
 from ranks import run_ranks
@@ -44,11 +45,17 @@ def calls(folder):
         lambda m: load_safetensors(folder, m),
     ):
         yield fn, MODELS, "TypeError: model: expected an nn.Module, found {}"
-    optimizers = {"adam": "a str, 'adam'", torch.optim.SGD: "the class SGD", MODEL: "a Linear"}
+    optimizers = {
+        "adam": "a str, 'adam'",
+        torch.optim.SGD: "the class SGD",
+        MODEL: "a Linear",
+    }
     for fn in save_checkpoint, load_checkpoint:
-        yield lambda o, fn=fn: fn(
-            folder, MODEL, o
-        ), optimizers, "TypeError: optimizer: expected a torch.optim.Optimizer or None, found {}"
+        yield (
+            lambda o, fn=fn: fn(folder, MODEL, o),
+            optimizers,
+            "TypeError: optimizer: expected a torch.optim.Optimizer or None, found {}",
+        )
     paths = {None: "None", 3: "a int, 3", MODEL: "a Linear", b"c": "a bytes"}
     for fn, name in (
         (save_checkpoint, "path"),
@@ -56,26 +63,38 @@ def calls(folder):
         (export_safetensors, "folder"),
         (load_safetensors, "source"),
     ):
-        yield lambda p, fn=fn: fn(
-            p, MODEL
-        ), paths, f"TypeError: {name}: expected a path, found {{}}"
-        yield lambda p, fn=fn: fn(p, MODEL), {
-            "": "an empty text"
-        }, f"ValueError: {name}: expected a path, found {{}}"
+        yield (
+            lambda p, fn=fn: fn(p, MODEL),
+            paths,
+            f"TypeError: {name}: expected a path, found {{}}",
+        )
+        yield (
+            lambda p, fn=fn: fn(p, MODEL),
+            {"": "an empty text"},
+            f"ValueError: {name}: expected a path, found {{}}",
+        )
     inits = {"normal": "a str, 'normal'", 3: "a int, 3"}
-    yield lambda i: materialize(
-        MODEL, i
-    ), inits, "TypeError: init: expected a function or None, found {}"
-    yield lambda i: load_safetensors(
-        folder, MODEL, init=i
-    ), inits, "TypeError: init: expected a function or None, found {}"
+    yield (
+        lambda i: materialize(MODEL, i),
+        inits,
+        "TypeError: init: expected a function or None, found {}",
+    )
+    yield (
+        lambda i: load_safetensors(folder, MODEL, init=i),
+        inits,
+        "TypeError: init: expected a function or None, found {}",
+    )
     for fn in lambda d: materialize(MODEL, device=d), lambda d: load_safetensors(
         folder, MODEL, device=d
     ):
-        yield fn, {
-            "gpu": "'gpu'",
-            MODEL: "Linear",
-        }, "ValueError: device: expected a torch.device or its name, found {}"
+        yield (
+            fn,
+            {
+                "gpu": "'gpu'",
+                MODEL: "Linear",
+            },
+            "ValueError: device: expected a torch.device or its name, found {}",
+        )
 
 
 def test_strange_arguments(tmp_path):
@@ -108,14 +127,18 @@ def test_strange_arguments(tmp_path):
 
 
 class Typed(nn.Module):
-    """A parameter and a buffer of every dtype, that no operator computes with; and a Linear."""
+    """A parameter and a buffer of every dtype, that no operator computes with; and a
+    Linear."""
 
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
         for name, dtype in DTYPES.items():
             values = torch.randint(
-                0, 2 if dtype == torch.bool else 120, (4, 3 * dtype.itemsize), dtype=torch.uint8
+                0,
+                2 if dtype == torch.bool else 120,
+                (4, 3 * dtype.itemsize),
+                dtype=torch.uint8,
             )
             self.register_parameter(
                 f"codes_{name}", nn.Parameter(values.view(dtype), requires_grad=False)
@@ -128,12 +151,16 @@ class Typed(nn.Module):
 
 
 def bits(model, rank=None):
-    """The bytes of every tensor; of a split model those of this rank's rows, of a whole one those
-    of a rank's."""
+    """The bytes of every tensor; of a split model those of this rank's rows, of a whole
+    one those of a rank's."""
     found = {}
     for name, t in model.state_dict().items():
         part = t.to_local() if isinstance(t, DTensor) else t
-        part = part.chunk(2)[rank] if rank is not None and name.startswith("codes") else part
+        part = (
+            part.chunk(2)[rank]
+            if rank is not None and name.startswith("codes")
+            else part
+        )
         found[name] = part.contiguous().view(torch.uint8).tolist()
     return {name: x for name, x in found.items() if not name.startswith("f.")}
 

@@ -1,5 +1,5 @@
-"""Training a sharded model: checkpointing, accumulation, clipping and optimizers give what they
-give for the whole one."""
+"""Training a sharded model: checkpointing, accumulation, clipping and optimizers give
+what they give for the whole one."""
 
 import pytest
 import torch
@@ -12,15 +12,16 @@ from torch.utils.checkpoint import checkpoint
 
 
 @pytest.mark.parametrize(
-    "n, options", [(2, dict(norm=True)), (4, dict(style="written", norm=True, tied=True))]
+    "n, options",
+    [(2, dict(norm=True)), (4, dict(style="written", norm=True, tied=True))],
 )
 def test_adamw_and_clipping(n, options):
     def ranks(rank):
         torch.manual_seed(4)
         x = torch.randint(0, 64, (4, 2, 6))
         sharded, whole = pair(lambda: GPT(**options), n, example_inputs=(x[0],))
-        # Parameters whose gradient is noise around zero (a key's bias) would move by the learning
-        # rate in any direction.
+        # Parameters whose gradient is noise around zero (a key's bias) would move by
+        # the learning rate in any direction.
         optimizers = [
             torch.optim.AdamW(m.parameters(), lr=1e-2, weight_decay=0.1, eps=1e-4)
             for m in (sharded, whole)
@@ -32,7 +33,9 @@ def test_adamw_and_clipping(n, options):
                 F.cross_entropy(model(batch).flatten(0, 1), batch.flatten()).backward()
                 norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5))
                 opt.step()
-            total = norms[0].full_tensor() if hasattr(norms[0], "full_tensor") else norms[0]
+            total = (
+                norms[0].full_tensor() if hasattr(norms[0], "full_tensor") else norms[0]
+            )
             assert torch.allclose(total, norms[1], rtol=1e-9)
         for (name, p), q in zip(sharded.named_parameters(), whole.parameters()):
             assert torch.allclose(p.full_tensor(), q, rtol=1e-7, atol=1e-9), name
@@ -78,7 +81,9 @@ def test_checkpointing_of_the_whole_model():
 def test_gradients_of_inputs():
     def ranks(rank):
         sharded, whole = pair(lambda: nn.Sequential(GatedMLP(), mlp()), 2)
-        x = torch.randn(3, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        x = torch.randn(
+            3, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+        )
         grads = []
         for model in (whole, sharded):
             leaf = x.clone().requires_grad_()
@@ -104,8 +109,8 @@ def test_accumulation_and_one_loss_of_two_calls():
 
 
 def test_same_tensor_into_several_regions_and_out():
-    """x feeds two sharded regions, a replicated one and the output: its gradient is one sum of
-    all."""
+    """x feeds two sharded regions, a replicated one and the output: its gradient is one
+    sum of all."""
 
     class Net(nn.Module):
         def __init__(self):
@@ -177,7 +182,9 @@ def test_autocast():
         assert outs[0].dtype == outs[1].dtype == torch.bfloat16
         assert torch.allclose(*outs, atol=0.03, rtol=0.03)
         for (name, p), q in zip(sharded.named_parameters(), whole.parameters()):
-            assert torch.allclose(p.grad.full_tensor(), q.grad, atol=0.1, rtol=0.05), name
+            assert torch.allclose(
+                p.grad.full_tensor(), q.grad, atol=0.1, rtol=0.05
+            ), name
 
     run_ranks(ranks, 2)
 

@@ -1,5 +1,5 @@
-"""What is left of process groups: none where none is needed; and how long those that are made
-wait."""
+"""What is left of process groups: none where none is needed; and how long those that
+are made wait."""
 
 from datetime import timedelta
 
@@ -43,7 +43,9 @@ def test_one_rank_leaves_no_process_group_open(tmp_path):
     def run():
         x, whole = torch.ones(3, 4, dtype=torch.float64), build()
         model = apply_tensor_parallel(build(), 1, example_inputs=(x,))
-        assert not dist.is_initialized() and all(isinstance(p, DTensor) for p in model.parameters())
+        assert not dist.is_initialized() and all(
+            isinstance(p, DTensor) for p in model.parameters()
+        )
         optimizers = [torch.optim.AdamW(m.parameters(), 0.1) for m in (model, whole)]
         for seed in range(3):
             step(model, optimizers[0], seed), step(whole, optimizers[1], seed)
@@ -71,8 +73,8 @@ def test_one_rank_leaves_no_process_group_open(tmp_path):
 
 
 def test_timeouts():
-    """Of the world that is opened, and of groups of it; a collective that waits longer fails the
-    test's own limit."""
+    """Of the world that is opened, and of groups of it; a collective that waits longer
+    fails the test's own limit."""
 
     def ranks(rank):
         with ProcessGroupManager(timeout=50):
@@ -98,7 +100,9 @@ def test_default_timeout():
     "timeout", [0, -1, True, "10", float("nan"), float("inf"), timedelta(seconds=1)]
 )
 def test_timeouts_that_are_none(timeout):
-    with pytest.raises(ValueError, match="timeout: expected a number of seconds above 0"):
+    with pytest.raises(
+        ValueError, match="timeout: expected a number of seconds above 0"
+    ):
         ProcessGroupManager(1, timeout=timeout)
 
 

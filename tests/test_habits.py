@@ -41,7 +41,8 @@ def test_optimizers_of_before(kind):
         x, models = inputs(4, 16), [make(MLP), make(MLP)]
         options = {"momentum": 0.9} if kind == "SGD" else {}
         optimizers = [
-            getattr(torch.optim, kind)(m.parameters(), lr=0.05, **options) for m in models
+            getattr(torch.optim, kind)(m.parameters(), lr=0.05, **options)
+            for m in models
         ]
         held = list(models[0].parameters())
         for step in range(4):
@@ -80,7 +81,9 @@ def test_hooks_on_parameters():
     def ranks(rank):
         x, model, ran = inputs(4, 16), make(MLP), []
         handle = model.a.weight.register_hook(lambda g: ran.append(type(g)) or g * 0)
-        model.b.weight.register_post_accumulate_grad_hook(lambda p: ran.append(type(p.grad)))
+        model.b.weight.register_post_accumulate_grad_hook(
+            lambda p: ran.append(type(p.grad))
+        )
         apply_tensor_parallel(model, 2, example_inputs=(x,))
         model(x).sum().backward()
         assert ran == [DTensor, DTensor] and not model.a.weight.grad.full_tensor().any()
@@ -157,8 +160,8 @@ class Dropping(nn.Module):
 
 
 def test_dropout_turned_on_later():
-    """By its p, within a region and outside of it, and by the mode of the Dropout modules alone;
-    ranks that are seeded otherwise draw the same."""
+    """By its p, within a region and outside of it, and by the mode of the Dropout
+    modules alone; ranks that are seeded otherwise draw the same."""
 
     def alike(sharded, whole, x, rank):
         torch.manual_seed(7)
@@ -184,7 +187,14 @@ def test_dropout_turned_on_later():
             ):
                 for model in sharded, whole:
                     for name, p in settings.items():
-                        setattr(*((model, "p") if name == "p" else (getattr(model, name), "p")), p)
+                        setattr(
+                            *(
+                                (model, "p")
+                                if name == "p"
+                                else (getattr(model, name), "p")
+                            ),
+                            p,
+                        )
                 alike(sharded, whole, x, rank)
             for model in sharded, whole:
                 model.eval()
@@ -200,7 +210,8 @@ def test_dropout_turned_on_later():
 
 @pytest.mark.parametrize("n", [2, 4])
 def test_masks_are_drawn_in_the_whole_models_order(n):
-    """Of a tensor that is not contiguous in the whole model, where a collective makes it so."""
+    """Of a tensor that is not contiguous in the whole model, where a collective makes
+    it so."""
 
     class Transposed(nn.Module):
         def __init__(self):
@@ -225,7 +236,8 @@ def test_masks_are_drawn_in_the_whole_models_order(n):
 
 
 def test_attributes_set_later():
-    """Class weights of a cross entropy on sharded classes; the dim of a softmax on shards."""
+    """Class weights of a cross entropy on sharded classes; the dim of a softmax on
+    shards."""
 
     class Classes(nn.Module):
         def __init__(self):
@@ -239,14 +251,18 @@ def test_attributes_set_later():
 
         def forward(self, i, t):
             logits = self.h(self.e(i)).softmax(self.dim) * 9
-            return F.cross_entropy(logits.flatten(0, 1), t.flatten(), weight=self.weights)
+            return F.cross_entropy(
+                logits.flatten(0, 1), t.flatten(), weight=self.weights
+            )
 
     def ranks(rank):
         i, t = (
             torch.randint(0, 64, (3, 6), generator=torch.Generator().manual_seed(k))
             for k in range(2)
         )
-        sharded, whole = pair(Classes, 2, example_inputs=(i, t), plan={"h.weight": Shard(0)})
+        sharded, whole = pair(
+            Classes, 2, example_inputs=(i, t), plan={"h.weight": Shard(0)}
+        )
         for weights, dim in (
             (None, 1),
             (torch.linspace(0, 5, 64).double(), 1),
@@ -262,7 +278,8 @@ def test_attributes_set_later():
 
 
 def test_numbers_that_change_at_every_call():
-    """After the second value a number is unknown: the call is shown once more, and never again."""
+    """After the second value a number is unknown: the call is shown once more, and
+    never again."""
 
     class Timed(MLP):
         def forward(self, x, t, step=0):
@@ -300,7 +317,9 @@ class Watched(nn.Module):
         self.store = Store()
 
     def forward(self, x):
-        q, k, v = (m(x).unflatten(-1, (4, 8)).transpose(1, 2) for m in (self.q, self.k, self.v))
+        q, k, v = (
+            m(x).unflatten(-1, (4, 8)).transpose(1, 2) for m in (self.q, self.k, self.v)
+        )
         a = self.store((q @ k.mT).softmax(-1))
         SEEN.append(a)
         return self.o((a @ v).transpose(1, 2).flatten(2))
@@ -362,7 +381,8 @@ def test_data_assigned():
         for p in sharded.parameters():
             p.data = p.data * 2
         with pytest.raises(
-            RuntimeError, match="a.weight.*found `.data` assigned, which changes nothing"
+            RuntimeError,
+            match="a.weight.*found `.data` assigned, which changes nothing",
         ):
             sharded.eval()(x)
         with torch.no_grad():
@@ -383,13 +403,16 @@ def test_initialised_after_the_split():
         )
         torch.manual_seed(rank)
         nn.init.normal_(model[1].weight)
-        with pytest.raises(RuntimeError, match="1.weight: expected the same values on every rank"):
+        with pytest.raises(
+            RuntimeError, match="1.weight: expected the same values on every rank"
+        ):
             model(x)
         nn.init.ones_(model[1].weight)
         torch.manual_seed(0)
         nn.init.normal_(model[0].a.weight)
         with pytest.warns(
-            UserWarning, match="0.a.weight: every rank's shard begins with the same numbers"
+            UserWarning,
+            match="0.a.weight: every rank's shard begins with the same numbers",
         ):
             model.eval()(x)
 
@@ -399,7 +422,11 @@ def test_initialised_after_the_split():
 class TakesItsOwnGradients(nn.Module):
     def __init__(self, of_a_parameter):
         super().__init__()
-        self.up, self.down, self.of_a_parameter = nn.Linear(8, 32), nn.Linear(32, 8), of_a_parameter
+        self.up, self.down, self.of_a_parameter = (
+            nn.Linear(8, 32),
+            nn.Linear(32, 8),
+            of_a_parameter,
+        )
 
     def forward(self, x):
         z = x.detach().requires_grad_()
@@ -414,7 +441,9 @@ def test_hooks_on_parameters_in_a_forward_that_takes_gradients():
     """Of something else than the parameter they are none of its affair."""
 
     def ranks(rank):
-        x = torch.randn(3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        x = torch.randn(
+            3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+        )
         torch.manual_seed(0)
         whole = TakesItsOwnGradients(False).double()
         model = copy.deepcopy(whole)
@@ -428,7 +457,8 @@ def test_hooks_on_parameters_in_a_forward_that_takes_gradients():
         model = TakesItsOwnGradients(True).double()
         model.up.weight.register_hook(lambda grad: 2 * grad)
         with pytest.raises(
-            RuntimeError, match="up.weight: expected no hook .* a forward takes itself, found one"
+            RuntimeError,
+            match="up.weight: expected no hook .* a forward takes itself, found one",
         ):
             apply_tensor_parallel(model, 2, example_inputs=(x,))
 

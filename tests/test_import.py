@@ -40,7 +40,9 @@ except RuntimeError as e:
 
 def test_a_torch_without_private_names():
     """Nothing of it is changed; what needs one of them says so when it is used."""
-    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        [sys.executable, "-c", CODE], capture_output=True, text=True, timeout=100
+    )
     assert done.returncode == 0, done.stderr
     assert (
         "expected torch._subclasses.fake_tensor, which torch" in done.stdout

@@ -1,5 +1,5 @@
-"""All ranks of a tp group make the same calls in the same order, or are told; while they do,
-nothing is exchanged."""
+"""All ranks of a tp group make the same calls in the same order, or are told; while
+they do, nothing is exchanged."""
 
 import copy
 
@@ -18,7 +18,11 @@ from quintnet_dt.running.structure import hooks_on
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
-        self.up, self.down, self.drop = nn.Linear(8, 32), nn.Linear(32, 8), nn.Dropout(0.1)
+        self.up, self.down, self.drop = (
+            nn.Linear(8, 32),
+            nn.Linear(32, 8),
+            nn.Dropout(0.1),
+        )
 
     def forward(self, x, mask=None, extra=None):
         y = self.drop(self.down(F.gelu(self.up(x))))
@@ -71,11 +75,15 @@ def test_calls_as_expected_are_told_to_nobody(monkeypatch):
         train = lambda: model(x)  # noqa: E731
         assert new(train) == new(train) == 1  # the first two of a kind
         assert new(*[train] * 20) == 0
-        assert new(lambda: model(torch.ones(5, 8))) == 1 and new(train) == 1  # other sizes
+        assert (
+            new(lambda: model(torch.ones(5, 8))) == 1 and new(train) == 1
+        )  # other sizes
         new(*[train, evaluate] * 4)
         assert new(*[train, evaluate] * 10) == 0  # one after the other, again and again
         new(*[lambda n=n: decode(n) for n in range(4, 9)])
-        assert new(*[lambda n=n: decode(n) for n in range(9, 40)]) == 0  # a mask that grows by one
+        assert (
+            new(*[lambda n=n: decode(n) for n in range(9, 40)]) == 0
+        )  # a mask that grows by one
         assert new(lambda: decode(41)) == 1
 
     run_ranks(ranks, 2)
@@ -88,7 +96,9 @@ CALLS = {
     "argument": lambda model, x, rank: model(x, *[torch.ones(3, 1)] * rank),
     "number": lambda model, x, rank: model(x, extra=rank),
     "part": lambda model, x, rank: model.up(x) if rank else model(x),
-    "order": lambda model, x, rank: model(x, extra={k: x for k in ("ab" if rank else "ba")}),
+    "order": lambda model, x, rank: model(
+        x, extra={k: x for k in ("ab" if rank else "ba")}
+    ),
 }
 
 
@@ -100,7 +110,10 @@ def no_grad(model, x):
 def test_calls_that_differ_are_told_on_every_rank():
     """Where none of them is as expected; after the error all go on."""
     shown = {
-        "mode": ("rank 0 called the model in train mode", "rank 1 called the model in eval mode"),
+        "mode": (
+            "rank 0 called the model in train mode",
+            "rank 1 called the model in eval mode",
+        ),
         "gradients": ("in train mode with", "in train mode without gradients"),
         "shape": ("(2, 8)", "(3, 8)"),
         "argument": ("[0][1] is nothing on rank 0", "(3, 1)"),
@@ -116,7 +129,10 @@ def test_calls_that_differ_are_told_on_every_rank():
             model(x)
             with pytest.raises(ValueError) as error:
                 call(model, x, rank)
-            assert all(text in str(error.value) for text in shown[how]), (how, str(error.value))
+            assert all(text in str(error.value) for text in shown[how]), (
+                how,
+                str(error.value),
+            )
             model.train()
             for _ in range(3):
                 model(x)
@@ -125,8 +141,8 @@ def test_calls_that_differ_are_told_on_every_rank():
 
 
 def test_a_call_that_another_rank_does_not_expect():
-    """Rank 1 goes on as before, into a collective, where it cannot be reached; it is told why that
-    failed."""
+    """Rank 1 goes on as before, into a collective, where it cannot be reached; it is
+    told why that failed."""
 
     def ranks(rank):
         ranks = ProcessGroupManager(tp_size=2, timeout=3)
@@ -141,7 +157,9 @@ def test_a_call_that_another_rank_does_not_expect():
         model(x)
 
     first, second = run_ranks(ranks, 2, expect_failure=True, init=False)
-    assert "rank 0 called the model in eval mode with argument 0 of shape (3, 8)" in first
+    assert (
+        "rank 0 called the model in eval mode with argument 0 of shape (3, 8)" in first
+    )
     assert (
         "rank 1 told of none within 3 s" in first
         and "the model in train mode with argument 0" in first
@@ -168,7 +186,9 @@ def test_copies_and_groups_call_apart():
     def ranks(rank):
         groups = ProcessGroupManager(tp_size=2)
         torch.manual_seed(0)
-        model = apply_tensor_parallel(Net(), mesh=groups, example_inputs=(torch.ones(3, 8),))
+        model = apply_tensor_parallel(
+            Net(), mesh=groups, example_inputs=(torch.ones(3, 8),)
+        )
         other, x = copy.deepcopy(model).eval(), torch.ones(3 + groups.dp_rank, 8)
         assert in_step_of(other).name != in_step_of(model).name
         for step in range(3 + groups.dp_rank):
@@ -185,7 +205,9 @@ def learns_apart(rank):
     given = {"x": torch.rand(3, 8), "mask": torch.rand(3, 8), "extra": torch.zeros(1)}
     for _ in range(3):
         compare(
-            sharded, whole, double({k: given[k] for k in (sorted(given) if rank else [*given])})
+            sharded,
+            whole,
+            double({k: given[k] for k in (sorted(given) if rank else [*given])}),
         )
 
 
@@ -206,7 +228,9 @@ def test_a_new_call_that_one_rank_cannot_learn():
         model.rank = rank
         x = torch.ones(3, 8)
         apply_tensor_parallel(model, 2, example_inputs=(x,))
-        with pytest.raises(ArithmeticError if rank else RuntimeError, match="no such thing"):
+        with pytest.raises(
+            ArithmeticError if rank else RuntimeError, match="no such thing"
+        ):
             model(x, extra=1)
         model(x)
 

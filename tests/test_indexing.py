@@ -1,5 +1,5 @@
-"""Numbers in a model's code that index a sharded dim: they are translated from the layout, or the
-call gets the whole."""
+"""Numbers in a model's code that index a sharded dim: they are translated from the
+layout, or the call gets the whole."""
 
 import pytest
 import torch
@@ -41,7 +41,9 @@ def pieces(y, count):
 
 
 def heads(y, width, count):
-    return torch.cat([y[..., i * width : (i + 1) * width].softmax(-1) for i in range(count)], -1)
+    return torch.cat(
+        [y[..., i * width : (i + 1) * width].softmax(-1) for i in range(count)], -1
+    )
 
 
 def gated(y):
@@ -80,7 +82,9 @@ def weight_slices(x, w, b):
 
 def weight_constants(x, w, b):
     return attention(
-        F.linear(x, w[:12], b[:12]), F.linear(x, w[12:24], b[12:24]), F.linear(x, w[24:], b[24:])
+        F.linear(x, w[:12], b[:12]),
+        F.linear(x, w[12:24], b[12:24]),
+        F.linear(x, w[24:], b[24:]),
     )
 
 
@@ -90,15 +94,28 @@ AFTER = {
     "5 pieces": (lambda y: pieces(y, 5), 20),
     "7 pieces": (lambda y: pieces(y, 7), 28),
     "qkv": (lambda y: attention(y[..., :12], y[..., 12:24], y[..., 24:]), 36),
-    "qkv, from the end": (lambda y: attention(y[..., :12], y[..., 12:-12], y[..., -12:]), 36),
-    "qkv, beyond the end": (lambda y: attention(y[..., :12], y[..., 12:24], y[..., 24:999]), 36),
-    "qkv, narrow": (lambda y: attention(*(y.narrow(-1, i * 12, 12) for i in range(3))), 36),
+    "qkv, from the end": (
+        lambda y: attention(y[..., :12], y[..., 12:-12], y[..., -12:]),
+        36,
+    ),
+    "qkv, beyond the end": (
+        lambda y: attention(y[..., :12], y[..., 12:24], y[..., 24:999]),
+        36,
+    ),
+    "qkv, narrow": (
+        lambda y: attention(*(y.narrow(-1, i * 12, 12) for i in range(3))),
+        36,
+    ),
     "qkv, narrow by keyword": (
-        lambda y: attention(*(y.narrow(dim=2, start=i * 12, length=12) for i in range(3))),
+        lambda y: attention(
+            *(y.narrow(dim=2, start=i * 12, length=12) for i in range(3))
+        ),
         36,
     ),
     "qkv, by its own size": (
-        lambda y: attention(*(y[..., i * (s := y.shape[-1] // 3) : (i + 1) * s] for i in range(3))),
+        lambda y: attention(
+            *(y[..., i * (s := y.shape[-1] // 3) : (i + 1) * s] for i in range(3))
+        ),
         36,
     ),
     "qkv, split": (lambda y: attention(*y.split([12, 12, 12], -1)), 36),
@@ -130,7 +147,10 @@ AFTER = {
     "index_fill": (lambda y: y.index_fill(-1, torch.tensor([1, 8]), 0.5), 12),
     "masked by numbers": (lambda y: y.masked_fill(torch.arange(12) > 8, 0.5), 12),
 }
-CUT = {"weights, by their size": (weight_slices, 36), "weights, by numbers": (weight_constants, 36)}
+CUT = {
+    "weights, by their size": (weight_slices, 36),
+    "weights, by numbers": (weight_constants, 36),
+}
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 5])
@@ -155,7 +175,9 @@ def test_numbers_that_index(n):
         torch.manual_seed(3)
         x = (torch.randn(2, 3, 10),)
         for name, kind, f, width in cases:
-            sharded, whole = pair(lambda: kind(f, width), n, example_inputs=(x[0].double(),))
+            sharded, whole = pair(
+                lambda: kind(f, width), n, example_inputs=(x[0].double(),)
+            )
             try:
                 compare(sharded, whole, x)
             except AssertionError as e:
@@ -186,8 +208,8 @@ def test_a_padded_vocabulary(real):
 
 
 def test_what_is_translated_stays_local():
-    """Heads of a fused projection by slices: no weight is gathered, and nothing is sent but the sum
-    at the end."""
+    """Heads of a fused projection by slices: no weight is gathered, and nothing is sent
+    but the sum at the end."""
 
     class Attention(nn.Module):
         def __init__(self):
@@ -198,12 +220,15 @@ def test_what_is_translated_stays_local():
             y = self.qkv(x)
             return self.out(attention(y[..., :32], y[..., 32:64], y[..., 64:]))
 
-    plan = plan_tensor_parallel(Attention(), 2, example_inputs=(torch.randn(2, 80, 32),))
+    plan = plan_tensor_parallel(
+        Attention(), 2, example_inputs=(torch.randn(2, 80, 32),)
+    )
     assert plan["qkv.weight"].how == plan["out.weight"].how == "local"
 
 
 def test_a_number_that_varies():
-    """It indexes a sharded dim: with another one the call is shown anew before it runs."""
+    """It indexes a sharded dim: with another one the call is shown anew before it
+    runs."""
 
     class Truncated(nn.Module):
         def __init__(self):
@@ -224,7 +249,8 @@ def test_a_number_that_varies():
 
 
 class Positions(nn.Module):
-    """A table of positions, of which the forward takes as many rows as its input is long."""
+    """A table of positions, of which the forward takes as many rows as its input is
+    long."""
 
     def __init__(self, cut):
         super().__init__()
@@ -241,7 +267,8 @@ class Positions(nn.Module):
 
 @pytest.mark.parametrize("first", [4, 6, 12])
 def test_a_table_of_positions(first):
-    """Traced at lengths that divide the table, and at its own: other lengths take other rows."""
+    """Traced at lengths that divide the table, and at its own: other lengths take other
+    rows."""
     cuts = {
         "slice": lambda table, length: table[:length],
         "narrow": lambda table, length: table.narrow(0, 0, length),
@@ -252,13 +279,17 @@ def test_a_table_of_positions(first):
     def ranks(rank):
         for name, cut in cuts.items():
             models = pair(
-                lambda: Positions(cut), 2, example_inputs=(torch.randn(2, first, 24).double(),)
+                lambda: Positions(cut),
+                2,
+                example_inputs=(torch.randn(2, first, 24).double(),),
             )
             for length in first, 4, 8, 12, 3:
                 try:
                     compare(*models, (torch.randn(2, length, 24),))
                 except Exception as e:
-                    e.add_note(f"{name}, length {length}: {models[0].tensor_parallel_plan}")
+                    e.add_note(
+                        f"{name}, length {length}: {models[0].tensor_parallel_plan}"
+                    )
                     raise
 
     run_ranks(ranks, 2)

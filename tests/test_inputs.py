@@ -43,7 +43,9 @@ def fits(model):
 def test_check():
     x = torch.ones(2)
     assert (
-        check((x,)) == ((x,), {}) and check([x]) == ((x,), {}) and check({"x": x}) == ((), {"x": x})
+        check((x,)) == ((x,), {})
+        and check([x]) == ((x,), {})
+        and check({"x": x}) == ((), {"x": x})
     )
     assert check(()) == ((), {}) and check({}) == ((), {})
 
@@ -60,7 +62,12 @@ def test_token_ids_for_an_embedding():
     args, kwargs = first(Model(nn.Embedding(10, 4)))
     assert args == () and set(kwargs) == {"x"}
     ids = kwargs["x"]
-    assert ids.dtype == torch.int64 and ids.dim() == 2 and 0 <= ids.min() and ids.max() < 10
+    assert (
+        ids.dtype == torch.int64
+        and ids.dim() == 2
+        and 0 <= ids.min()
+        and ids.max() < 10
+    )
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3])
@@ -81,7 +88,9 @@ def test_an_image_for_a_convolution(conv, dims):
 
 
 def test_an_image_that_fits_a_flattened_head():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Flatten(), nn.Linear(4 * 32 * 32, 10))
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.Flatten(), nn.Linear(4 * 32 * 32, 10)
+    )
     _, kwargs = fits(model)
     assert list(kwargs.values())[0].shape[-1] == 32
 
@@ -93,8 +102,8 @@ DECLARED = {"config": SimpleNamespace(image_size=48)}, {
 
 @pytest.mark.parametrize("declared", DECLARED)
 def test_an_image_of_the_size_that_the_model_declares(declared):
-    """As timm's models and those of transformers do: with another size a forward may take another
-    path."""
+    """As timm's models and those of transformers do: with another size a forward may
+    take another path."""
     model = Model(nn.Conv2d(3, 4, 3))
     vars(model).update(declared)
     _, kwargs = first(model)

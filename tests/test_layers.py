@@ -30,7 +30,9 @@ def parallel(vocab, width, hidden, bias, mesh, joined):
         VocabParallelEmbedding(vocab, width, padding_idx=3, mesh=mesh),
         ColumnParallelLinear(width, hidden, bias=bias, mesh=mesh, gather_output=joined),
         nn.GELU(),
-        RowParallelLinear(hidden, width, bias=bias, mesh=mesh, input_is_parallel=not joined),
+        RowParallelLinear(
+            hidden, width, bias=bias, mesh=mesh, input_is_parallel=not joined
+        ),
     )
 
 

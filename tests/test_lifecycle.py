@@ -1,5 +1,5 @@
-"""What a user does to a model before and after it is split: hooks, copies, dtypes, other weights,
-calls of other kinds, errors."""
+"""What a user does to a model before and after it is split: hooks, copies, dtypes,
+other weights, calls of other kinds, errors."""
 
 import copy
 import io
@@ -11,7 +11,10 @@ from helpers import compare, pair
 from models.attention import Attention, both, given, near, step
 from ranks import run_ranks
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+)
 from torch.utils.checkpoint import checkpoint
 
 from quintnet_dt import apply_tensor_parallel
@@ -21,12 +24,16 @@ from quintnet_dt import apply_tensor_parallel
 
 @pytest.mark.parametrize("before", [True, False])
 def test_hooks_that_look_on(before):
-    """Registered before, they see what they would see in the whole model; afterwards, where that is
-    whole anyway."""
+    """Registered before, they see what they would see in the whole model; afterwards,
+    where that is whole anyway."""
 
     def look(model, seen):
         block = model[0]
-        for m in (model, block, *((block[0].qkv, block[0].o, *block[0].f) if before else ())):
+        for m in (
+            model,
+            block,
+            *((block[0].qkv, block[0].o, *block[0].f) if before else ()),
+        ):
             m.register_forward_hook(
                 lambda m, args, out: seen.append((args[0].detach(), out.detach()))
             )
@@ -64,9 +71,13 @@ def test_hooks_that_would_see_shards_are_refused(kind):
     def ranks(sharded, whole):
         compare(sharded, whole, given())
         if kind == "forward":
-            handle = sharded.f[0].register_forward_hook(lambda m, args, out: out / out.norm())
+            handle = sharded.f[0].register_forward_hook(
+                lambda m, args, out: out / out.norm()
+            )
         else:
-            handle = sharded.f[0].register_full_backward_hook(lambda m, grads, out: None)
+            handle = sharded.f[0].register_full_backward_hook(
+                lambda m, grads, out: None
+            )
         with pytest.raises(
             RuntimeError, match="f.0: a hook was added .* before apply_tensor_parallel"
         ):
@@ -79,7 +90,9 @@ def test_hooks_that_would_see_shards_are_refused(kind):
 
 def test_a_hook_that_makes_the_weight():
     def build():
-        return nn.Sequential(nn.utils.weight_norm(nn.Linear(16, 32)), nn.GELU(), nn.Linear(32, 16))
+        return nn.Sequential(
+            nn.utils.weight_norm(nn.Linear(16, 32)), nn.GELU(), nn.Linear(32, 16)
+        )
 
     with pytest.warns(FutureWarning):
         build()
@@ -127,11 +140,17 @@ def test_copies_and_saved_weights():
             )
         sharded.load_state_dict(torch.load(state))
         compare(sharded, whole, given(3, 4, 16))
-        full = get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True))
+        full = get_model_state_dict(
+            sharded, options=StateDictOptions(full_state_dict=True)
+        )
         assert all(torch.equal(full[k], v) for k, v in whole.state_dict().items())
         for model in (sharded, whole):
             model.apply(
-                lambda m: nn.init.constant_(m.weight, 0.1) if isinstance(m, nn.Linear) else None
+                lambda m: (
+                    nn.init.constant_(m.weight, 0.1)
+                    if isinstance(m, nn.Linear)
+                    else None
+                )
             )
         compare(sharded, whole, given())
 
@@ -150,7 +169,10 @@ def test_other_dtypes_afterwards():
             step(sharded, whole, *given(dtype=dtype), tol)
         sharded.float(), whole.float()
         with torch.autocast("cpu", torch.bfloat16):
-            near(*(model(*given(dtype=torch.float32)) for model in (sharded, whole)), 0.05)
+            near(
+                *(model(*given(dtype=torch.float32)) for model in (sharded, whole)),
+                0.05,
+            )
         step(sharded, whole, *given(dtype=torch.float32), 1e-4)
 
     both(ranks)
@@ -161,7 +183,11 @@ def test_low_precision_from_the_start(dtype):
     class Mixed(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.b, self.n = nn.Linear(16, 32), nn.Linear(32, 16).float(), nn.LayerNorm(16)
+            self.a, self.b, self.n = (
+                nn.Linear(16, 32),
+                nn.Linear(32, 16).float(),
+                nn.LayerNorm(16),
+            )
 
         def forward(self, x):
             return self.n(self.b(F.gelu(self.a(x)).to(self.b.weight.dtype)).to(x.dtype))
@@ -207,7 +233,13 @@ def test_parts_methods_and_toggled_gradients():
 
 def test_after_errors_the_next_call_works():
     def ranks(sharded, whole):
-        for wrong in given(2, 5, 15)[0], given(7, 5, 16)[0], given()[0].float(), "no", None:
+        for wrong in (
+            given(2, 5, 15)[0],
+            given(7, 5, 16)[0],
+            given()[0].float(),
+            "no",
+            None,
+        ):
             with pytest.raises((RuntimeError, ValueError, TypeError, AttributeError)):
                 sharded(wrong)
             compare(sharded, whole, given())
@@ -223,15 +255,19 @@ def test_after_errors_the_next_call_works():
 
 @pytest.mark.parametrize("first", [True, False])
 def test_a_switch_that_changes_the_path(first):
-    """An attribute, which the signature of a call does not show: the forward goes on with other
-    programs in the middle."""
+    """An attribute, which the signature of a call does not show: the forward goes on
+    with other programs in the middle."""
 
     class Layer(nn.Module):
         on = True
 
         def __init__(self, i=16, o=16):
             super().__init__()
-            self.base, self.a, self.b = nn.Linear(i, o), nn.Linear(i, 4), nn.Linear(4, o)
+            self.base, self.a, self.b = (
+                nn.Linear(i, o),
+                nn.Linear(i, 4),
+                nn.Linear(4, o),
+            )
 
         def forward(self, x):
             y = self.base(x)
@@ -248,15 +284,22 @@ def test_a_switch_that_changes_the_path(first):
 
         def forward(self, x):
             q, k, v = (
-                m(x).view(*x.shape[:2], 4, 4).transpose(1, 2) for m in (self.q, self.k, self.v)
+                m(x).view(*x.shape[:2], 4, 4).transpose(1, 2)
+                for m in (self.q, self.k, self.v)
             )
-            x = x + self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+            x = x + self.o(
+                F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            )
             return x + self.g(F.gelu(self.f(x)))
 
     def ranks(sharded, whole):
         for Layer.on in (first, not first, first, not first):
-            compare(sharded, whole, given()), compare(sharded, whole, given(), grad=False)
-        assert {e.how for e in sharded.tensor_parallel_plan.entries.values()} >= {"local"}
+            compare(sharded, whole, given()), compare(
+                sharded, whole, given(), grad=False
+            )
+        assert {e.how for e in sharded.tensor_parallel_plan.entries.values()} >= {
+            "local"
+        }
 
     def build():
         Layer.on = first
@@ -266,7 +309,8 @@ def test_a_switch_that_changes_the_path(first):
 
 
 def test_checkpoints_of_two_kinds_of_call_before_one_backward():
-    """A checkpoint runs again with the programs of its own forward, whatever was called since."""
+    """A checkpoint runs again with the programs of its own forward, whatever was called
+    since."""
 
     class Two(nn.Module):
         def __init__(self):
@@ -277,7 +321,8 @@ def test_checkpoints_of_two_kinds_of_call_before_one_backward():
                 nn.LayerNorm(16),
             )
             self.f, self.g = (
-                nn.Sequential(nn.Linear(16, 128), nn.GELU(), nn.Linear(128, 16)) for _ in range(2)
+                nn.Sequential(nn.Linear(16, 128), nn.GELU(), nn.Linear(128, 16))
+                for _ in range(2)
             )
 
         def forward(self, x, more=True):
@@ -289,7 +334,9 @@ def test_checkpoints_of_two_kinds_of_call_before_one_backward():
         for order in (0, 1), (1, 0):
             for model in (sharded, whole):
                 model.zero_grad()
-                out = [model(*given(), more=bool(more)).square().sum() for more in order]
+                out = [
+                    model(*given(), more=bool(more)).square().sum() for more in order
+                ]
                 with torch.no_grad():
                     model(given()[0][0])
                 sum(out).backward()

@@ -1,5 +1,5 @@
-"""`load_state_dict` of a split model as of the whole one: whole tensors, parts, assign; and what is
-refused."""
+"""`load_state_dict` of a split model as of the whole one: whole tensors, parts, assign;
+and what is refused."""
 
 import pytest
 import torch
@@ -8,7 +8,10 @@ from helpers import close
 from ranks import run_ranks
 from test_checkpoint import Fused, batch, everywhere, make
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    set_model_state_dict,
+)
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from quintnet_dt import (
@@ -48,7 +51,10 @@ def test_whole_tensors(layout):
         model.eval()
         with torch.no_grad():
             model(batch())  # after which FSDP2 leaves some gathered
-        assert str(model.load_state_dict(whole.state_dict())) == "<All keys matched successfully>"
+        assert (
+            str(model.load_state_dict(whole.state_dict()))
+            == "<All keys matched successfully>"
+        )
         same(model, whole.state_dict())
         assert all(p is q for p, q in zip(model.parameters(), params))
         if layout == "tp2":
@@ -63,7 +69,9 @@ def test_whole_tensors(layout):
             {"qkv.weight": whole.qkv.weight, "more": torch.ones(2)}, strict=False
         )
         assert "qkv.bias" in keys.missing_keys and keys.unexpected_keys == ["more"]
-        model.load_state_dict({"qkv.bias": whole.qkv.bias.float().double()}, strict=False)
+        model.load_state_dict(
+            {"qkv.bias": whole.qkv.bias.float().double()}, strict=False
+        )
         same(model, {**whole.state_dict(), "qkv.bias": whole.qkv.bias.float().double()})
         model.load_state_dict(
             {k: v.float() for k, v in whole.state_dict().items()}
@@ -115,13 +123,16 @@ def test_dtensors_as_before(tmp_path):
         for assign in False, True:
             torch.save(model.state_dict(), tmp_path / f"{rank}.pt")
             for state in model.state_dict(), torch.load(tmp_path / f"{rank}.pt"):
-                other.load_state_dict({k: torch.zeros_like(v) for k, v in state.items()})
+                other.load_state_dict(
+                    {k: torch.zeros_like(v) for k, v in state.items()}
+                )
                 other.load_state_dict(state, assign=assign)
                 same(other, whole.state_dict())
         mesh, weight = model.tensor_parallel_mesh, whole.qkv.weight.detach()
         rows = distribute_tensor(weight, mesh, [Shard(0)])  # laid out in another way
         with pytest.raises(
-            RuntimeError, match="qkv.weight: assign=True: expected a whole tensor, or .*found"
+            RuntimeError,
+            match="qkv.weight: assign=True: expected a whole tensor, or .*found",
         ):
             other.load_state_dict({"qkv.weight": rows}, assign=True, strict=False)
         other.load_state_dict({"qkv.weight": rows}, strict=False)
@@ -129,7 +140,8 @@ def test_dtensors_as_before(tmp_path):
         dist.barrier()
         if rank == 1:  # a habit: rank 0's file on every rank
             with pytest.raises(
-                RuntimeError, match="down.weight: expected this rank's part, .*save_checkpoint"
+                RuntimeError,
+                match="down.weight: expected this rank's part, .*save_checkpoint",
             ):
                 other.load_state_dict(torch.load(tmp_path / "0.pt"))
         dist.barrier()
@@ -149,7 +161,8 @@ def test_refused():
         }
         for assign in False, True:
             with pytest.raises(
-                RuntimeError, match="(?s)norm.weight.*qkv.weight|qkv.weight.*qkv.bias.*norm.weight"
+                RuntimeError,
+                match="(?s)norm.weight.*qkv.weight|qkv.weight.*qkv.bias.*norm.weight",
             ):
                 model.load_state_dict(short, strict=False, assign=assign)
         empty = {"qkv.weight": torch.empty(72, 24, device="meta")}
@@ -186,20 +199,27 @@ def test_a_broadcast_over_pieces_is_refused_and_nothing_else():
             )
             model = fresh(meta)
             set_model_state_dict(
-                model, whole.state_dict(), options=StateDictOptions(full_state_dict=True)
+                model,
+                whole.state_dict(),
+                options=StateDictOptions(full_state_dict=True),
             )
             same(model, whole.state_dict())
             part = {"up.bias": whole.up.bias.detach() + 1}
             set_model_state_dict(
-                model, dict(part), options=StateDictOptions(full_state_dict=True, strict=False)
+                model,
+                dict(part),
+                options=StateDictOptions(full_state_dict=True, strict=False),
             )
             same(model, {**whole.state_dict(), **part})
 
-        def _load_model_state_dict(info, options):  # a name of torch's is free to others
+        def _load_model_state_dict(
+            info, options
+        ):  # a name of torch's is free to others
             model.load_state_dict(whole.state_dict())
 
         _load_model_state_dict(
-            info := StateDictOptions(full_state_dict=True, broadcast_from_rank0=True), info
+            info := StateDictOptions(full_state_dict=True, broadcast_from_rank0=True),
+            info,
         )
         same(model, whole.state_dict())
 
@@ -210,11 +230,15 @@ def test_layers_written_for_it():
     def ranks(rank):
         with ProcessGroupManager(tp_size=2) as mesh:
             for layer in ColumnParallelLinear, RowParallelLinear:
-                whole, split = nn.Linear(6, 4), layer(6, 4, mesh=mesh, src_data_rank=None)
+                whole, split = nn.Linear(6, 4), layer(
+                    6, 4, mesh=mesh, src_data_rank=None
+                )
                 dist.broadcast(whole.weight.data, 0), dist.broadcast(whole.bias.data, 0)
                 for assign in False, True:
                     split.load_state_dict(whole.state_dict(), assign=assign)
                     same(split, whole.state_dict())
-                    close(split(torch.ones(2, 6)), whole(torch.ones(2, 6)), "output", 1e-6)
+                    close(
+                        split(torch.ones(2, 6)), whole(torch.ones(2, 6)), "output", 1e-6
+                    )
 
     run_ranks(ranks, 2)

@@ -1,4 +1,5 @@
-"""Adapters of peft: added before the split and after it, trained, saved, merged, taken off."""
+"""Adapters of peft: added before the split and after it, trained, saved, merged, taken
+off."""
 
 import peft
 import pytest
@@ -9,7 +10,12 @@ from ranks import run_ranks
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from quintnet_dt import apply_tensor_parallel, load_checkpoint, save_checkpoint, whole_shapes
+from quintnet_dt import (
+    apply_tensor_parallel,
+    load_checkpoint,
+    save_checkpoint,
+    whole_shapes,
+)
 
 GPT2 = dict(
     vocab_size=67,
@@ -22,7 +28,11 @@ GPT2 = dict(
     attn_pdrop=0,
 )
 LLAMA = dict(
-    vocab_size=67, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=8
+    vocab_size=67,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=8,
 )
 MODELS = {
     "llama": (
@@ -45,7 +55,9 @@ def build(name):
 
 def adapted(model, name):
     torch.manual_seed(1)
-    config = peft.LoraConfig(r=4, lora_dropout=0.0, init_lora_weights=False, **MODELS[name][1])
+    config = peft.LoraConfig(
+        r=4, lora_dropout=0.0, init_lora_weights=False, **MODELS[name][1]
+    )
     return peft.get_peft_model(model, config, autocast_adapter_dtype=False).double()
 
 
@@ -67,7 +79,9 @@ def test_adapters(name, when, tmp_path):
             model = split(adapted(build(name), name))
         else:
             model = split(build(name))
-            held = {n: e.placement for n, e in model.tensor_parallel_plan.entries.items()}
+            held = {
+                n: e.placement for n, e in model.tensor_parallel_plan.entries.items()
+            }
             model(**INPUTS)
             with whole_shapes(model):
                 model = adapted(model, name)
@@ -82,12 +96,16 @@ def test_adapters(name, when, tmp_path):
                 ]
                 assert kept and kept[0].placements == (placement,)
         assert all(isinstance(p, DTensor) for p in model.parameters())
-        trained = [[p for p in m.parameters() if p.requires_grad] for m in (model, whole)]
+        trained = [
+            [p for p in m.parameters() if p.requires_grad] for m in (model, whole)
+        ]
         assert 0 < len(trained[0]) == len(trained[1]) < len(list(whole.parameters()))
         optimizers = [torch.optim.AdamW(p, 1e-2, eps=1e-6) for p in trained]
         for step in range(4):
             for m, params, optimizer in zip((model, whole), trained, optimizers):
-                F.cross_entropy(m(**INPUTS).logits.flatten(0, 1), IDS.flatten()).backward()
+                F.cross_entropy(
+                    m(**INPUTS).logits.flatten(0, 1), IDS.flatten()
+                ).backward()
                 torch.nn.utils.clip_grad_norm_(params, 1.0)
                 optimizer.step(), optimizer.zero_grad()
             if step == 2:
@@ -112,8 +130,8 @@ def test_adapters(name, when, tmp_path):
             merged, expected = model.merge_and_unload(), whole.merge_and_unload()
             for p, q in zip(merged.parameters(), expected.parameters()):
                 same(p, q, 1e-9)
-            # A module at whose border something was reduced is gone: what is left is shown right
-            # anew.
+            # A module at whose border something was reduced is gone: what is left is
+            # shown right anew.
             same(merged(**INPUTS).logits, expected(**INPUTS).logits, 1e-9)
             split(merged)
             same(merged(**INPUTS).logits, expected(**INPUTS).logits, 1e-9)
@@ -122,7 +140,8 @@ def test_adapters(name, when, tmp_path):
 
 
 class Wrapped(nn.Module):
-    """A layer, and one beside it: their sum is reduced once, at this module's border."""
+    """A layer, and one beside it: their sum is reduced once, at this module's
+    border."""
 
     def __init__(self, base):
         super().__init__()
@@ -133,7 +152,8 @@ class Wrapped(nn.Module):
 
 
 def test_a_module_that_is_taken_off_is_missed():
-    """What was done at its border would be missing: the forward without it is shown right anew."""
+    """What was done at its border would be missing: the forward without it is shown
+    right anew."""
 
     def ranks(rank):
         torch.manual_seed(0)
@@ -145,7 +165,9 @@ def test_a_module_that_is_taken_off_is_missed():
         expected = model(x)
         wrapper, model[2] = model[2], model[2].base
         weight, bias = (p.full_tensor() for p in model[0].parameters())
-        whole = F.linear(F.relu(F.linear(x, weight, bias)), model[2].weight.full_tensor())
+        whole = F.linear(
+            F.relu(F.linear(x, weight, bias)), model[2].weight.full_tensor()
+        )
         same(model(x), whole)
         model[2] = wrapper
         same(model(x), expected)
@@ -153,7 +175,8 @@ def test_a_module_that_is_taken_off_is_missed():
         apply_tensor_parallel(model, 2, example_inputs=(x,))
         same(model(x), whole)
         with pytest.raises(
-            ValueError, match="expected a model that is whole, or that this function split"
+            ValueError,
+            match="expected a model that is whole, or that this function split",
         ):
             stranger = nn.Sequential(model[0])
             stranger[0] = nn.Linear(4, 4)

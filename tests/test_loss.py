@@ -31,7 +31,9 @@ class Labels(nn.Module):
         if labels is None:
             return {"logits": logits}
         return {
-            "loss": F.cross_entropy(logits.view(-1, self.size), labels.view(-1), **self.options),
+            "loss": F.cross_entropy(
+                logits.view(-1, self.size), labels.view(-1), **self.options
+            ),
             "logits": logits,
         }
 
@@ -54,7 +56,9 @@ class Sent:
     def __enter__(self):
         self.sizes, self.kept = [], (dist.all_reduce, comm_ops._gather_flat)
         dist.all_reduce = lambda x, **group: self.count(x) or self.kept[0](x, **group)
-        comm_ops._gather_flat = lambda y, x, **group: self.count(x) or self.kept[1](y, x, **group)
+        comm_ops._gather_flat = lambda y, x, **group: self.count(x) or self.kept[1](
+            y, x, **group
+        )
         return self
 
     def count(self, x):
@@ -95,7 +99,9 @@ def test_logits_stay_sharded(n):
 
     def ranks(rank):
         whole = make(Labels)
-        sharded = apply_tensor_parallel(copy.deepcopy(whole), n, plan=wide(n), loss_parallel=True)
+        sharded = apply_tensor_parallel(
+            copy.deepcopy(whole), n, plan=wide(n), loss_parallel=True
+        )
         assert sharded.tensor_parallel_plan.loss_parallel
         ids, labels = batch()
         sharded(ids, labels)
@@ -103,9 +109,13 @@ def test_logits_stay_sharded(n):
             found = sharded(ids, labels)
         rows = labels.numel()
         assert sent.sizes[-3:] == [rows] * 3, sent.sizes
-        assert max(sent.sizes) <= rows * 16, sent.sizes  # the embedding's; nothing of the logits
+        assert (
+            max(sent.sizes) <= rows * 16
+        ), sent.sizes  # the embedding's; nothing of the logits
         expected = whole(ids, labels)
-        assert isinstance(found["logits"], DTensor) and found["logits"].placements == (Shard(2),)
+        assert isinstance(found["logits"], DTensor) and found["logits"].placements == (
+            Shard(2),
+        )
         assert found["logits"].to_local().shape == (*ROWS, VOCABULARY // n)
         close(found["loss"], expected["loss"], "loss")
         close(found["logits"].full_tensor(), expected["logits"], "logits")
@@ -114,14 +124,18 @@ def test_logits_stay_sharded(n):
 
         sharded.zero_grad(), whole.zero_grad()  # outside, by torch's own
         with loss_parallel():
-            F.cross_entropy(sharded(ids)["logits"].flatten(0, 1), labels.flatten()).backward()
+            F.cross_entropy(
+                sharded(ids)["logits"].flatten(0, 1), labels.flatten()
+            ).backward()
         F.cross_entropy(whole(ids)["logits"].flatten(0, 1), labels.flatten()).backward()
         same_grads(sharded, whole)
 
     run_ranks(ranks, n)
 
 
-@pytest.mark.parametrize("options", [dict(weight=torch.rand(VOCABULARY).double()), dict(size=47)])
+@pytest.mark.parametrize(
+    "options", [dict(weight=torch.rand(VOCABULARY).double()), dict(size=47)]
+)
 def test_what_the_shards_cannot_do_is_gathered(options):
     """Class weights; a vocabulary that the ranks do not divide."""
 
@@ -141,7 +155,9 @@ def test_what_the_shards_cannot_do_is_gathered(options):
 
 def test_the_plan_counts_no_gather_of_the_logits():
     kept, gathered = (
-        plan_tensor_parallel(Labels(4800), 2, example_inputs=batch()[:1], loss_parallel=flag)
+        plan_tensor_parallel(
+            Labels(4800), 2, example_inputs=batch()[:1], loss_parallel=flag
+        )
         for flag in (True, False)
     )
     assert kept.bytes_per_step < gathered.bytes_per_step

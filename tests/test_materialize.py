@@ -1,5 +1,5 @@
-"""Models that start on the meta device: the values of the whole model, bit for bit, in the memory
-of a shard."""
+"""Models that start on the meta device: the values of the whole model, bit for bit, in
+the memory of a shard."""
 
 import math
 import resource
@@ -10,25 +10,35 @@ from ranks import run_ranks
 from test_safetensors import call, gpt2, llama, on_meta, same, split, tied_llama
 from torch import nn
 
-from quintnet_dt import apply_tensor_parallel, export_safetensors, load_safetensors, materialize
+from quintnet_dt import (
+    apply_tensor_parallel,
+    export_safetensors,
+    load_safetensors,
+    materialize,
+)
 
 
 class Started(nn.Module):
-    """Modules that start themselves in torch's ways, and others in the ways of the wild."""
+    """Modules that start themselves in torch's ways, and others in the ways of the
+    wild."""
 
     def __init__(self):
         super().__init__()
         self.embed, self.norm = nn.Embedding(13, 12, padding_idx=3), nn.BatchNorm1d(5)
-        self.attention, self.rnn = nn.MultiheadAttention(12, 4, batch_first=True), nn.LSTM(
-            12, 6, batch_first=True
-        )
+        self.attention, self.rnn = nn.MultiheadAttention(
+            12, 4, batch_first=True
+        ), nn.LSTM(12, 6, batch_first=True)
         self.up, self.down = nn.Linear(12, 30), nn.Linear(30, 12)
         self.head = nn.Linear(12, 13, bias=False)
         self.head.weight = self.embed.weight
-        self.token, self.none = nn.Parameter(torch.empty(3, 12)), nn.Parameter(torch.empty(0, 3))
+        self.token, self.none = nn.Parameter(torch.empty(3, 12)), nn.Parameter(
+            torch.empty(0, 3)
+        )
         self.frozen = nn.Parameter(torch.empty(12), requires_grad=False)
         self.frozen.tag = "kept"
-        self.register_buffer("table", torch.empty(5, 12, dtype=torch.complex64), persistent=False)
+        self.register_buffer(
+            "table", torch.empty(5, 12, dtype=torch.complex64), persistent=False
+        )
         self.register_buffer("mask", torch.empty(5, 5, dtype=torch.bool))
 
     def forward(self, ids):
@@ -39,8 +49,8 @@ class Started(nn.Module):
 
 
 def wild(module):
-    """An init that knows all of Started: in place, through .data, through views, by putting other
-    tensors there, with values of other modules."""
+    """An init that knows all of Started: in place, through .data, through views, by
+    putting other tensors there, with values of other modules."""
     if isinstance(module, nn.MultiheadAttention):
         module._reset_parameters()  # writes to its child's bias
     elif isinstance(module, Started):
@@ -135,12 +145,16 @@ def test_shards_have_the_values_of_the_whole(n, layout):
 
 
 def test_on_one_process_with_each_modules_own():
-    model = nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3)))
+    model = nn.Sequential(
+        nn.Linear(3, 4), nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3))
+    )
     torch.manual_seed(1)
     for m in (model[0], model[1][0], model[1][1]):
         m.reset_parameters()
     other = on_meta(
-        lambda: nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3)))
+        lambda: nn.Sequential(
+            nn.Linear(3, 4), nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3))
+        )
     )
     torch.manual_seed(1)
     same(materialize(other), model)
@@ -160,7 +174,9 @@ def test_what_init_does_not_write_is_an_error():
         def __init__(self):
             super().__init__()
             self.f, self.g = nn.Linear(8, 16), nn.Linear(16, 8)
-            self.scale, self.part = nn.Parameter(torch.empty(8)), nn.Parameter(torch.empty(8))
+            self.scale, self.part = nn.Parameter(torch.empty(8)), nn.Parameter(
+                torch.empty(8)
+            )
             self.register_buffer("steps", torch.empty((), dtype=torch.int64))
 
         def forward(self, x):
@@ -173,17 +189,23 @@ def test_what_init_does_not_write_is_an_error():
             module.part[:4] = 1
 
     def ranks(rank):
-        model = apply_tensor_parallel(on_meta(Part), 2, example_inputs=(torch.ones(2, 8),))
+        model = apply_tensor_parallel(
+            on_meta(Part), 2, example_inputs=(torch.ones(2, 8),)
+        )
         kept = list(model.parameters())
 
         def untouched():
             return (
-                all(p is q and p.is_meta for p, q in zip(kept, model.parameters(), strict=True))
+                all(
+                    p is q and p.is_meta
+                    for p, q in zip(kept, model.parameters(), strict=True)
+                )
                 and model.steps.is_meta
             )
 
         with pytest.raises(
-            RuntimeError, match="found 5 .*: scale, part, f.bias, g.bias, steps; give an init"
+            RuntimeError,
+            match="found 5 .*: scale, part, f.bias, g.bias, steps; give an init",
         ):
             materialize(model, init)
         assert untouched()
@@ -194,7 +216,9 @@ def test_what_init_does_not_write_is_an_error():
             for t in (*m.parameters(), *m.buffers()):
                 t.zero_()
             if m is model:
-                m.scale = nn.Parameter(torch.zeros(2 if rank and broken == "shape" else 8))
+                m.scale = nn.Parameter(
+                    torch.zeros(2 if rank and broken == "shape" else 8)
+                )
             if rank and broken == "raises":
                 raise KeyError("one")
 
@@ -223,8 +247,8 @@ def peak(step):
 
 
 def test_a_rank_never_holds_more_than_its_shards_and_one_module(tmp_path):
-    """Of 160 MiB, 4 ranks have 40 each: what a rank may have beside that is far from a whole
-    model."""
+    """Of 160 MiB, 4 ranks have 40 each: what a rank may have beside that is far from a
+    whole model."""
 
     def chain(d):
         up, down = (lambda: nn.Linear(d, 4 * d, bias=False)), (
@@ -233,14 +257,19 @@ def test_a_rank_never_holds_more_than_its_shards_and_one_module(tmp_path):
         return nn.Sequential(*(f() for _ in range(20) for f in (up, nn.ReLU, down)))
 
     def ranks(rank):
-        for d in 8, 512:  # the small ones first, for what a first call brings into memory
+        for d in (
+            8,
+            512,
+        ):  # the small ones first, for what a first call brings into memory
             models = [on_meta(lambda: chain(d)) for _ in range(2)]
             for model in models:
                 apply_tensor_parallel(model, 4, example_inputs=(torch.ones(1, d),))
             folder = tmp_path / str(d)
             started = peak(lambda: materialize(models[0]))
             written = peak(
-                lambda: export_safetensors(folder, models[0], max_shard_size="60MB", progress=False)
+                lambda: export_safetensors(
+                    folder, models[0], max_shard_size="60MB", progress=False
+                )
             )
             read = peak(lambda: load_safetensors(folder, models[1], progress=False))
             shard = sum(p.to_local().numel() * 4 for p in model.parameters())
@@ -248,5 +277,10 @@ def test_a_rank_never_holds_more_than_its_shards_and_one_module(tmp_path):
         return started / shard, written / shard, read / shard
 
     for started, written, read in run_ranks(ranks, 4, timeout=120):
-        # malloc keeps a few freed modules of 4 MiB each, and uses them again; the whole would be 4
-        assert 0.6 < started < 2 and written < 0.15 and 0.2 < read < 1.15, (started, written, read)
+        # malloc keeps a few freed modules of 4 MiB each, and uses them again; the whole
+        # would be 4
+        assert 0.6 < started < 2 and written < 0.15 and 0.2 < read < 1.15, (
+            started,
+            written,
+            read,
+        )

@@ -38,7 +38,9 @@ def test_weights_come_from_the_source_rank(source):
     def ranks(rank):
         def build():
             torch.manual_seed(100 + rank % 2)  # seeds differ within a tp group
-            model = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Linear(16, 5))
+            model = nn.Sequential(
+                nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Linear(16, 5)
+            )
             model[1].running_mean.normal_()
             return model.double().eval()
 
@@ -49,7 +51,9 @@ def test_weights_come_from_the_source_rank(source):
         there = model.state_dict()
         for name, t in whole.state_dict().items():
             found = (
-                there[name].full_tensor() if hasattr(there[name], "full_tensor") else there[name]
+                there[name].full_tensor()
+                if hasattr(there[name], "full_tensor")
+                else there[name]
             )
             assert torch.equal(found, t), name
         compare(model, whole, (torch.ones(2, 6),))
@@ -68,7 +72,9 @@ def test_no_source_takes_local_slices():
         for name, p in model.named_parameters():
             placement = p.placements[0]
             mine = (
-                state[name].chunk(2, placement.dim)[rank] if placement.is_shard() else state[name]
+                state[name].chunk(2, placement.dim)[rank]
+                if placement.is_shard()
+                else state[name]
             )
             assert torch.equal(p.to_local(), mine), name
 
@@ -87,7 +93,11 @@ def test_users_plan_wins(n=2):
     }
 
     def then(sharded, whole):
-        found = {name: p.placements[0] for name, p in sharded.named_parameters() if name in plan}
+        found = {
+            name: p.placements[0]
+            for name, p in sharded.named_parameters()
+            if name in plan
+        }
         assert found == plan
 
     check(GPT, ids(64, 2, 6), n, plan=plan, then=then, calls=[ids(64, 1, 4)])

@@ -7,7 +7,12 @@ from ranks import run_ranks
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from quintnet_dt import TensorParallelPlan, apply_tensor_parallel, check_batch, plan_tensor_parallel
+from quintnet_dt import (
+    TensorParallelPlan,
+    apply_tensor_parallel,
+    check_batch,
+    plan_tensor_parallel,
+)
 
 
 class MLP(nn.Module):
@@ -45,18 +50,25 @@ def test_foreign_objects():
     def ranks(rank):
         for mesh in None, "tp", 3:
             with pytest.raises(
-                TypeError, match="mesh: expected a 1-D DeviceMesh or a ProcessGroupManager, found"
+                TypeError,
+                match="mesh: expected a 1-D DeviceMesh or a ProcessGroupManager, found",
             ):
                 check_batch((torch.ones(2),), mesh)
         for source in 2, -1, "0":
             with pytest.raises(
-                ValueError, match="src_data_rank: expected None or a rank of the tp group, found"
+                ValueError,
+                match="src_data_rank: expected None or a rank of the tp group, found",
             ):
                 apply_tensor_parallel(MLP(), 2, src_data_rank=source)
-        wrapped = nn.Sequential(FullyShardedDataParallel(MLP(), device_id=torch.device("cpu")))
+        wrapped = nn.Sequential(
+            FullyShardedDataParallel(MLP(), device_id=torch.device("cpu"))
+        )
         with pytest.raises(
             TypeError,
-            match="0: expected a model that is split before any data parallelism, found Fully",
+            match=(
+                "0: expected a model that is split before any data parallelism, found"
+                " Fully"
+            ),
         ):
             apply_tensor_parallel(wrapped, 2, example_inputs=(torch.ones(1, 8),))
 
@@ -66,9 +78,12 @@ def test_foreign_objects():
 @pytest.mark.filterwarnings("ignore")
 def test_a_script_module_is_no_model():
     with pytest.raises(
-        TypeError, match="the model: expected modules written in Python, found a ScriptModule"
+        TypeError,
+        match="the model: expected modules written in Python, found a ScriptModule",
     ):
-        plan_tensor_parallel(torch.jit.script(MLP()), 2, example_inputs=(torch.ones(1, 8),))
+        plan_tensor_parallel(
+            torch.jit.script(MLP()), 2, example_inputs=(torch.ones(1, 8),)
+        )
 
 
 def test_a_plan_made_without_a_forward_says_that_nothing_was_counted():
@@ -76,7 +91,10 @@ def test_a_plan_made_without_a_forward_says_that_nothing_was_counted():
         model = Reads()
     with pytest.warns(
         UserWarning,
-        match=r"reads no values of its parameters.*__getitem__ in the root \(test_messages.py",
+        match=(
+            r"reads no values of its parameters.*__getitem__ in the root"
+            r" \(test_messages.py"
+        ),
     ):
         plan = plan_tensor_parallel(model, 2, example_inputs=(torch.ones(2, 8),))
     head = str(plan).splitlines()[0]
@@ -84,13 +102,16 @@ def test_a_plan_made_without_a_forward_says_that_nothing_was_counted():
     again = TensorParallelPlan.from_json(plan.to_json())
     assert str(again) == str(plan) and again.bytes_per_step is None
     assert (
-        plan_tensor_parallel(Reads(), 2, example_inputs=(torch.ones(2, 8),)).bytes_per_step
+        plan_tensor_parallel(
+            Reads(), 2, example_inputs=(torch.ones(2, 8),)
+        ).bytes_per_step
         is not None
     )
 
 
 class Masked(MLP):
-    """Reads a mask of length x length that follows from the inputs, as transformers' do."""
+    """Reads a mask of length x length that follows from the inputs, as transformers'
+    do."""
 
     def forward(self, x, mask):
         allowed = mask[:, :, None] & mask[:, None, :]
@@ -115,7 +136,9 @@ def test_one_call_that_reads_many_parameters():
     class Many(nn.Module):
         def __init__(self):
             super().__init__()
-            self.parts = nn.ParameterList(nn.Parameter(torch.empty(4, 8)) for _ in range(1000))
+            self.parts = nn.ParameterList(
+                nn.Parameter(torch.empty(4, 8)) for _ in range(1000)
+            )
 
         def forward(self, x):
             return x @ torch.cat(list(self.parts)).T

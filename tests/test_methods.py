@@ -13,7 +13,9 @@ from quintnet_dt import apply_tensor_parallel, register_forward_method
 class Clip(nn.Module):
     def __init__(self):
         super().__init__()
-        self.tokens, self.places = nn.Embedding(61, 32), nn.Parameter(torch.randn(9, 32))
+        self.tokens, self.places = nn.Embedding(61, 32), nn.Parameter(
+            torch.randn(9, 32)
+        )
         self.up, self.down, self.out = (
             nn.Linear(32, 64),
             nn.Linear(64, 32),
@@ -69,8 +71,8 @@ def test_a_method_that_raises_leaves_the_model_as_it_was():
 
 
 def test_a_loss_that_reads_a_weight():
-    """The README's way: what computes with the parameters is a method, or a module, that is a
-    forward."""
+    """The README's way: what computes with the parameters is a method, or a module,
+    that is a forward."""
 
     class LM(nn.Module):
         def __init__(self):
@@ -83,7 +85,9 @@ def test_a_loss_that_reads_a_weight():
         def loss(self, hidden, ids):
             penalty = sum(p.square().sum() for p in self.parameters())
             return (
-                F.cross_entropy(F.linear(hidden, self.head.weight).flatten(0, 1), ids.flatten())
+                F.cross_entropy(
+                    F.linear(hidden, self.head.weight).flatten(0, 1), ids.flatten()
+                )
                 + 0.01 * penalty
             )
 
@@ -101,7 +105,8 @@ def test_a_loss_that_reads_a_weight():
 
 
 @pytest.mark.parametrize(
-    "module, name, error", [(None, "x", TypeError), (Clip, 3, ValueError), (Clip, "x", ValueError)]
+    "module, name, error",
+    [(None, "x", TypeError), (Clip, 3, ValueError), (Clip, "x", ValueError)],
 )
 def test_what_is_no_method(module, name, error):
     with pytest.raises(error, match="register_forward_method: expected"):

@@ -1,4 +1,5 @@
-"""Real models of transformers, from tiny configs: sharded they compute what they compute whole."""
+"""Real models of transformers, from tiny configs: sharded they compute what they
+compute whole."""
 
 import pytest
 import torch
@@ -9,19 +10,30 @@ from helpers import check
 TOL = 2e-5
 
 TEXT = dict(
-    vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64
+    vocab_size=64,
+    hidden_size=32,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    intermediate_size=64,
 )
 GROUPED = dict(TEXT, num_key_value_heads=2, head_dim=8, max_position_embeddings=64)
 
 
 def ids(batch=2, length=8):
-    return lambda: {"input_ids": torch.randint(3, 64, (batch, length)), "use_cache": False}
+    return lambda: {
+        "input_ids": torch.randint(3, 64, (batch, length)),
+        "use_cache": False,
+    }
 
 
 def masked():
     mask = torch.ones(2, 8, dtype=torch.long)
     mask[0, :3] = 0
-    return {"input_ids": torch.randint(3, 64, (2, 8)), "attention_mask": mask, "use_cache": False}
+    return {
+        "input_ids": torch.randint(3, 64, (2, 8)),
+        "attention_mask": mask,
+        "use_cache": False,
+    }
 
 
 def labels():
@@ -31,9 +43,15 @@ def labels():
 
 DECODERS = {
     "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**GROUPED)),
-    "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**GROUPED, tie_word_embeddings=True)),
-    "gemma3": lambda: hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**GROUPED, sliding_window=4)),
-    "gpt_neox": lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**TEXT, hidden_dropout=0.1)),
+    "qwen3": lambda: hf.Qwen3ForCausalLM(
+        hf.Qwen3Config(**GROUPED, tie_word_embeddings=True)
+    ),
+    "gemma3": lambda: hf.Gemma3ForCausalLM(
+        hf.Gemma3TextConfig(**GROUPED, sliding_window=4)
+    ),
+    "gpt_neox": lambda: hf.GPTNeoXForCausalLM(
+        hf.GPTNeoXConfig(**TEXT, hidden_dropout=0.1)
+    ),
     "gpt2": lambda: hf.GPT2LMHeadModel(
         hf.GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=4, n_positions=32)
     ),
@@ -54,13 +72,27 @@ def test_decoders(name):
         x = torch.randint(3, 64, (1, 4), generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             tokens = [
-                m.generate(x, max_new_tokens=3, do_sample=False, pad_token_id=0, use_cache=False)
+                m.generate(
+                    x,
+                    max_new_tokens=3,
+                    do_sample=False,
+                    pad_token_id=0,
+                    use_cache=False,
+                )
                 for m in (sharded, whole)
             ]
         assert torch.equal(*tokens)
 
     share = 0.62 if name not in ("gpt2", "phi3") else 0.75
-    check(DECODERS[name], ids(), 2, tol=TOL, calls=[masked, labels], share=share, then=then)
+    check(
+        DECODERS[name],
+        ids(),
+        2,
+        tol=TOL,
+        calls=[masked, labels],
+        share=share,
+        then=then,
+    )
 
 
 def test_attention_weights_were_not_traced():
@@ -68,7 +100,9 @@ def test_attention_weights_were_not_traced():
         return {**ids()(), "output_attentions": True, "output_hidden_states": True}
 
     def build():
-        return hf.LlamaForCausalLM(hf.LlamaConfig(**GROUPED, attn_implementation="eager"))
+        return hf.LlamaForCausalLM(
+            hf.LlamaConfig(**GROUPED, attn_implementation="eager")
+        )
 
     check(build, ids(), 2, tol=TOL, calls=[attentions])
 

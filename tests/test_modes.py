@@ -1,5 +1,5 @@
-"""What a model is set to around the split: dropout, eval, frozen parameters, adapters, hooks,
-copies."""
+"""What a model is set to around the split: dropout, eval, frozen parameters, adapters,
+hooks, copies."""
 
 import pytest
 import torch
@@ -34,23 +34,28 @@ def test_dropout_equals_the_whole_models(style):
 
 
 @pytest.mark.parametrize(
-    "kind", [nn.Dropout2d, nn.AlphaDropout, nn.RReLU, "functional", "attention", "bernoulli"]
+    "kind",
+    [nn.Dropout2d, nn.AlphaDropout, nn.RReLU, "functional", "attention", "bernoulli"],
 )
 def test_other_random_operators(kind):
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
             self.a, self.b = nn.Linear(8, 32), nn.Linear(32, 8)
-            self.drop = kind(0.4) if isinstance(kind, type) and kind is not nn.RReLU else nn.RReLU()
+            self.drop = (
+                kind(0.4)
+                if isinstance(kind, type) and kind is not nn.RReLU
+                else nn.RReLU()
+            )
 
         def forward(self, x):
             h = self.a(x)
             if kind == "functional":
                 h = torch.dropout(h, 0.4, self.training)
                 h = F.dropout(input=h, p=0.4, training=self.training)
-                h = torch.nn.functional.dropout(h.transpose(0, 1), 0.4, self.training).transpose(
-                    0, 1
-                )
+                h = torch.nn.functional.dropout(
+                    h.transpose(0, 1), 0.4, self.training
+                ).transpose(0, 1)
             elif kind == "attention":
                 h = h.view(h.shape[0], h.shape[1], 4, 8).transpose(1, 2)
                 h = F.scaled_dot_product_attention(h, h, h, dropout_p=0.4)
@@ -94,7 +99,9 @@ def test_frozen_parameters_and_no_grad():
 def test_thawed_after_it_was_sharded(called_before):
     def ranks(rank):
         x = torch.arange(12).view(2, 6)
-        sharded, whole = pair(lambda: GPT(norm=True).requires_grad_(False), 2, example_inputs=(x,))
+        sharded, whole = pair(
+            lambda: GPT(norm=True).requires_grad_(False), 2, example_inputs=(x,)
+        )
         if called_before:
             compare(sharded, whole, (x,), grad=False)
         sharded.requires_grad_(), whole.requires_grad_()
@@ -164,7 +171,11 @@ def test_copy_and_reload_of_a_sharded_model():
     def then(sharded, whole):
         again = copy.deepcopy(sharded)
         again.tensor_parallel_mesh = sharded.tensor_parallel_mesh
-        compare(again, whole, (torch.randn(2, 16, generator=torch.Generator().manual_seed(0)),))
+        compare(
+            again,
+            whole,
+            (torch.randn(2, 16, generator=torch.Generator().manual_seed(0)),),
+        )
         with torch.no_grad():
             for model in (again, whole):
                 for p in model.parameters():

@@ -1,5 +1,5 @@
-"""What holds of a plan when calls differ: partial results, modes, gradients within a forward,
-attributes, sizes."""
+"""What holds of a plan when calls differ: partial results, modes, gradients within a
+forward, attributes, sizes."""
 
 import pytest
 import torch
@@ -19,7 +19,9 @@ AFTER_A_SUM = {
     "flags are a factor": lambda y, flags, counts: y * flags,
     "integers divide": lambda y, flags, counts: y / (counts + 1),
     "flags select": lambda y, flags, counts: y[:, :, flags],
-    "divided and rounded": lambda y, flags, counts: torch.div(y, 0.1, rounding_mode="floor")
+    "divided and rounded": lambda y, flags, counts: torch.div(
+        y, 0.1, rounding_mode="floor"
+    )
     + 0 * y.detach(),
     "rounded": lambda y, flags, counts: (10 * y).to(torch.int64).double(),
     "floored": lambda y, flags, counts: (y // 0.1).detach(),
@@ -29,7 +31,11 @@ AFTER_A_SUM = {
 class AfterASum(nn.Module):
     def __init__(self, then):
         super().__init__()
-        self.up, self.down, self.then = nn.Linear(16, 64), nn.Linear(64, 16, bias=False), then
+        self.up, self.down, self.then = (
+            nn.Linear(16, 64),
+            nn.Linear(64, 16, bias=False),
+            then,
+        )
         self.register_buffer("flags", torch.arange(16) > 7)
         self.register_buffer("counts", torch.arange(16))
 
@@ -38,7 +44,8 @@ class AfterASum(nn.Module):
 
 
 def test_what_follows_a_partial_result():
-    """What is no float adds to a sum as floats do; what is rounded is no sum any more."""
+    """What is no float adds to a sum as floats do; what is rounded is no sum any
+    more."""
 
     def ranks(rank):
         for name, then in AFTER_A_SUM.items():
@@ -57,7 +64,8 @@ def test_what_follows_a_partial_result():
 
 
 class Moded(nn.Module):
-    """A sum over ranks that is taken later where dropout is off; statistics that may be frozen."""
+    """A sum over ranks that is taken later where dropout is off; statistics that may be
+    frozen."""
 
     def __init__(self):
         super().__init__()
@@ -73,13 +81,25 @@ class Moded(nn.Module):
 
 
 def test_modules_that_are_in_another_mode_than_the_model():
-    """Dropout on in evaluation (Monte Carlo), off in training; frozen norms: each is shown right
-    before it runs."""
+    """Dropout on in evaluation (Monte Carlo), off in training; frozen norms: each is
+    shown right before it runs."""
 
     def ranks(rank):
-        x = torch.randn(4, 8, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        x = torch.randn(
+            4, 8, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+        )
         models = pair(Moded, 2, example_inputs=(x,))
-        for modes in "nothing", "", "all", "drop", "", "norm", "drop norm", "all", "nothing":
+        for modes in (
+            "nothing",
+            "",
+            "all",
+            "drop",
+            "",
+            "norm",
+            "drop norm",
+            "all",
+            "nothing",
+        ):
             for m in models:
                 m.drop.p = 0.0 if modes == "nothing" else 0.5
                 m.train()
@@ -94,8 +114,8 @@ def test_modules_that_are_in_another_mode_than_the_model():
 
 
 class Forces(nn.Module):
-    """A gradient that the forward takes itself; a fused weight, whose pieces are calls of their
-    own."""
+    """A gradient that the forward takes itself; a fused weight, whose pieces are calls
+    of their own."""
 
     def __init__(self):
         super().__init__()
@@ -116,7 +136,8 @@ class Forces(nn.Module):
 
 @pytest.mark.parametrize("within", [False, True])
 def test_a_gradient_within_a_checkpoint(within):
-    """The forward's own backward runs its checkpoint again, while the forward is running."""
+    """The forward's own backward runs its checkpoint again, while the forward is
+    running."""
 
     class Checkpointed(nn.Module):
         def __init__(self):
@@ -133,7 +154,9 @@ def test_a_gradient_within_a_checkpoint(within):
             return self.last(y), force, slope
 
     def ranks(rank):
-        x = torch.randn(3, 5, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        x = torch.randn(
+            3, 5, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+        )
         models = pair(Checkpointed, 2, example_inputs=(x,))
         for length in 5, 4:
             found = []
@@ -142,7 +165,9 @@ def test_a_gradient_within_a_checkpoint(within):
                 given = x[:, :length].clone().requires_grad_()
                 out = checkpoint(m, given, use_reentrant=False)
                 sum((o * o).sum() for o in out).backward()
-                found.append([*out, given.grad, *(full(p.grad) for p in m.parameters())])
+                found.append(
+                    [*out, given.grad, *(full(p.grad) for p in m.parameters())]
+                )
             for a, b in zip(*found):
                 torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
@@ -154,12 +179,14 @@ def full(x):
 
 
 class WritesAndReturns(nn.Module):
-    """What it returns is the tensor that it wrote to, and not what the call that wrote gave
-    back."""
+    """What it returns is the tensor that it wrote to, and not what the call that wrote
+    gave back."""
 
     def __init__(self):
         super().__init__()
-        self.w, self.b = nn.Parameter(torch.randn(10, 10)), nn.Parameter(torch.randn(10))
+        self.w, self.b = nn.Parameter(torch.randn(10, 10)), nn.Parameter(
+            torch.randn(10)
+        )
 
     def forward(self, x):
         y = x @ self.w.t() + self.b
@@ -179,7 +206,9 @@ def test_a_result_that_is_written_in_place_and_returned_by_name():
             return self.block(self.block(x))
 
     def ranks(rank):
-        x = torch.randn(3, 7, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        x = torch.randn(
+            3, 7, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+        )
         models = pair(Twice, 2, example_inputs=(x,))
         assert (
             models[0].tensor_parallel_plan["block.b"].dim == 0
@@ -199,7 +228,9 @@ def test_an_attribute_that_was_none_and_is_a_tensor():
 
         def forward(self, x):
             logits = self.head(self.inp(x).relu()).flatten(0, 1)
-            return F.cross_entropy(logits, logits.detach().argmax(-1), weight=self.weights)
+            return F.cross_entropy(
+                logits, logits.detach().argmax(-1), weight=self.weights
+            )
 
     class Outer(nn.Module):
         def __init__(self):
@@ -213,7 +244,9 @@ def test_an_attribute_that_was_none_and_is_a_tensor():
             ) + self.block(logits)
 
     def ranks(rank):
-        x = torch.randn(2, 5, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        x = torch.randn(
+            2, 5, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+        )
         models = pair(Outer, 2, example_inputs=(x,))
         for weights in None, torch.linspace(0.1, 3, 24, dtype=torch.float64), None:
             for m in models:
@@ -224,8 +257,8 @@ def test_an_attribute_that_was_none_and_is_a_tensor():
 
 
 def test_what_a_module_is_set_to_is_compared_without_a_call():
-    """Of a setting that was None and is a tensor now, `==` would be a call of the model's own to a
-    mode."""
+    """Of a setting that was None and is a tensor now, `==` would be a call of the
+    model's own to a mode."""
     module, seen = nn.Linear(2, 2), []
     module.weights = torch.ones(2)
 
@@ -242,7 +275,8 @@ def test_what_a_module_is_set_to_is_compared_without_a_call():
 
 
 class ChosenBySize(nn.Module):
-    """A product that is dearer on shards where the input is short, then a loop over the length."""
+    """A product that is dearer on shards where the input is short, then a loop over the
+    length."""
 
     def __init__(self):
         super().__init__()
@@ -261,8 +295,8 @@ class ChosenBySize(nn.Module):
 
 
 def test_what_was_chosen_by_size_holds_on_a_longer_path():
-    """The loop makes another path of another length, on which what ran before it must be the
-    same."""
+    """The loop makes another path of another length, on which what ran before it must
+    be the same."""
 
     def ranks(rank):
         models = pair(ChosenBySize, 2, example_inputs=(torch.randn(2, 3, 8).double(),))

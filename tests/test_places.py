@@ -17,14 +17,21 @@ class Tied(nn.Module):
 def test_owners_are_all_places_of_a_parameter():
     model = Tied()
     owners = parameter_owners(model)
-    assert owners["embed.weight"] == [Place(model.embed, "weight"), Place(model.head, "weight")]
+    assert owners["embed.weight"] == [
+        Place(model.embed, "weight"),
+        Place(model.head, "weight"),
+    ]
     assert owners["head.bias"] == [Place(model.head, "bias")]
     assert "head.weight" not in owners
 
 
 def test_stand_ins_keep_ties_and_what_they_stand_for_returns_wherever_they_were_moved():
     model = Tied()
-    embed, mean, order = model.embed.weight, model.norm.running_mean, list(model.state_dict())
+    embed, mean, order = (
+        model.embed.weight,
+        model.norm.running_mean,
+        list(model.state_dict()),
+    )
     other, zeros = nn.Parameter(torch.ones(6, 4)), torch.zeros(4)
     stand_in(model, {id(embed): other, id(mean): zeros})
     assert model.embed.weight is model.head.weight is other
@@ -41,7 +48,9 @@ def test_a_module_that_keeps_its_parameters_elsewhere_too_is_told():
     lstm = nn.LSTM(3, 2)
     whole, order, x = lstm.weight_hh_l0, list(lstm._parameters), torch.ones(1, 3)
     expected = lstm(x)[0]
-    put(lstm, "weight_hh_l0", torch.zeros_like(whole) + whole)  # no leaf, as what is shown
+    put(
+        lstm, "weight_hh_l0", torch.zeros_like(whole) + whole
+    )  # no leaf, as what is shown
     assert lstm._flat_weights[1] is lstm.weight_hh_l0 is not whole
     assert list(lstm._parameters) == order and torch.equal(lstm(x)[0], expected)
     put(lstm, "weight_hh_l0", whole)

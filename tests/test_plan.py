@@ -73,7 +73,9 @@ def test_what_runs_locally():
 def test_json_is_exact(fused):
     plan = make(decoder(fused=fused))
     again = TensorParallelPlan.from_json(plan.to_json())
-    assert again == plan and again.to_json() == plan.to_json() and str(again) == str(plan)
+    assert (
+        again == plan and again.to_json() == plan.to_json() and str(again) == str(plan)
+    )
     assert again.placements == plan.placements
     json.loads(plan.to_json())
 
@@ -91,7 +93,9 @@ def test_a_plan_given_back_is_the_same_plan(fused):
 
 
 GOOD = json.loads(
-    plan_tensor_parallel(nn.Linear(8, 8), 2, example_inputs=(torch.ones(2, 8),)).to_json()
+    plan_tensor_parallel(
+        nn.Linear(8, 8), 2, example_inputs=(torch.ones(2, 8),)
+    ).to_json()
 )
 
 
@@ -107,7 +111,12 @@ def entry(**changes):
     "text",
     [
         *("", "no json", "{}", "[]", "3", "null", '"a"', "[1, 2]"),
-        *(changed(entries=[]), changed(entries=None), changed(entries={"a": 3}), changed(other=1)),
+        *(
+            changed(entries=[]),
+            changed(entries=None),
+            changed(entries={"a": 3}),
+            changed(other=1),
+        ),
         *(
             entry(shape=3),
             entry(extra=1),
@@ -138,7 +147,11 @@ def test_from_json_of_what_is_not_a_plan(text):
 
 
 def test_a_users_entries_win():
-    user = {"b.0.a.m0.weight": Shard(1), "b.1.f0.weight": Replicate(), "n.weight": Shard(0)}
+    user = {
+        "b.0.a.m0.weight": Shard(1),
+        "b.1.f0.weight": Replicate(),
+        "n.weight": Shard(0),
+    }
     plan = make(plan=user)
     for name, placement in user.items():
         assert plan.placements[name] == placement
@@ -159,7 +172,9 @@ def test_wrong_entries_are_all_listed():
     with pytest.raises(ValueError) as e:
         make(plan={**wrong, "e.weight": Shard(0)})
     text = str(e.value)
-    assert all(name in text for name in wrong) and "e.weight" not in text and "7" in text
+    assert (
+        all(name in text for name in wrong) and "e.weight" not in text and "7" in text
+    )
 
 
 def test_a_plan_for_another_model_or_size():
@@ -227,7 +242,10 @@ def test_a_wrong_tp_size(n):
 
 def test_more_ranks_than_anything_has():
     plan = make(n=64)
-    assert plan.tp_size == 64 and plan.entries.keys() == dict(decoder().named_parameters()).keys()
+    assert (
+        plan.tp_size == 64
+        and plan.entries.keys() == dict(decoder().named_parameters()).keys()
+    )
 
 
 def test_inputs_as_a_tuple_and_as_a_dict():
@@ -238,7 +256,11 @@ def test_inputs_as_a_tuple_and_as_a_dict():
 
 def test_the_same_plan_each_time():
     model = decoder(fused=True)
-    assert make(model).to_json() == make(model).to_json() == make(decoder(fused=True)).to_json()
+    assert (
+        make(model).to_json()
+        == make(model).to_json()
+        == make(decoder(fused=True)).to_json()
+    )
 
 
 def test_planning_leaves_the_model_alone():
@@ -246,7 +268,8 @@ def test_planning_leaves_the_model_alone():
     before = {n: (id(p), p.clone()) for n, p in model.named_parameters()}
     make(model)
     assert all(
-        before[n][0] == id(p) and torch.equal(before[n][1], p) for n, p in model.named_parameters()
+        before[n][0] == id(p) and torch.equal(before[n][1], p)
+        for n, p in model.named_parameters()
     )
     assert not hasattr(model, "tensor_parallel_plan") and not any(
         m._forward_hooks for m in model.modules()
@@ -255,28 +278,34 @@ def test_planning_leaves_the_model_alone():
 
 def test_thirty_gigabytes_on_the_meta_device():
     with torch.device("meta"):
-        blocks = [Block(Attention(4096, 32, 8, 128), 4096, 4 * 14336) for _ in range(48 // 4)]
+        blocks = [
+            Block(Attention(4096, 32, 8, 128), 4096, 4 * 14336) for _ in range(48 // 4)
+        ]
         model = Decoder(*blocks, vocab=128256, d=4096)
     assert sum(p.numel() * 4 for p in model.parameters()) > 30e9
-    plan = plan_tensor_parallel(model, 8, example_inputs=(torch.ones(1, 16, dtype=torch.long),))
+    plan = plan_tensor_parallel(
+        model, 8, example_inputs=(torch.ones(1, 16, dtype=torch.long),)
+    )
     assert all(p.is_meta for p in model.parameters())
     assert plan.share < 0.13
     for i in (0, 11):
-        assert [plan[f"b.{i}.{n}.weight"].dim for n in ("a.m0", "a.m1", "a.m3", "f0", "f2")] == [
+        assert [
+            plan[f"b.{i}.{n}.weight"].dim for n in ("a.m0", "a.m1", "a.m3", "f0", "f2")
+        ] == [
             0,
             0,
             1,
             0,
             1,
         ]
-        assert {plan[f"b.{i}.{n}.weight"].how for n in ("a.m0", "a.m1", "a.m3", "f0", "f2")} == {
-            "local"
-        }
+        assert {
+            plan[f"b.{i}.{n}.weight"].how for n in ("a.m0", "a.m1", "a.m3", "f0", "f2")
+        } == {"local"}
 
 
 def test_axes_that_cannot_be_shown_are_given_up_together(monkeypatch):
-    """Each block's hidden axis fails in the proof, by a scalar or by a shape: one run finds them
-    all, another shows the rest."""
+    """Each block's hidden axis fails in the proof, by a scalar or by a shape: one run
+    finds them all, another shows the rest."""
 
     class Scaled(nn.Module):
         def __init__(self, fails):
@@ -293,9 +322,13 @@ def test_axes_that_cannot_be_shown_are_given_up_together(monkeypatch):
 
     runs = []
     monkeypatch.setattr(
-        settle, "prove", lambda *args, prove=settle.prove: runs.append(1) or prove(*args)
+        settle,
+        "prove",
+        lambda *args, prove=settle.prove: runs.append(1) or prove(*args),
     )
-    model = nn.Sequential(*[Scaled(f) for f in ("scalar", "", "scalar", "shape", "", "scalar")])
+    model = nn.Sequential(
+        *[Scaled(f) for f in ("scalar", "", "scalar", "shape", "", "scalar")]
+    )
     plan = plan_tensor_parallel(model, 2, example_inputs=(torch.ones(2, 3, 8),))
     assert [plan[f"{i}.up.weight"].how == "local" for i in range(6)] == [
         False,
@@ -305,9 +338,12 @@ def test_axes_that_cannot_be_shown_are_given_up_together(monkeypatch):
         True,
         False,
     ], plan
-    assert "its argument 32 becomes 16 on shards: div in 2" in plan["2.up.bias"].why, plan
     assert (
-        "expected shapes" in plan["3.up.bias"].why and "broadcast_to in 3" in plan["3.up.bias"].why
+        "its argument 32 becomes 16 on shards: div in 2" in plan["2.up.bias"].why
+    ), plan
+    assert (
+        "expected shapes" in plan["3.up.bias"].why
+        and "broadcast_to in 3" in plan["3.up.bias"].why
     ), plan
     assert len(runs) == 2
 
@@ -320,18 +356,23 @@ class Experts(nn.Module):
         up, down = torch.randn(4, 16, width), torch.randn(4, width, 16)
         self.transposed = transposed
         self.up, self.down = (
-            nn.Parameter(w.transpose(1, 2).contiguous() if transposed else w) for w in (up, down)
+            nn.Parameter(w.transpose(1, 2).contiguous() if transposed else w)
+            for w in (up, down)
         )
 
     def forward(self, x):
         ends = torch.arange(2, 10, 2, dtype=torch.int32, device=x.device)
-        up, down = (w.transpose(1, 2) if self.transposed else w for w in (self.up, self.down))
-        return torch._grouped_mm(torch._grouped_mm(x, up, offs=ends).relu(), down, offs=ends)
+        up, down = (
+            w.transpose(1, 2) if self.transposed else w for w in (self.up, self.down)
+        )
+        return torch._grouped_mm(
+            torch._grouped_mm(x, up, offs=ends).relu(), down, offs=ends
+        )
 
 
 def test_experts_whose_shards_are_aligned_in_their_own_dtype():
-    """A product in groups wants strides of 16 bytes: 4 floats a rank have them, though 4 of
-    bfloat16, which alone fakes know, have not."""
+    """A product in groups wants strides of 16 bytes: 4 floats a rank have them, though
+    4 of bfloat16, which alone fakes know, have not."""
     plan = plan_tensor_parallel(Experts(8), 2, example_inputs=(torch.randn(8, 16),))
     assert {n: (e.how, e.dim) for n, e in plan.entries.items()} == {
         "up": ("local", 2),
@@ -345,8 +386,8 @@ def test_experts_whose_shards_are_aligned_in_their_own_dtype():
 
 @pytest.mark.parametrize("n, how", [(2, "local"), (3, "weight gathered")])
 def test_experts_whose_gradients_are_not_aligned(n, how):
-    """Weights stored transposed, as transformers has them, are aligned in the forward; what comes
-    back is not: 22 floats a rank of 64."""
+    """Weights stored transposed, as transformers has them, are aligned in the forward;
+    what comes back is not: 22 floats a rank of 64."""
 
     def ranks(rank):
         x = torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
@@ -375,7 +416,9 @@ class HeadsOfItsOwnSize(nn.Module):
 
     def forward(self, x):
         q, k, v = (self.heads(layer(x)) for layer in (self.q, self.k, self.v))
-        return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.o(
+            F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        )
 
 
 def test_heads_are_split_where_their_size_is_computed_from_a_shards():
@@ -384,13 +427,14 @@ def test_heads_are_split_where_their_size_is_computed_from_a_shards():
         plan_tensor_parallel(HeadsOfItsOwnSize(computed), 2, example_inputs=x)
         for computed in (True, False)
     ]
-    assert plans[0].to_json() == plans[1].to_json() and plans[0]["q.weight"].how == "local", plans[
-        0
-    ]
+    assert (
+        plans[0].to_json() == plans[1].to_json() and plans[0]["q.weight"].how == "local"
+    ), plans[0]
 
 
 class CutsAcrossHeads(nn.Module):
-    """So few rows that its fused weight is cheapest split where what reads it needs it whole."""
+    """So few rows that its fused weight is cheapest split where what reads it needs it
+    whole."""
 
     def __init__(self):
         super().__init__()
@@ -398,13 +442,15 @@ class CutsAcrossHeads(nn.Module):
 
     def forward(self, x):
         b, t, _ = x.shape
-        q, k, v = (y.view(b, t, -1, 4).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
+        q, k, v = (
+            y.view(b, t, -1, 4).transpose(1, 2) for y in self.qkv(x).chunk(3, -1)
+        )
         return self.o(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2))
 
 
 def test_what_is_completed_at_once_is_gathered():
-    """It is split along its axis all the same, which another path may go on with; a plan read from
-    JSON knows."""
+    """It is split along its axis all the same, which another path may go on with; a
+    plan read from JSON knows."""
     hows = set()
     for rows in 5, 128:
         plan = plan_tensor_parallel(
@@ -423,8 +469,8 @@ def test_what_is_completed_at_once_is_gathered():
 
 
 def test_a_call_in_inference_mode_computes_on_shards():
-    """Its operators are others (linear, matmul, reshape), which are planned as those that they are
-    made of."""
+    """Its operators are others (linear, matmul, reshape), which are planned as those
+    that they are made of."""
 
     def ranks(rank):
         x = torch.randn(2, 16, 64, generator=torch.Generator().manual_seed(1))
@@ -434,7 +480,9 @@ def test_a_call_in_inference_mode_computes_on_shards():
         for mode in torch.no_grad, torch.inference_mode:
             model.train(mode is torch.no_grad)  # another kind of call
             with mode():
-                model(x), model(x), model(x)  # what is compared in the first ones is not counted
+                model(x), model(x), model(
+                    x
+                )  # what is compared in the first ones is not counted
                 with CommDebugMode() as counts:
                     model(x)
             sent.append(counts.get_total_counts())

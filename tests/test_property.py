@@ -1,5 +1,5 @@
-"""Modules composed at random from operators that have rules: sharded over two ranks they give the
-whole model's outputs and gradients."""
+"""Modules composed at random from operators that have rules: sharded over two ranks
+they give the whole model's outputs and gradients."""
 
 import copy
 import random
@@ -45,7 +45,9 @@ def heads(m, d, rng):
     h = rng.choice([2, 4])
     w = m.param(h, 1, 1)
     return (
-        lambda x: (x.view(B, T, h, -1).transpose(1, 2) * w()).transpose(1, 2).reshape(B, T, -1),
+        lambda x: (x.view(B, T, h, -1).transpose(1, 2) * w())
+        .transpose(1, 2)
+        .reshape(B, T, -1),
         d,
     )
 
@@ -56,7 +58,11 @@ def attention(m, d, rng):
 
     def f(x):
         q, k, v = (F.linear(x, w()).view(B, T, 2, -1).transpose(1, 2) for w in ws)
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)
+        return (
+            F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+            .transpose(1, 2)
+            .flatten(2)
+        )
 
     return f, d
 
@@ -103,12 +109,18 @@ def group_softmax(m, d, rng):
 def conv(m, d, rng):
     out = rng.choice([4, 8])
     w, b = m.param(out, d, 3), m.param(out)
-    return lambda x: F.conv1d(x.transpose(1, 2), w(), b(), padding=1).transpose(1, 2), out
+    return (
+        lambda x: F.conv1d(x.transpose(1, 2), w(), b(), padding=1).transpose(1, 2),
+        out,
+    )
 
 
 def depthwise(m, d, rng):
     w = m.param(d, 1, 3)
-    return lambda x: F.conv1d(x.transpose(1, 2), w(), padding=1, groups=d).transpose(1, 2), d
+    return (
+        lambda x: F.conv1d(x.transpose(1, 2), w(), padding=1, groups=d).transpose(1, 2),
+        d,
+    )
 
 
 def roll(m, d, rng):
@@ -141,7 +153,10 @@ def in_place(m, d, rng):
 
 def masked(m, d, rng):
     w = m.param(d, d)
-    return lambda x: F.linear(x, w()).masked_fill(torch.ones(T, 1).cumsum(0) > 2, 0.5), d
+    return (
+        lambda x: F.linear(x, w()).masked_fill(torch.ones(T, 1).cumsum(0) > 2, 0.5),
+        d,
+    )
 
 
 def cumsum(m, d, rng):
@@ -151,7 +166,10 @@ def cumsum(m, d, rng):
 
 def gather(m, d, rng):
     w = m.param(d, d)
-    return lambda x: F.linear(x, w()).gather(1, torch.zeros(B, T, d, dtype=torch.long)), d
+    return (
+        lambda x: F.linear(x, w()).gather(1, torch.zeros(B, T, d, dtype=torch.long)),
+        d,
+    )
 
 
 def group_norm(m, d, rng):
@@ -238,7 +256,10 @@ class Random(nn.Module):
     def param(self, *shape):
         read = Param(f"p{len(self.reads)}")
         self.reads.append(read)
-        p = torch.randn(*shape, generator=self.gen, dtype=torch.float64) / max(1, shape[-1]) ** 0.5
+        p = (
+            torch.randn(*shape, generator=self.gen, dtype=torch.float64)
+            / max(1, shape[-1]) ** 0.5
+        )
         setattr(self, read.name, nn.Parameter(p))
         return read
 
@@ -252,18 +273,26 @@ class Random(nn.Module):
     def __deepcopy__(self, memo):
         new = copy.copy(self)
         new.__dict__ = {
-            k: copy.deepcopy(v, memo) if k.startswith("_") else v for k, v in self.__dict__.items()
+            k: copy.deepcopy(v, memo) if k.startswith("_") else v
+            for k, v in self.__dict__.items()
         }
         return new
 
 
 def sample(seed):
     model = Random(seed, 3 + seed % 6)
-    x = torch.randn(B, T, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    x = torch.randn(
+        B, T, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     return model, x
 
 
-@settings(max_examples=40, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=40,
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
 @given(st.integers(0, 10**6))
 def test_planning_never_raises(seed):
     model, x = sample(seed)
@@ -272,7 +301,9 @@ def test_planning_never_raises(seed):
 
 
 def close(a, b):
-    return a.shape == b.shape and (a - b).abs().max() <= 1e-9 * max(1.0, b.abs().max().item())
+    return a.shape == b.shape and (a - b).abs().max() <= 1e-9 * max(
+        1.0, b.abs().max().item()
+    )
 
 
 def mistakes(seed):
@@ -303,7 +334,9 @@ def test_two_ranks_compute_what_one_does(start):
             try:
                 found.append(mistakes(seed))
             except Exception as e:
-                found.append(f"seed {seed} {sample(seed)[0].names}: {type(e).__name__}: {e}")
+                found.append(
+                    f"seed {seed} {sample(seed)[0].names}: {type(e).__name__}: {e}"
+                )
         return [f for f in found if f]
 
     found = run_ranks(ranks, 2, timeout=100)
@@ -332,6 +365,8 @@ def test_rows_of_a_table_that_are_a_part_of_a_dim(dim):
         apply_tensor_parallel(model, tp_size=2, example_inputs=(ids,))
         a, b = model(ids), whole(ids)
         a.pow(2).sum().backward(), b.pow(2).sum().backward()
-        return close(a, b) and close(model.e.weight.grad.full_tensor(), whole.e.weight.grad)
+        return close(a, b) and close(
+            model.e.weight.grad.full_tensor(), whole.e.weight.grad
+        )
 
     assert run_ranks(ranks, 2) == [True, True]

@@ -1,5 +1,5 @@
-"""Ranks are processes of their own: each has another hash seed, and its own order of all that has
-no order."""
+"""Ranks are processes of their own: each has another hash seed, and its own order of
+all that has no order."""
 
 import pytest
 import torch
@@ -23,11 +23,15 @@ class Cross(nn.Module):
 
     def __init__(self, d=36):
         super().__init__()
-        self.q, self.k, self.v, self.o = (nn.Parameter(torch.randn(d, d) / 6) for _ in range(4))
+        self.q, self.k, self.v, self.o = (
+            nn.Parameter(torch.randn(d, d) / 6) for _ in range(4)
+        )
 
     def forward(self, query=None, memory=None, other=None):
         pairs = (self.q, query), (self.k, memory), (self.v, other)
-        q, k, v = (F.linear(x, w).unflatten(-1, (3, -1)).transpose(1, 2) for w, x in pairs)
+        q, k, v = (
+            F.linear(x, w).unflatten(-1, (3, -1)).transpose(1, 2) for w, x in pairs
+        )
         return F.linear(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2), self.o)
 
 
@@ -36,7 +40,9 @@ class Model(nn.Module):
 
     def __init__(self, d=36):
         super().__init__()
-        self.parts = nn.ModuleDict({name: nn.Linear(8, d) for name in ("alpha", "beta", "gamma")})
+        self.parts = nn.ModuleDict(
+            {name: nn.Linear(8, d) for name in ("alpha", "beta", "gamma")}
+        )
         self.cross, self.norm = Cross(d), nn.LayerNorm(d)
         self.up, self.down = nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
 
@@ -50,9 +56,13 @@ class Model(nn.Module):
 
 
 def keywords(size):
-    """Keyword arguments in the order of a set of strings, which is another in every process."""
+    """Keyword arguments in the order of a set of strings, which is another in every
+    process."""
     gen = torch.Generator().manual_seed(size)
-    inputs = {name: torch.randn(2, size, 8, generator=gen) for name in ("alpha", "beta", "gamma")}
+    inputs = {
+        name: torch.randn(2, size, 8, generator=gen)
+        for name in ("alpha", "beta", "gamma")
+    }
     return double({name: inputs[name] for name in set(inputs)})
 
 
@@ -74,13 +84,15 @@ def split_and_called(rank, n):
         compare(sharded, whole, keywords(size))
     sharded.eval(), whole.eval()
     compare(sharded, whole, keywords(4), grad=False)
-    split = sum(e.dim is not None for e in sharded.tensor_parallel_plan.entries.values())
+    split = sum(
+        e.dim is not None for e in sharded.tensor_parallel_plan.entries.values()
+    )
     return hash("alpha"), bytes_weighed(n), split
 
 
 def test_ranks_with_other_hash_seeds():
-    """On 3 ranks bytes are no whole numbers, whose sum depends on the order in which they are
-    added."""
+    """On 3 ranks bytes are no whole numbers, whose sum depends on the order in which
+    they are added."""
     hashes, weighed, split = zip(*run_ranks(split_and_called, 3, 3, fresh=True))
     assert (
         len(set(hashes)) == 3
@@ -92,7 +104,9 @@ def test_ranks_with_other_hash_seeds():
 
 def test_modules_in_another_order():
     def ranks(rank):
-        names = ["a", "b"] if rank == 0 else ["b", "a"]  # as a set of names would have it
+        names = (
+            ["a", "b"] if rank == 0 else ["b", "a"]
+        )  # as a set of names would have it
         model = nn.ModuleDict({name: nn.Linear(8, 8) for name in names})
         model.forward = lambda x: model["a"](x) + model["b"](x)
         apply_tensor_parallel(model, 2, example_inputs=(torch.ones(2, 8),))
@@ -106,7 +120,8 @@ def test_modules_in_another_order():
 
 
 @pytest.mark.parametrize(
-    "what", ["src_data_rank", "contiguous", "loss_parallel", "shape", "dtype", "more", "meta"]
+    "what",
+    ["src_data_rank", "contiguous", "loss_parallel", "shape", "dtype", "more", "meta"],
 )
 def test_told_before_anything_depends_on_it(what):
     def ranks(rank):
@@ -134,7 +149,9 @@ def test_told_before_anything_depends_on_it(what):
             "meta": "buffer kept",
         }
         assert (
-            wanted.get(what, what) in message and "on rank 0" in message and "on rank 1" in message
+            wanted.get(what, what) in message
+            and "on rank 0" in message
+            and "on rank 1" in message
         )
 
 
@@ -147,8 +164,14 @@ def test_a_source_that_is_no_rank():
 
 
 def test_canonical_data():
-    a = {"x": {"q", "memory", "other"}, "y": [torch.float32, slice(1, None), {1.5, (1, "a")}]}
-    b = {"y": [torch.float32, slice(1, None), {(1, "a"), 1.5}], "x": {"other", "memory", "q"}}
+    a = {
+        "x": {"q", "memory", "other"},
+        "y": [torch.float32, slice(1, None), {1.5, (1, "a")}],
+    }
+    b = {
+        "y": [torch.float32, slice(1, None), {(1, "a"), 1.5}],
+        "x": {"other", "memory", "q"},
+    }
     assert canonical(a) == canonical(b) != canonical({**a, "x": {"q"}})
     assert "0x" not in canonical([object(), nn.Linear(1, 1), lambda: 0])
     assert canonical({"a": 1}) != canonical({"a": "1"}) != canonical({"a": True})

@@ -1,5 +1,5 @@
-"""A parameter is one tensor by whatever way a forward reads it, and what is done to it belongs to
-its use."""
+"""A parameter is one tensor by whatever way a forward reads it, and what is done to it
+belongs to its use."""
 
 import pytest
 import torch
@@ -33,7 +33,8 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Its norm's weight is replicated within a sharded region, its last bias is added once."""
+    """Its norm's weight is replicated within a sharded region, its last bias is added
+    once."""
 
     def __init__(self):
         super().__init__()
@@ -41,9 +42,14 @@ class Attention(nn.Module):
         self.o, self.n = nn.Linear(32, 16), Norm(8)
 
     def run(self, x):
-        q, k, v = (m(x).view(*x.shape[:2], 4, 8).transpose(1, 2) for m in (self.q, self.k, self.v))
+        q, k, v = (
+            m(x).view(*x.shape[:2], 4, 8).transpose(1, 2)
+            for m in (self.q, self.k, self.v)
+        )
         return self.o(
-            F.scaled_dot_product_attention(self.n(q), self.n(k), v).transpose(1, 2).flatten(2)
+            F.scaled_dot_product_attention(self.n(q), self.n(k), v)
+            .transpose(1, 2)
+            .flatten(2)
         )
 
 
@@ -56,7 +62,10 @@ class Outer(nn.Module):
 
 
 TWICE = {
-    "a bias, penalised": (model(lambda s, x: s.run(x).square().mean() + s.b.bias.pow(2).sum()), 16),
+    "a bias, penalised": (
+        model(lambda s, x: s.run(x).square().mean() + s.b.bias.pow(2).sum()),
+        16,
+    ),
     "a bias, taken off": (model(lambda s, x: s.run(x) - s.b.bias), 16),
     "a bias, before": (model(lambda s, x: (lambda c: s.run(x) * c)(s.b.bias * 2)), 16),
     "a bias, by a function too": (
@@ -66,7 +75,11 @@ TWICE = {
     "two runs and a bias": (model(lambda s, x: s.run(x) + s.run(-x) + s.b.bias), 16),
     "a weight": (model(lambda s, x: s.run(x) @ s.b.weight), 16),
     "weights, penalised": (
-        model(lambda s, x: s.run(x).mean() + s.a.weight.pow(2).sum() + s.b.bias.abs().sum()),
+        model(
+            lambda s, x: s.run(x).mean()
+            + s.a.weight.pow(2).sum()
+            + s.b.bias.abs().sum()
+        ),
         16,
     ),
     "a norm": (model(lambda s, x: s.run(x) + s.n.weight.pow(2).sum(), Attention), 16),
@@ -85,7 +98,9 @@ TWICE = {
 def stacked(s, x):
     both = [dict(m.named_parameters()) for m in (s.a, s.a)]
     params = {name: torch.stack([p[name] for p in both]) for name in both[0]}
-    return torch.func.vmap(lambda p, y: functional_call(s.a, p, (y,)), (0, None))(params, x).sum(0)
+    return torch.func.vmap(lambda p, y: functional_call(s.a, p, (y,)), (0, None))(
+        params, x
+    ).sum(0)
 
 
 def one_step(s, x):
@@ -94,13 +109,17 @@ def one_step(s, x):
     loss = functional_call(s.a, params, (x,)).square().mean()
     grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
     return s.b(
-        functional_call(s.a, {k: p - 0.1 * g for (k, p), g in zip(params.items(), grads)}, (x,))
+        functional_call(
+            s.a, {k: p - 0.1 * g for (k, p), g in zip(params.items(), grads)}, (x,)
+        )
     )
 
 
 def of_state(s, x):
     state = s.state_dict(keep_vars=True)
-    return F.linear(F.linear(x, state["a.weight"], state["a.bias"]).relu(), state["b.weight"])
+    return F.linear(
+        F.linear(x, state["a.weight"], state["a.bias"]).relu(), state["b.weight"]
+    )
 
 
 def of_dict(s, x):
@@ -121,7 +140,10 @@ def norms(s, x):
 
 
 def flat(s, x):
-    return s.run(x).square().mean() + torch.cat([p.flatten() for p in s.parameters()]).abs().mean()
+    return (
+        s.run(x).square().mean()
+        + torch.cat([p.flatten() for p in s.parameters()]).abs().mean()
+    )
 
 
 def unpacked(s, x):
@@ -130,7 +152,9 @@ def unpacked(s, x):
 
 
 def scaled(s, x):
-    return s.b(functional_call(s.a, {k: v * 2 for k, v in s.a.named_parameters()}, (x,)).relu())
+    return s.b(
+        functional_call(s.a, {k: v * 2 for k, v in s.a.named_parameters()}, (x,)).relu()
+    )
 
 
 def unchanged(s, x):
@@ -208,8 +232,8 @@ def averaged(s, x):
 
 @pytest.mark.parametrize("f", [clamped, normalised, averaged])
 def test_forwards_that_write_to_parameters(f):
-    """In place, or by assigning to `.data`: they stay whole, and have the values that they would
-    have."""
+    """In place, or by assigning to `.data`: they stay whole, and have the values that
+    they would have."""
 
     def ranks(rank):
         x = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
@@ -225,12 +249,14 @@ def test_forwards_that_write_to_parameters(f):
 
 
 def mlp():
-    return nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 6), nn.Tanh(), nn.Linear(6, 4))
+    return nn.Sequential(
+        nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 6), nn.Tanh(), nn.Linear(6, 4)
+    )
 
 
 class FusedHeads(nn.Module):
-    """Attention of n heads with one fused weight; exponentials, so that no second derivative is
-    zero."""
+    """Attention of n heads with one fused weight; exponentials, so that no second
+    derivative is zero."""
 
     def __init__(self, n):
         super().__init__()
@@ -257,8 +283,9 @@ class LanguageModel(nn.Module):
 
 @pytest.mark.parametrize("n", [2, 3])
 def test_gradients_of_gradients(n):
-    """A penalty on the norm of the gradient, by parameters and by inputs: where a bias is added
-    once, where rows of a fused weight are exchanged, where a lookup and a loss are on shards."""
+    """A penalty on the norm of the gradient, by parameters and by inputs: where a bias
+    is added once, where rows of a fused weight are exchanged, where a lookup and a loss
+    are on shards."""
 
     def ranks(rank):
         x = torch.randn(3, 12, generator=torch.Generator().manual_seed(0)).double()
@@ -274,18 +301,26 @@ def test_gradients_of_gradients(n):
 
     def penalised(build, given, n, contiguous):
         sharded, whole = pair(build, n, example_inputs=(given,), contiguous=contiguous)
-        inputs = [given.clone().requires_grad_(given.is_floating_point()) for _ in range(2)]
+        inputs = [
+            given.clone().requires_grad_(given.is_floating_point()) for _ in range(2)
+        ]
         for m, x in zip((sharded, whole), inputs):
             wanted = [*m.parameters(), *([x] if x.requires_grad else [])]
             grads = torch.autograd.grad(m(x).square().mean(), wanted, create_graph=True)
             assert all(g.requires_grad for g in grads)
             total = sum(
-                g.full_tensor().square().sum() if hasattr(g, "full_tensor") else g.square().sum()
+                (
+                    g.full_tensor().square().sum()
+                    if hasattr(g, "full_tensor")
+                    else g.square().sum()
+                )
                 for g in grads
             )
             total.backward()
         if given.is_floating_point():
-            torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(
+                inputs[0].grad, inputs[1].grad, rtol=1e-9, atol=1e-12
+            )
         for (name, p), q in zip(sharded.named_parameters(), whole.named_parameters()):
             torch.testing.assert_close(
                 p.grad.full_tensor(), q[1].grad, rtol=1e-9, atol=1e-12, msg=name
@@ -295,8 +330,8 @@ def test_gradients_of_gradients(n):
 
 
 def test_modules_that_keep_lists_of_their_parameters():
-    """An LSTM's parameters are read by their module and by the one around it, and stay in their
-    order."""
+    """An LSTM's parameters are read by their module and by the one around it, and stay
+    in their order."""
 
     class Recurrent(nn.Module):
         def __init__(self):
@@ -305,7 +340,8 @@ def test_modules_that_keep_lists_of_their_parameters():
 
         def forward(self, x):
             penalty = (
-                sum(p.square().sum() for p in self.rnn.parameters()) + self.rnn.bias_hh_l1.sum()
+                sum(p.square().sum() for p in self.rnn.parameters())
+                + self.rnn.bias_hh_l1.sum()
             )
             return self.out(self.rnn(x)[0]) + 0.1 * penalty
 
@@ -314,7 +350,9 @@ def test_modules_that_keep_lists_of_their_parameters():
         sharded, whole = pair(Recurrent, 2, example_inputs=(x.double(),))
         for _ in range(2):
             compare(sharded, whole, (x,))
-        assert list(dict(sharded.named_parameters())) == list(dict(whole.named_parameters()))
+        assert list(dict(sharded.named_parameters())) == list(
+            dict(whole.named_parameters())
+        )
         assert list(sharded.state_dict()) == list(whole.state_dict())
 
     run_ranks(ranks, 2)

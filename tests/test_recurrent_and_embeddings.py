@@ -17,7 +17,9 @@ from quintnet_dt import plan_tensor_parallel
 class Recurrent(nn.Module):
     def __init__(self, layer, width=16, packed=False, **options):
         super().__init__()
-        self.emb, self.rnn = nn.Embedding(20, 16, padding_idx=0), layer(16, 16, **options)
+        self.emb, self.rnn = nn.Embedding(20, 16, padding_idx=0), layer(
+            16, 16, **options
+        )
         self.fc, self.packed, self.first = (
             nn.Linear(width, 8),
             packed,
@@ -29,7 +31,9 @@ class Recurrent(nn.Module):
         if lengths is None:
             out, state = self.rnn(x, state)
         else:
-            x = nn.utils.rnn.pack_padded_sequence(x, lengths, self.first, enforce_sorted=False)
+            x = nn.utils.rnn.pack_padded_sequence(
+                x, lengths, self.first, enforce_sorted=False
+            )
             out, state = self.rnn(x, state)
             out, _ = nn.utils.rnn.pad_packed_sequence(out, self.first)
         return self.fc(out), state
@@ -38,7 +42,11 @@ class Recurrent(nn.Module):
 class Cells(nn.Module):
     def __init__(self):
         super().__init__()
-        self.lstm, self.gru, self.rnn = nn.LSTMCell(16, 16), nn.GRUCell(16, 12), nn.RNNCell(12, 16)
+        self.lstm, self.gru, self.rnn = (
+            nn.LSTMCell(16, 16),
+            nn.GRUCell(16, 12),
+            nn.RNNCell(12, 16),
+        )
         self.fc = nn.Linear(16, 8)
 
     def forward(self, x):
@@ -62,14 +70,19 @@ def test_recurrent_layers():
             lambda: (randn(4, 8),),
         ),
         "gru": (
-            lambda: Recurrent(nn.GRU, 32, num_layers=2, bidirectional=True, batch_first=True),
+            lambda: Recurrent(
+                nn.GRU, 32, num_layers=2, bidirectional=True, batch_first=True
+            ),
             lambda: (ids(3, 6),),
             lambda: (ids(3, 6), randn(4, 3, 16)),
             lengths,
         ),
         "packed lstm": (lambda: Recurrent(nn.LSTM, batch_first=True), lengths),
         "projected": (lambda: Recurrent(nn.LSTM, 4, proj_size=4), lambda: (ids(5, 3),)),
-        "rnn": (lambda: Recurrent(nn.RNN, nonlinearity="relu", bias=False), lambda: (ids(5, 3),)),
+        "rnn": (
+            lambda: Recurrent(nn.RNN, nonlinearity="relu", bias=False),
+            lambda: (ids(5, 3),),
+        ),
         "cells": (Cells, lambda: (randn(2, 3, 16),), lambda: (randn(1, 4, 16),)),
     }
     check_all(cases, share=0.53)
@@ -104,7 +117,9 @@ class LanguageModel(nn.Module):
 
     def forward(self, ids):
         x = self.emb(ids) + self.pos(torch.arange(ids.shape[1]))
-        return self.out(self.encoder(x, mask=causal(ids.shape[1], dtype=x.dtype), is_causal=True))
+        return self.out(
+            self.encoder(x, mask=causal(ids.shape[1], dtype=x.dtype), is_causal=True)
+        )
 
 
 @pytest.mark.parametrize("n", [2, 4])
@@ -124,12 +139,15 @@ def test_embeddings(n):
         for k, o in {"model": {}, "padded": {"padding_idx": 0}}.items()
     }
     if n == 4:
-        cases = {k: cases[k] for k in ("last row is padding", "odd", "tied", "bag", "model")}
+        cases = {
+            k: cases[k] for k in ("last row is padding", "odd", "tied", "bag", "model")
+        }
     check_all(cases, n, modes=["train"], share=1 / n + 0.05)
 
 
 def test_a_weight_that_the_lookup_writes_to_is_replicated():
-    """nn.Embedding(max_norm=...) scales the rows that it is asked for, on every rank alike."""
+    """nn.Embedding(max_norm=...) scales the rows that it is asked for, on every rank
+    alike."""
     ids = lambda: (torch.randint(0, 24, (2, 5)),)
     options = {
         "plain": {"max_norm": 1.0},
@@ -157,7 +175,9 @@ def test_sparse_gradients_become_dense():
             for model in (sharded, whole):
                 model(ids).square().sum().backward()
             close(
-                sharded.emb.weight.grad.full_tensor(), whole.emb.weight.grad.to_dense(), "gradient"
+                sharded.emb.weight.grad.full_tensor(),
+                whole.emb.weight.grad.to_dense(),
+                "gradient",
             )
 
     run_ranks(ranks, 2)

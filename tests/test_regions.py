@@ -1,4 +1,5 @@
-"""Regions of real models: fused projections, uneven heads, convolutions, parameters inside."""
+"""Regions of real models: fused projections, uneven heads, convolutions, parameters
+inside."""
 
 import pytest
 import torch
@@ -38,10 +39,14 @@ def test_fused_projections(n):
         cases[kind, kv] = dict(
             build=fused(kind, 4, kv), given=x, local=local if kv % n == 0 else {}
         )
-    cases["thirds"] = dict(build=fused("thirds"), given=x, local={"inp.weight": 1, "out.weight": 0})
+    cases["thirds"] = dict(
+        build=fused("thirds"), given=x, local={"inp.weight": 1, "out.weight": 0}
+    )
     cases["one kv head"] = dict(build=fused("one kv head", 4, 1), given=x)
     for kind in ("chunk", "split", "slices"):
-        cases[f"gate and up by {kind}"] = dict(build=fused_mlp(kind), given=x, local=local)
+        cases[f"gate and up by {kind}"] = dict(
+            build=fused_mlp(kind), given=x, local=local
+        )
     check_all(cases, n)
 
 
@@ -61,7 +66,8 @@ def test_heads_that_do_not_divide(n):
 
 
 def test_queries_that_divide_where_keys_do_not():
-    """At the sizes of a real model; in a tiny one the model dimension may send fewer bytes."""
+    """At the sizes of a real model; in a tiny one the model dimension may send fewer
+    bytes."""
     with torch.device("meta"):
         model = llama(
             num_attention_heads=16,
@@ -70,14 +76,18 @@ def test_queries_that_divide_where_keys_do_not():
             intermediate_size=4096,
             vocab_size=32000,
         )
-    plan = plan_tensor_parallel(model, 4, example_inputs=(torch.ones(2, 128, dtype=torch.long),))
+    plan = plan_tensor_parallel(
+        model, 4, example_inputs=(torch.ones(2, 128, dtype=torch.long),)
+    )
     q, o = (plan[f"model.layers.0.self_attn.{p}_proj.weight"] for p in "qo")
     assert (q.how, q.dim, o.how, o.dim) == ("local", 0, "local", 1), plan
 
 
 def test_three_ranks():
     hf = pytest.importorskip("transformers")
-    sizes = dict(vocab_size=48, n_positions=32, n_embd=32, n_layer=1, n_head=4, use_cache=False)
+    sizes = dict(
+        vocab_size=48, n_positions=32, n_embd=32, n_layer=1, n_head=4, use_cache=False
+    )
     gpt2 = lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**sizes))  # noqa: E731
     bert = lambda: hf.BertForMaskedLM(
         hf.BertConfig(**TEXT, max_position_embeddings=32)
@@ -93,8 +103,8 @@ def test_three_ranks():
 
 
 def small_reductions(n):
-    """Norms of all queries and keys cost no more than a sum each, forward and backward, of a number
-    for each token."""
+    """Norms of all queries and keys cost no more than a sum each, forward and backward,
+    of a number for each token."""
 
     def then(sharded):
         plan = sharded.tensor_parallel_plan
@@ -102,7 +112,9 @@ def small_reductions(n):
             attention()().double(), n, example_inputs=double(features(2, 5, D)())
         )
         assert (
-            0 < plan.bytes_per_step - bare.bytes_per_step <= 2 * 2 * 5 * 8 * 4 * (n - 1) / n
+            0
+            < plan.bytes_per_step - bare.bytes_per_step
+            <= 2 * 2 * 5 * 8 * 4 * (n - 1) / n
         ), f"{plan}\n{bare}"
 
     return then
@@ -113,7 +125,8 @@ def sinks(q, k, v, m):
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     scores = q @ k.mT * q.shape[-1] ** -0.5
     scores = torch.cat(
-        [scores, m.sinks.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], -1)], dim=-1
+        [scores, m.sinks.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], -1)],
+        dim=-1,
     )
     scores = scores - scores.max(dim=-1, keepdim=True).values
     return (scores.softmax(-1)[..., :-1] @ v).transpose(1, 2).flatten(2)
@@ -121,7 +134,9 @@ def sinks(q, k, v, m):
 
 def alibi(q, k, v, m):
     at = torch.arange(q.shape[1])
-    return attend(q, k, v, m.slopes[:, None, None] * (at[None, None, :] - at[None, :, None]))
+    return attend(
+        q, k, v, m.slopes[:, None, None] * (at[None, None, :] - at[None, :, None])
+    )
 
 
 def cosine(q, k, v, m):
@@ -138,7 +153,11 @@ def cosine(q, k, v, m):
 def relative(m, x):
     """One table of relative positions serves all layers."""
     at = torch.arange(x.shape[1])
-    bias = m.table((at[None, :] - at[:, None]).clamp(-3, 4) + 3).permute(2, 0, 1).unsqueeze(0)
+    bias = (
+        m.table((at[None, :] - at[:, None]).clamp(-3, 4) + 3)
+        .permute(2, 0, 1)
+        .unsqueeze(0)
+    )
     for layer in (m.first, m.second):
         q, k, v = (layer[p](x).view(*x.shape[:2], 4, 6) for p in "qkv")
         x = x + layer["o"](attend(q, k, v, bias))
@@ -157,8 +176,8 @@ class Slopes(nn.Module):
 
 
 def scaled(m, x):
-    """A slope for each hidden unit; a scale and a gate that are one number each, inside and
-    outside."""
+    """A slope for each hidden unit; a scale and a gate that are one number each, inside
+    and outside."""
     h = m.a(x)
     h = torch.where(h > 0, h, m.slopes * h) * m.logit_scale.exp()
     return m.outer.tanh() * m.b(h + torch.tanh(m.gate) * h.square())
@@ -166,19 +185,32 @@ def scaled(m, x):
 
 @pytest.mark.parametrize("n", [2, 4])
 def test_parameters_inside_a_region(n):
-    builds = {name: attention(norm=name) for name in ("head", "rms", "layer", "spelled")} | {
+    builds = {
+        name: attention(norm=name) for name in ("head", "rms", "layer", "spelled")
+    } | {
         "sinks": attention(sinks, sinks=(4,)),
         "slopes of heads": attention(alibi, slopes=(4,)),
         "slopes in a buffer": attention(alibi, slopes=Slopes),
         "temperatures": attention(cosine, temperature=(4, 1, 1)),
         "relative positions": model(relative, layers, residual=False),
     }
-    x, numbers = features(2, 5, D), {"slopes": (48,), "logit_scale": (), "gate": (1,), "outer": ()}
-    cases = {name: dict(build=build, given=x, local=HEADS) for name, build in builds.items()}
+    x, numbers = features(2, 5, D), {
+        "slopes": (48,),
+        "logit_scale": (),
+        "gate": (1,),
+        "outer": (),
+    }
+    cases = {
+        name: dict(build=build, given=x, local=HEADS) for name, build in builds.items()
+    }
     cases["spelled"]["then"] = small_reductions(n)
-    # A LayerNorm over a sharded dim is right, but there is no rule by which it could run on head
-    # shards.
+    # A LayerNorm over a sharded dim is right, but there is no rule by which it could
+    # run on head shards.
     cases["layer"]["local"] = None
-    build = model(scaled, lambda: {"a": nn.Linear(D, 48), "b": nn.Linear(48, D), **numbers})
-    cases["slopes and scales"] = dict(build=build, given=x, local={"a.weight": 0, "b.weight": 1})
+    build = model(
+        scaled, lambda: {"a": nn.Linear(D, 48), "b": nn.Linear(48, D), **numbers}
+    )
+    cases["slopes and scales"] = dict(
+        build=build, given=x, local={"a.weight": 0, "b.weight": 1}
+    )
     check_all(cases, n)

@@ -1,5 +1,5 @@
-"""Rules for operators of one's own: right and gathered without one, right and sharded through with
-one."""
+"""Rules for operators of one's own: right and gathered without one, right and sharded
+through with one."""
 
 import pytest
 import torch
@@ -63,7 +63,9 @@ def per_head_backward(ctx, grad):
     return y * (grad - (grad * y).sum(-1, keepdim=True))
 
 
-def grouped(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int) -> torch.Tensor:
+def grouped(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int
+) -> torch.Tensor:
     """A linear layer for each group of features."""
     x, weight = x.unflatten(-1, (groups, -1)), weight.unflatten(0, (groups, -1))
     return torch.einsum("btgi,goi->btgo", x, weight).flatten(-2) + bias
@@ -90,13 +92,15 @@ LINES = {
 
 
 class Net(nn.Module):
-    """Linear, swish of learned slopes, a custom linear back, then heads through a custom softmax.
-    `call` is how operators are called."""
+    """Linear, swish of learned slopes, a custom linear back, then heads through a
+    custom softmax. `call` is how operators are called."""
 
     def __init__(self, call=lambda name: getattr(torch.ops.mylib, name)):
         super().__init__()
         self.up, self.slope = nn.Linear(8, 32), nn.Parameter(torch.randn(32))
-        self.weight, self.bias = nn.Parameter(torch.randn(8, 32) / 4), nn.Parameter(torch.randn(8))
+        self.weight, self.bias = nn.Parameter(torch.randn(8, 32) / 4), nn.Parameter(
+            torch.randn(8)
+        )
         self.q, self.out = nn.Linear(8, 64), nn.Linear(64, 8)
         self.call = call
 
@@ -144,12 +148,15 @@ def test_a_custom_operator_without_and_with_a_rule(n):
 
 
 class Grouped(nn.Module):
-    """A linear layer in 4 groups between two others. `groups` is how their number is written."""
+    """A linear layer in 4 groups between two others. `groups` is how their number is
+    written."""
 
     def __init__(self, groups):
         super().__init__()
         self.up, self.out = nn.Linear(8, 128), nn.Linear(64, 8)
-        self.weight, self.bias = nn.Parameter(torch.randn(64, 32)), nn.Parameter(torch.randn(64))
+        self.weight, self.bias = nn.Parameter(torch.randn(64, 32)), nn.Parameter(
+            torch.randn(64)
+        )
         self.groups = groups
 
     def forward(self, x):
@@ -159,11 +166,13 @@ class Grouped(nn.Module):
 
 
 IN_GROUPS = "b t (g i), (g o) i, +(g o) -> b t (g o); g=groups"
-# How the groups are written: [(parameter, the dim that is sharded, of how many blocks)].
+# How the groups are written: [(parameter, the dim that is sharded, of how many
+# blocks)].
 SHARDED = {
     # features within groups are summed over: each rank has some of every group's
     "a number": [("up.weight", 0, 4), ("weight", 1, 1)],
-    # this number would change with the shard that is summed over; those that are made do not
+    # this number would change with the shard that is summed over; those that are made
+    # do not
     "by the input's size": [("weight", 0, 4), ("bias", 0, 4), ("out.weight", 1, 4)],
 }
 
@@ -201,7 +210,9 @@ def test_a_length_is_a_number_or_told_by_a_dim():
     ):
         register_axis_rule("mylib::grouped", line)
         plans.append(
-            plan_tensor_parallel(make(lambda: Grouped(lambda h: 4)), 2, example_inputs=given())
+            plan_tensor_parallel(
+                make(lambda: Grouped(lambda h: 4)), 2, example_inputs=given()
+            )
         )
     assert plans[0]["weight"].how == "local"
     assert all(plan.placements == plans[0].placements for plan in plans)
@@ -216,8 +227,8 @@ CALLS = {
 
 @pytest.mark.parametrize("by", [*CALLS, "name"])
 def test_an_operator_by_any_of_its_handles(by):
-    """However it is called, and however it is named to register_axis_rule: the same plan, in which
-    it is sharded through."""
+    """However it is called, and however it is named to register_axis_rule: the same
+    plan, in which it is sharded through."""
     for name, line in LINES.items():
         register_axis_rule(f"mylib::{name}" if by == "name" else CALLS[by](name), line)
     plans = [
@@ -225,9 +236,9 @@ def test_an_operator_by_any_of_its_handles(by):
         for call in CALLS.values()
     ]
     for plan in plans:
-        assert {plan[name].how for name in ("up.weight", "slope", "weight", "q.weight")} == {
-            "local"
-        }, plan
+        assert {
+            plan[name].how for name in ("up.weight", "slope", "weight", "q.weight")
+        } == {"local"}, plan
         assert plan.placements == plans[0].placements
 
 
@@ -265,7 +276,10 @@ def test_rules_of_the_same_name_do_not_meet():
         ("b t h, h -> b t ...", "after '->', found '...'"),
         ("b t h?, h -> b t h", "found 'h?'"),
         ("b t +h, h -> b t h", "found '+h'"),
-        ("b t h -> b t h", "2 tensor arguments (x, slope) and 1 results, found 1 and 1"),
+        (
+            "b t h -> b t h",
+            "2 tensor arguments (x, slope) and 1 results, found 1 and 1",
+        ),
         ("b t h, h, h -> b t h", "found 3 and 1"),
         ("b t h, h -> b t h, h", "found 2 and 2"),
     ],
@@ -274,7 +288,9 @@ def test_lines_that_do_not_fit(line, message):
     with pytest.raises(ValueError) as e:
         register_axis_rule(torch.ops.mylib.swish, line)
     assert (
-        message in str(e.value) and "mylib::swish" in str(e.value) and line in str(e.value)
+        message in str(e.value)
+        and "mylib::swish" in str(e.value)
+        and line in str(e.value)
     ), e.value
     assert "mylib::swish" not in RULES
 
@@ -291,13 +307,22 @@ def test_lines_that_do_not_fit(line, message):
             "b t (g i), (g o) i, (g o) -> b t (g o)",
             "in (g i) that nothing before it tells: add '; g=",
         ),
-        ("b t (g i), (g o) i, (g o) -> b t (g o); groups", "'g=groups' after ';', found ' groups'"),
+        (
+            "b t (g i), (g o) i, (g o) -> b t (g o); groups",
+            "'g=groups' after ';', found ' groups'",
+        ),
         (
             "b t (g i), (g o) i, (g o) -> b t (g o); g=group",
             "is one (groups) after '=', found 'group'",
         ),
-        ("b t (g i), (g o) i, (g o) -> b t (g o); g=weight", "(groups) after '=', found 'weight'"),
-        ("b _... ..., (g o) i, (g o) -> b ... (g o); g=groups", "at most one '...' a tensor"),
+        (
+            "b t (g i), (g o) i, (g o) -> b t (g o); g=weight",
+            "(groups) after '=', found 'weight'",
+        ),
+        (
+            "b _... ..., (g o) i, (g o) -> b ... (g o); g=groups",
+            "at most one '...' a tensor",
+        ),
     ],
 )
 def test_brackets_that_do_not_fit(line, message):
@@ -309,13 +334,19 @@ def test_brackets_that_do_not_fit(line, message):
 
 def test_lengths_that_brackets_do_not_fit():
     register_axis_rule("mylib::grouped", IN_GROUPS.replace("g=groups", "g=3"))
-    message = r"'b t \(g i\), .* g=3' of mylib::grouped: expected a dim \(g i\) of length 3 x 42, found 128"
+    message = (
+        r"'b t \(g i\), .* g=3' of mylib::grouped: expected a dim \(g i\) of length 3 x"
+        r" 42, found 128"
+    )
     with pytest.raises(ValueError, match=message):
-        plan_tensor_parallel(make(lambda: Grouped(lambda h: 4)), 2, example_inputs=given())
+        plan_tensor_parallel(
+            make(lambda: Grouped(lambda h: 4)), 2, example_inputs=given()
+        )
 
 
 def test_a_name_that_is_needed_whole_is_the_same_axis_elsewhere():
-    """The slopes are needed whole: so the features that they are of are not sharded, either."""
+    """The slopes are needed whole: so the features that they are of are not sharded,
+    either."""
     register_axis_rule("mylib::swish", "b t h, h! -> b t h")
     plan = plan_tensor_parallel(make(Net), 2, example_inputs=given())
     assert plan["slope"].how == "weight gathered", plan
@@ -326,12 +357,18 @@ def test_shapes_that_a_line_does_not_fit():
     register_axis_rule("mylib::swish", "t h, h -> t h")
     with pytest.raises(
         ValueError,
-        match=r"'t h, h -> t h' of mylib::swish: expected a tensor of dims 't h', .* \(2, 3, 32\)",
+        match=(
+            r"'t h, h -> t h' of mylib::swish: expected a tensor of dims 't h', .* \(2,"
+            r" 3, 32\)"
+        ),
     ):
         plan_tensor_parallel(make(Net), 2, example_inputs=given())
     register_axis_rule("mylib::swish", "b t h, h -> b h")
     with pytest.raises(
-        ValueError, match=r"mylib::swish: expected a result of dims 'b h', found shape \(2, 3, 32\)"
+        ValueError,
+        match=(
+            r"mylib::swish: expected a result of dims 'b h', found shape \(2, 3, 32\)"
+        ),
     ):
         plan_tensor_parallel(make(Net), 2, example_inputs=given())
 
@@ -346,7 +383,11 @@ def test_what_is_no_operator_or_no_rule():
         with pytest.raises(ValueError, match=f"no {name}; define it"):
             register_axis_rule(name, "a -> a")
     for rule in (None, 3, ["a -> a"]):
-        with pytest.raises(TypeError, match="a line or a function .* of mylib::swish, found"):
+        with pytest.raises(
+            TypeError, match="a line or a function .* of mylib::swish, found"
+        ):
             register_axis_rule("mylib::swish", rule)
-    with pytest.raises(ValueError, match="aten::cat.*give a function"):  # takes a list of tensors
+    with pytest.raises(
+        ValueError, match="aten::cat.*give a function"
+    ):  # takes a list of tensors
         register_axis_rule("aten::cat", "a -> a")

@@ -66,19 +66,37 @@ def test_restated_attention(of, mask):
         key = query if of == "self" else make(5, *wide, e)
         value = make(5, *wide, e) if of == "all apart" else key
         source = key.shape[0]
-        apart = {f"{x}_proj_weight": make(e, e) if on["separate"] else None for x in "qkv"}
+        apart = {
+            f"{x}_proj_weight": make(e, e) if on["separate"] else None for x in "qkv"
+        }
         packed = None if on["separate"] else make(3 * e, e)
         bias_kv = (make(1, 1, e), make(1, 1, e)) if on["bias_kv"] else (None, None)
         bias, out = make(3 * e) if on["bias"] else None, (make(e, e), make(e))
         attn_mask = MASKS[mask](batch, heads, length, source)
-        padding = [None, torch.rand(batch, source) > 0.6, randn(batch, source).double()][i % 3]
+        padding = [
+            None,
+            torch.rand(batch, source) > 0.6,
+            randn(batch, source).double(),
+        ][i % 3]
         if padding is not None and padding.dtype == torch.bool and not on["need"]:
             padding[-1] = True  # no key at all
         padding = padding[0] if padding is not None and not on["batched"] else padding
 
         def function():
             return F.multi_head_attention_forward(
-                *(query, key, value, e, heads, packed, bias, *bias_kv, bool(on["zero"]), 0.3, *out),
+                *(
+                    query,
+                    key,
+                    value,
+                    e,
+                    heads,
+                    packed,
+                    bias,
+                    *bias_kv,
+                    bool(on["zero"]),
+                    0.3,
+                    *out,
+                ),
                 training=bool(on["training"]),
                 key_padding_mask=padding,
                 need_weights=bool(on["need"]),
@@ -89,16 +107,31 @@ def test_restated_attention(of, mask):
                 **apart,
             )
 
-        given = [query, key, value, packed, *apart.values(), bias, *bias_kv, *out, attn_mask]
+        given = [
+            query,
+            key,
+            value,
+            packed,
+            *apart.values(),
+            bias,
+            *bias_kv,
+            *out,
+            attn_mask,
+        ]
         both(
-            function, list({id(x): x for x in given if x is not None and x.requires_grad}.values())
+            function,
+            list(
+                {id(x): x for x in given if x is not None and x.requires_grad}.values()
+            ),
         )
 
 
 @own_process
 def test_restated_dropout_in_attention():
     torch.manual_seed(0)
-    q, k, v = (randn(2, h, 5, 8, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2))
+    q, k, v = (
+        randn(2, h, 5, 8, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2)
+    )
     wide = k.repeat_interleave(2, 1).detach().requires_grad_()
     nothing = (torch.rand(5, 5) > 0.5) & (torch.arange(5) > 0).unsqueeze(
         1
@@ -109,12 +142,16 @@ def test_restated_dropout_in_attention():
         {"attn_mask": randn(2, 1, 5, 5).double(), "scale": 0.3},
     ):
         both(
-            lambda: [F.scaled_dot_product_attention(q, wide, wide, dropout_p=0.4, **options)],
+            lambda: [
+                F.scaled_dot_product_attention(q, wide, wide, dropout_p=0.4, **options)
+            ],
             [q, wide],
         )
         both(
             lambda: [
-                F.scaled_dot_product_attention(q, k, v, dropout_p=0.4, enable_gqa=True, **options)
+                F.scaled_dot_product_attention(
+                    q, k, v, dropout_p=0.4, enable_gqa=True, **options
+                )
             ],
             [q, k, v],
         )

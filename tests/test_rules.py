@@ -1,9 +1,10 @@
-"""Every axis rule against arithmetic: what a rule claims of a sharded operator is computed on both
-shards, and compared with the whole.
+"""Every axis rule against arithmetic: what a rule claims of a sharded operator is
+computed on both shards, and compared with the whole.
 
-The oracle needs no process group. It records the operators of a small function, and for every axis
-of every operator's inputs it does what two ranks would do: shards each input that carries the axis,
-runs the operator on each shard, and puts the results together as the rule says.
+The oracle needs no process group. It records the operators of a small function, and for
+every axis of every operator's inputs it does what two ranks would do: shards each input
+that carries the axis, runs the operator on each shard, and puts the results together as
+the rule says.
 """
 
 import pytest
@@ -40,8 +41,8 @@ def trace_function(f, inputs):
 
 
 def wholes(graph, inputs):
-    """Yield (node, the whole tensor of each of its inputs and outputs by value id), running every
-    operator."""
+    """Yield (node, the whole tensor of each of its inputs and outputs by value id),
+    running every operator."""
     env = {}
     for call in graph.calls:
         for node in call.nodes:
@@ -55,7 +56,8 @@ def wholes(graph, inputs):
 
 
 def run(node, env, args, kwargs):
-    """Value id -> tensor of a node's outputs; `args` and `kwargs` hold Values for tensors."""
+    """Value id -> tensor of a node's outputs; `args` and `kwargs` hold Values for
+    tensors."""
     used = {v.id: env[v.id].clone() for v in node.inputs}
     changes = {p: used[v.id] for p, v in value_leaves((args, kwargs))}
     args, kwargs = replace((args, kwargs), changes)
@@ -64,7 +66,9 @@ def run(node, env, args, kwargs):
         if "scaled_dot_product" in str(
             node.op
         ):  # what a shard runs is the function: it may choose another kernel
-            known = {a.name: rules.table.arg(node, a.name) for a in node.op._schema.arguments}
+            known = {
+                a.name: rules.table.arg(node, a.name) for a in node.op._schema.arguments
+            }
             given = changes.get((1, "attn_mask"))
             out = F.scaled_dot_product_attention(
                 *args[:3],
@@ -100,7 +104,9 @@ def bounds(units, rank):
 
 def places(split, rank):
     """Where in the whole dim a rank's elements lie."""
-    return torch.cat([torch.arange(a, a + length) for a, length in split.ranges(rank, N)])
+    return torch.cat(
+        [torch.arange(a, a + length) for a, length in split.ranges(rank, N)]
+    )
 
 
 def shard(t, split, rank):
@@ -114,7 +120,8 @@ def unshard(parts, split):
 
 
 def localised(node, local, out_shapes, at_of):
-    """The node's arguments with the sizes of a shard: what `prove` does to a user's code."""
+    """The node's arguments with the sizes of a shard: what `prove` does to a user's
+    code."""
     name = node.op._schema.name.removeprefix("aten::")
     args, kwargs = list(node.args), dict(node.kwargs)
     out = out_shapes[0] if out_shapes else ()
@@ -127,7 +134,11 @@ def localised(node, local, out_shapes, at_of):
         args[1] = list(out)
     elif "split" in name:
         dim = rules.table.arg(node, "dim")
-        args[1] = [s[dim] for s in out_shapes] if isinstance(args[1], (list, tuple)) else out[dim]
+        args[1] = (
+            [s[dim] for s in out_shapes]
+            if isinstance(args[1], (list, tuple))
+            else out[dim]
+        )
     elif name == "slice" and at_of.get(x.id):
         dim = rules.table.arg(node, "dim") % len(x.shape)
         whole, part = x.shape[dim], local[x.id].shape[dim]
@@ -139,14 +150,16 @@ def localised(node, local, out_shapes, at_of):
         args[3:7] = batch, channels, args[5], args[6] * channels // x.shape[1]
     elif name == "convolution":
         part, whole = local[x.id].shape[1], x.shape[1]
-        if part < whole and out[1] < node.outputs[0].shape[1]:  # whole groups: those that are there
+        if (
+            part < whole and out[1] < node.outputs[0].shape[1]
+        ):  # whole groups: those that are there
             args[8] = args[8] * part // whole
     return tuple(args), kwargs
 
 
 def axes_of(node, axes):
-    """The axes to try: every leaf of an input that two ranks can share, and every input's whole
-    dim."""
+    """The axes to try: every leaf of an input that two ranks can share, and every
+    input's whole dim."""
     found = []
     for v in node.inputs:
         for dim in axes.final(v):
@@ -157,8 +170,8 @@ def axes_of(node, axes):
 
 
 def check(f, inputs):
-    """Check every claim that the rules make of f's operators; returns {operator: number of claims
-    that held}."""
+    """Check every claim that the rules make of f's operators; returns {operator: number
+    of claims that held}."""
     graph = trace_function(f, [t.clone() for t in inputs])
     axes = Axes(graph)
     held = {}
@@ -203,7 +216,10 @@ def check_claim(node, axes, axis, env, outs):
             same = env[looked.id].unsqueeze(-1) == mine
             there, local[looked.id] = same.any(-1), same.int().argmax(-1)
             results.append(
-                {i: t * there.unsqueeze(-1) for i, t in run(node, local, args, kwargs).items()}
+                {
+                    i: t * there.unsqueeze(-1)
+                    for i, t in run(node, local, args, kwargs).items()
+                }
             )
         else:
             try:
@@ -228,15 +244,16 @@ def check_claim(node, axes, axis, env, outs):
             and torch.allclose(got, expected, 1e-9, 1e-11, equal_nan=True)
         ):
             raise AssertionError(
-                f"{node.op} claims {axis} of {v.shape}: expected\n{expected}\nfound\n{got}"
+                f"{node.op} claims {axis} of {v.shape}:"
+                f" expected\n{expected}\nfound\n{got}"
             )
         claims += 1
     return claims
 
 
 def factored(f, inputs):
-    """f with every even dim of its inputs made by merging two: so that an axis is an inner or an
-    outer part of a dim."""
+    """f with every even dim of its inputs made by merging two: so that an axis is an
+    inner or an outer part of a dim."""
     shapes = [t.shape for t in inputs]
 
     def merged(*args):
@@ -244,7 +261,11 @@ def factored(f, inputs):
 
     def split(t):
         return t.reshape(
-            [x for s in t.shape for x in ((2, s // 2) if s % 2 == 0 and s > 2 else (s,))]
+            [
+                x
+                for s in t.shape
+                for x in ((2, s // 2) if s % 2 == 0 and s > 2 else (s,))
+            ]
         )
 
     return merged, [split(t) for t in inputs]
@@ -281,14 +302,29 @@ PRODUCTS = {
     "linear": (F.linear, r(2, 4, 6), r(8, 6), r(8)),
     "linear no bias": (F.linear, r(2, 4, 6), r(8, 6)),
     "linear one feature": (F.linear, r(2, 4, 6), r(1, 6), r(1)),
-    "addmm": (lambda b, x, y: torch.addmm(b, x, y, alpha=2, beta=3), r(8), r(4, 6), r(6, 8)),
-    "addmm 2d bias": (lambda b, x, y: torch.addmm(b, x, y, beta=0.5), r(4, 8), r(4, 6), r(6, 8)),
+    "addmm": (
+        lambda b, x, y: torch.addmm(b, x, y, alpha=2, beta=3),
+        r(8),
+        r(4, 6),
+        r(6, 8),
+    ),
+    "addmm 2d bias": (
+        lambda b, x, y: torch.addmm(b, x, y, beta=0.5),
+        r(4, 8),
+        r(4, 6),
+        r(6, 8),
+    ),
     "addmm row bias": (torch.addmm, r(1, 8), r(4, 6), r(6, 8)),
     "addmm column bias": (torch.addmm, r(4, 1), r(4, 6), r(6, 8)),
     "addmm one": (torch.addmm, r(1), r(4, 6), r(6, 8)),
     "addmm scalar bias": (torch.addmm, r(1)[0], r(4, 6), r(6, 8)),
     "addmm bias is an input": (lambda x, y: torch.addmm(x, x, y), r(4, 4), r(4, 4)),
-    "addmv": (lambda b, x, y: torch.addmv(b, x, y, alpha=2, beta=3), r(4), r(4, 6), r(6)),
+    "addmv": (
+        lambda b, x, y: torch.addmv(b, x, y, alpha=2, beta=3),
+        r(4),
+        r(4, 6),
+        r(6),
+    ),
     "baddbmm": (
         lambda b, x, y: torch.baddbmm(b, x, y, alpha=2, beta=3),
         r(2, 4, 8),
@@ -300,7 +336,11 @@ PRODUCTS = {
     "embedding": (F.embedding, ids(8, 2, 4), r(8, 6)),
     "embedding 1d": (lambda i, w: F.embedding(i, w, padding_idx=0), ids(8, 4), r(8, 6)),
     "embedding 0d": (F.embedding, ids(8, 1)[0], r(8, 6)),
-    "einsum": (lambda x, y: torch.einsum("bhqd,bhkd->bhqk", x, y), r(2, 4, 3, 6), r(2, 4, 5, 6)),
+    "einsum": (
+        lambda x, y: torch.einsum("bhqd,bhkd->bhqk", x, y),
+        r(2, 4, 3, 6),
+        r(2, 4, 5, 6),
+    ),
     "grouped_mm": (
         lambda x, w: F.grouped_mm(x, w, offs=torch.tensor([2, 8], dtype=torch.int32)),
         ids(3, 8, 16).bfloat16(),  # small integers: exact
@@ -349,10 +389,29 @@ PRODUCTS |= {
         q() * 0.9,
         q(),
     ),
-    "conv1d": (lambda x, w, b: F.conv1d(x, w, b, padding=1), r(2, 4, 8), r(6, 4, 3), r(6)),
-    "conv2d": (lambda x, w, b: F.conv2d(x, w, b, stride=2), r(2, 4, 8, 6), r(6, 4, 2, 2), r(6)),
-    "conv2d no bias": (lambda x, w: F.conv2d(x, w, dilation=2), r(2, 4, 8, 6), r(6, 4, 2, 2)),
-    "conv2d unbatched": (lambda x, w, b: F.conv2d(x, w, b), r(4, 8, 6), r(6, 4, 2, 2), r(6)),
+    "conv1d": (
+        lambda x, w, b: F.conv1d(x, w, b, padding=1),
+        r(2, 4, 8),
+        r(6, 4, 3),
+        r(6),
+    ),
+    "conv2d": (
+        lambda x, w, b: F.conv2d(x, w, b, stride=2),
+        r(2, 4, 8, 6),
+        r(6, 4, 2, 2),
+        r(6),
+    ),
+    "conv2d no bias": (
+        lambda x, w: F.conv2d(x, w, dilation=2),
+        r(2, 4, 8, 6),
+        r(6, 4, 2, 2),
+    ),
+    "conv2d unbatched": (
+        lambda x, w, b: F.conv2d(x, w, b),
+        r(4, 8, 6),
+        r(6, 4, 2, 2),
+        r(6),
+    ),
     "conv2d groups": (
         lambda x, w, b: F.conv2d(x, w, b, groups=2),
         r(2, 4, 8, 6),
@@ -365,10 +424,29 @@ PRODUCTS |= {
         r(8, 1, 2, 2),
         r(8),
     ),
-    "conv2d depthwise 1": (lambda x, w: F.conv2d(x, w, groups=4), r(2, 4, 8, 6), r(4, 1, 2, 2)),
-    "conv2d one in": (lambda x, w, b: F.conv2d(x, w, b), r(2, 1, 8, 6), r(4, 1, 2, 2), r(4)),
-    "conv2d 1x1": (lambda x, w, b: F.conv2d(x, w, b), r(4, 4, 4, 4), r(4, 4, 1, 1), r(4)),
-    "conv3d": (lambda x, w, b: F.conv3d(x, w, b), r(2, 4, 4, 4, 4), r(6, 4, 2, 2, 2), r(6)),
+    "conv2d depthwise 1": (
+        lambda x, w: F.conv2d(x, w, groups=4),
+        r(2, 4, 8, 6),
+        r(4, 1, 2, 2),
+    ),
+    "conv2d one in": (
+        lambda x, w, b: F.conv2d(x, w, b),
+        r(2, 1, 8, 6),
+        r(4, 1, 2, 2),
+        r(4),
+    ),
+    "conv2d 1x1": (
+        lambda x, w, b: F.conv2d(x, w, b),
+        r(4, 4, 4, 4),
+        r(4, 4, 1, 1),
+        r(4),
+    ),
+    "conv3d": (
+        lambda x, w, b: F.conv3d(x, w, b),
+        r(2, 4, 4, 4, 4),
+        r(6, 4, 2, 2, 2),
+        r(6),
+    ),
     "convt1d": (
         lambda x, w, b: F.conv_transpose1d(x, w, b, stride=2),
         r(2, 4, 8),
@@ -401,7 +479,10 @@ PRODUCTS |= {
     ),
     "tril": (lambda x: torch.tril(x, 1), r(2, 4, 6)),
     "triu": (lambda x: torch.triu(x), r(2, 4, 6)),
-    "complex": (lambda x: torch.view_as_real(torch.view_as_complex(x) * 2j), r(2, 4, 2)),
+    "complex": (
+        lambda x: torch.view_as_real(torch.view_as_complex(x) * 2j),
+        r(2, 4, 2),
+    ),
     "complex rotary": (
         lambda x, f: torch.view_as_real(
             torch.view_as_complex(x.reshape(2, 4, 4, 2)) * torch.view_as_complex(f)
@@ -418,7 +499,10 @@ VIEWS = {
     "view to one": (lambda x: x.view(1, 1), r(1)),
     "view crossing": (lambda x: x.view(4, 6), r(6, 4)),
     "view crossing in part": (lambda x: x.view(2, 4, 6), r(2, 6, 4)),
-    "view resplit": (lambda x: x.view(2, 3, 4, 4).view(2, 12, 4).view(2, 4, 12), r(2, 48)),
+    "view resplit": (
+        lambda x: x.view(2, 3, 4, 4).view(2, 12, 4).view(2, 4, 12),
+        r(2, 48),
+    ),
     "view 0d": (lambda x: x.view(1, 1), r(1)[0]),
     "view empty": (lambda x: x[:0].view(0, 6), r(4, 2, 3)),
     "view dtype": (lambda x: x.view(torch.int32), r(4, 6)),
@@ -445,7 +529,10 @@ VIEWS = {
     "expand -1": (lambda x: x.expand(3, -1, 6, -1), r(4, 1, 2)),
     "expand same": (lambda x: x.expand(4, 6), r(4, 6)),
     "expand 0d": (lambda x: x.expand(4, 6), r(1)[0]),
-    "repeat_kv": (lambda x: x[:, :, None].expand(2, 2, 3, 4, 6).reshape(2, 6, 4, 6), r(2, 2, 4, 6)),
+    "repeat_kv": (
+        lambda x: x[:, :, None].expand(2, 2, 3, 4, 6).reshape(2, 6, 4, 6),
+        r(2, 2, 4, 6),
+    ),
     "repeat": (lambda x: x.repeat(1, 2, 1), r(2, 4, 6)),
     "repeat more dims": (lambda x: x.repeat(2, 1, 3), r(4, 6)),
     "repeat ones": (lambda x: x.repeat(1, 1), r(4, 6)),
@@ -472,13 +559,19 @@ VIEWS = {
     "chunk rest": (lambda x: x.chunk(5, -1), r(4, 12)),
     "tensor_split": (lambda x: x.tensor_split(3, -1), r(4, 12)),
     "unsafe_split": (lambda x: a.unsafe_split(x, 6, 1), r(4, 12)),
-    "unsafe_split_with_sizes": (lambda x: a.unsafe_split_with_sizes(x, [6, 6], 1), r(4, 12)),
+    "unsafe_split_with_sizes": (
+        lambda x: a.unsafe_split_with_sizes(x, [6, 6], 1),
+        r(4, 12),
+    ),
     "split heads": (lambda x: x.view(2, 4, 6, 4).split([2, 2, 2], 2), r(2, 96)),
     "chunk interleaved": (lambda x: x.view(2, 4, 12).chunk(3, -1), r(2, 48)),
     "select": (lambda x: (x[:, 0], x[-1], x.select(1, -2)), r(4, 12)),
     "unbind": (lambda x: x.unbind(1), r(4, 2, 6)),
     "unbind last": (lambda x: x.unbind(-1), r(4, 6, 2)),
-    "qkv unbind": (lambda x: x.view(2, 4, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0), r(2, 4, 24)),
+    "qkv unbind": (
+        lambda x: x.view(2, 4, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0),
+        r(2, 4, 24),
+    ),
     "cat": (lambda x, y: torch.cat([x, y], -1), r(4, 6), r(4, 2)),
     "cat rows": (lambda x, y: torch.cat([x, y]), r(4, 6), r(2, 6)),
     "cat itself": (lambda x: torch.cat([x, x], 1), r(4, 6)),
@@ -502,7 +595,12 @@ INDEXING = {
     "index second": (lambda x, i: x[:, i], r(4, 6, 2), ids(6, 4)),
     "index 2d": (lambda x, i: x[:, i], r(4, 6, 2), ids(6, 2, 4)),
     "index 0d": (lambda x, i: a.index(x, [i]), r(4, 6), ids(4, 1)[0]),
-    "index 0d and 1d": (lambda x, i, j: a.index(x, [i, j]), r(4, 6, 2), ids(4, 1)[0], ids(6, 4)),
+    "index 0d and 1d": (
+        lambda x, i, j: a.index(x, [i, j]),
+        r(4, 6, 2),
+        ids(4, 1)[0],
+        ids(6, 4),
+    ),
     "index adjacent": (lambda x, i, j: x[:, i, j], r(2, 4, 6, 8), ids(4, 2), ids(6, 2)),
     "index apart": (lambda x, i, j: x[i, :, j], r(4, 2, 6, 8), ids(4, 2), ids(6, 2)),
     "index apart, inner": (
@@ -511,10 +609,25 @@ INDEXING = {
         ids(4, 2),
         ids(6, 2),
     ),
-    "index broadcast": (lambda x, i, j: x[i, j], r(4, 6, 8), ids(4, 2, 1), ids(6, 1, 4)),
-    "index broadcast ranks": (lambda x, i, j: x[:, i, j], r(8, 4, 6), ids(4, 4), ids(6, 2, 4)),
+    "index broadcast": (
+        lambda x, i, j: x[i, j],
+        r(4, 6, 8),
+        ids(4, 2, 1),
+        ids(6, 1, 4),
+    ),
+    "index broadcast ranks": (
+        lambda x, i, j: x[:, i, j],
+        r(8, 4, 6),
+        ids(4, 4),
+        ids(6, 2, 4),
+    ),
     "index same": (lambda x, i: x[i, i], r(4, 4, 6), ids(4, 2)),
-    "index apart same size": (lambda x, i, j: x[i, :, j], r(4, 4, 4), ids(4, 4), ids(4, 4)),
+    "index apart same size": (
+        lambda x, i, j: x[i, :, j],
+        r(4, 4, 4),
+        ids(4, 4),
+        ids(4, 4),
+    ),
     "index arange": (lambda x, i: x[torch.arange(4), i], r(4, 6, 2), ids(6, 4)),
     "index bool": (lambda x, m: x[m], r(4, 6), mask(4)),
     "index_select": (lambda x, i: x.index_select(1, i), r(4, 6, 2), ids(6, 4)),
@@ -526,10 +639,30 @@ INDEXING = {
     "gather 1d": (lambda x, i: x.gather(0, i), r(4), ids(4, 2)),
     "scatter": (lambda x, i, y: x.scatter(1, i, y), r(4, 6), ids(6, 4, 1), r(4, 1)),
     "scatter value": (lambda x, i: x.scatter(1, i, 2.0), r(4, 6), ids(6, 4, 1)),
-    "scatter smaller": (lambda x, i, y: x.scatter(1, i, y), r(4, 6), ids(6, 2, 1), r(4, 6)),
-    "scatter larger source": (lambda x, i, y: x.scatter(0, i, y), r(4, 6), ids(4, 1, 6), r(4, 8)),
-    "scatter_": (lambda x, i, y: x.clone().scatter_(1, i, y), r(4, 6), ids(6, 4, 1), r(4, 1)),
-    "scatter_add": (lambda x, i, y: x.scatter_add(0, i, y), r(4, 6), ids(4, 2, 6), r(2, 6)),
+    "scatter smaller": (
+        lambda x, i, y: x.scatter(1, i, y),
+        r(4, 6),
+        ids(6, 2, 1),
+        r(4, 6),
+    ),
+    "scatter larger source": (
+        lambda x, i, y: x.scatter(0, i, y),
+        r(4, 6),
+        ids(4, 1, 6),
+        r(4, 8),
+    ),
+    "scatter_": (
+        lambda x, i, y: x.clone().scatter_(1, i, y),
+        r(4, 6),
+        ids(6, 4, 1),
+        r(4, 1),
+    ),
+    "scatter_add": (
+        lambda x, i, y: x.scatter_add(0, i, y),
+        r(4, 6),
+        ids(4, 2, 6),
+        r(2, 6),
+    ),
     "scatter_add_": (
         lambda x, i, y: x.clone().scatter_add_(0, i, y),
         r(4, 6),
@@ -549,20 +682,40 @@ INDEXING = {
         r(2, 6),
     ),
     "index_add": (lambda x, i, y: x.index_add(0, i, y), r(4, 6), ids(4, 2), r(2, 6)),
-    "index_add_": (lambda x, i, y: x.clone().index_add_(1, i, y), r(4, 6), ids(6, 2), r(4, 2)),
+    "index_add_": (
+        lambda x, i, y: x.clone().index_add_(1, i, y),
+        r(4, 6),
+        ids(6, 2),
+        r(4, 2),
+    ),
     "index_add 1d": (lambda x, i, y: x.index_add(0, i, y), r(4), ids(4, 4), r(4)),
-    "index_add same": (lambda x, i, y: x.index_add(0, i, y), r(4, 4), ids(4, 4), r(4, 4)),
+    "index_add same": (
+        lambda x, i, y: x.index_add(0, i, y),
+        r(4, 4),
+        ids(4, 4),
+        r(4, 4),
+    ),
     "index_put": (lambda x, i, y: x.index_put((i,), y), r(4, 6), ids(4, 2), r(2, 6)),
-    "index_copy": (lambda x, i, y: x.index_copy(0, i, y), r(4, 6), torch.tensor([2, 0]), r(2, 6)),
+    "index_copy": (
+        lambda x, i, y: x.index_copy(0, i, y),
+        r(4, 6),
+        torch.tensor([2, 0]),
+        r(2, 6),
+    ),
     "index_fill": (lambda x, i: x.index_fill(0, i, 1.0), r(4, 6), ids(4, 2)),
-    "masked_scatter": (lambda x, m, y: x.masked_scatter(m, y), r(4, 6), mask(4, 6), r(4, 6)),
+    "masked_scatter": (
+        lambda x, m, y: x.masked_scatter(m, y),
+        r(4, 6),
+        mask(4, 6),
+        r(4, 6),
+    ),
     "take_along_dim": (lambda x, i: x.take_along_dim(i, 1), r(4, 6), ids(6, 4, 2)),
 }
 
 REDUCTIONS = {}
 for name in (
-    "sum mean amax amin var std argmax argmin any all prod logsumexp max min median norm nansum"
-    " nanmedian count_nonzero aminmax var_mean std_mean mode"
+    "sum mean amax amin var std argmax argmin any all prod logsumexp max min median"
+    " norm nansum nanmedian count_nonzero aminmax var_mean std_mean mode"
 ).split():
     for dim in ((), (0,), (1,), (-1,)):
         for keep in (False, True):
@@ -578,7 +731,17 @@ for name in (
                 lambda x, n=name, kw=kw: getattr(torch, n)(x, **kw),
                 r(4, 6, 2),
             )
-for name in ("sum", "mean", "amax", "var", "logsumexp", "nansum", "any", "var_mean", "std_mean"):
+for name in (
+    "sum",
+    "mean",
+    "amax",
+    "var",
+    "logsumexp",
+    "nansum",
+    "any",
+    "var_mean",
+    "std_mean",
+):
     for dim in ((0, 2), (1, -1), (0, 1, 2)):
         for keep in (False, True):
             REDUCTIONS[f"{name} {dim} {keep}"] = (
@@ -611,9 +774,16 @@ REDUCTIONS |= {
     "cosine": (F.cosine_similarity, r(4, 6), r(4, 6) * 2 + 1),
     "cdist": (torch.cdist, r(2, 4, 6), r(2, 3, 6)),
 }
-for name in "softmax log_softmax cumsum cumprod logcumsumexp cummax cummin sort argsort".split():
+for (
+    name
+) in (
+    "softmax log_softmax cumsum cumprod logcumsumexp cummax cummin sort argsort".split()
+):
     for dim in (0, 1, -1):
-        REDUCTIONS[f"{name} {dim}"] = (lambda x, n=name, d=dim: getattr(torch, n)(x, d), r(4, 6, 2))
+        REDUCTIONS[f"{name} {dim}"] = (
+            lambda x, n=name, d=dim: getattr(torch, n)(x, d),
+            r(4, 6, 2),
+        )
 REDUCTIONS |= {
     "softmax ones": (lambda x: x.softmax(1), r(4, 1, 6)),
     "safe softmax": (lambda x: a._safe_softmax(x, -1), r(4, 6)),
@@ -640,10 +810,19 @@ NORMS = {
     "layer_norm": (lambda x, w, b: F.layer_norm(x, (6,), w, b), r(2, 4, 6), r(6), r(6)),
     "layer_norm plain": (lambda x: F.layer_norm(x, (4, 6)), r(2, 4, 6)),
     "layer_norm all": (lambda x: F.layer_norm(x, (4, 6)), r(4, 6)),
-    "layer_norm square": (lambda x, w, b: F.layer_norm(x, (6,), w, b), r(6, 6), r(6), r(6)),
+    "layer_norm square": (
+        lambda x, w, b: F.layer_norm(x, (6,), w, b),
+        r(6, 6),
+        r(6),
+        r(6),
+    ),
     "rms_norm": (lambda x, w: F.rms_norm(x, (6,), w), r(2, 4, 6), r(6)),
     "rms_norm plain": (lambda x: F.rms_norm(x, (4, 6)), r(2, 4, 6)),
-    "fused rms_norm": (lambda x, w: a._fused_rms_norm(x, [6], w, 1e-5), r(2, 4, 6), r(6)),
+    "fused rms_norm": (
+        lambda x, w: a._fused_rms_norm(x, [6], w, 1e-5),
+        r(2, 4, 6),
+        r(6),
+    ),
     "rms_norm by hand": (
         lambda x, w: w * (x * (x.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt()),
         r(2, 4, 6),
@@ -660,13 +839,21 @@ NORMS = {
         r(6),
         r(6),
     ),
-    "batch_norm 2d input": (lambda x, m, v: F.batch_norm(x, m, v, **bn), r(4, 6), r(6), r(6) ** 2),
+    "batch_norm 2d input": (
+        lambda x, m, v: F.batch_norm(x, m, v, **bn),
+        r(4, 6),
+        r(6),
+        r(6) ** 2,
+    ),
     "batch_norm square": (
         lambda x, m, v, w, b: F.batch_norm(x, m, v, w, b, **bn),
         r(4, 4),
         *[r(4) ** 2] * 4,
     ),
-    "batch_norm no stats": (lambda x: F.batch_norm(x, None, None, training=True), r(4, 6, 4)),
+    "batch_norm no stats": (
+        lambda x: F.batch_norm(x, None, None, training=True),
+        r(4, 6, 4),
+    ),
     "batch_norm eval": (
         lambda x, m, v, w, b: F.batch_norm(x, m, v, w, b),
         r(4, 6, 4),
@@ -688,21 +875,32 @@ NORMS = {
         *[r(6) ** 2] * 2,
     ),
     "batch_norm legit functional": (
-        lambda x, w, b, m, v: a._native_batch_norm_legit_functional(x, w, b, m, v, True, 0.1, 1e-5),
+        lambda x, w, b, m, v: a._native_batch_norm_legit_functional(
+            x, w, b, m, v, True, 0.1, 1e-5
+        ),
         r(4, 6, 2),
         *[r(6) ** 2] * 4,
     ),
     "batch_norm legit eval": (
-        lambda x, w, b, m, v: a._native_batch_norm_legit_no_training(x, w, b, m, v, 0.1, 1e-5),
+        lambda x, w, b, m, v: a._native_batch_norm_legit_no_training(
+            x, w, b, m, v, 0.1, 1e-5
+        ),
         r(4, 6, 2),
         *[r(6) ** 2] * 4,
     ),
     "batch_norm update": (
-        lambda x, w, b, m, v: a._batch_norm_with_update(x, w, b, m.clone(), v.clone(), 0.1, 1e-5),
+        lambda x, w, b, m, v: a._batch_norm_with_update(
+            x, w, b, m.clone(), v.clone(), 0.1, 1e-5
+        ),
         r(4, 6, 2),
         *[r(6) ** 2] * 4,
     ),
-    "instance_norm": (lambda x, w, b: F.instance_norm(x, None, None, w, b), r(2, 4, 6), r(4), r(4)),
+    "instance_norm": (
+        lambda x, w, b: F.instance_norm(x, None, None, w, b),
+        r(2, 4, 6),
+        r(4),
+        r(4),
+    ),
     "local_response_norm": (lambda x: F.local_response_norm(x, 2), r(2, 4, 6)),
 }
 
@@ -723,19 +921,31 @@ SPATIAL = {
     "adaptive_avg_pool2d one": (lambda x: F.adaptive_avg_pool2d(x, 1), X4),
     "adaptive_avg_pool3d": (lambda x: F.adaptive_avg_pool3d(x, 3), X5),
     "adaptive_max_pool1d": (lambda x: F.adaptive_max_pool1d(x, 3), X3),
-    "adaptive_max_pool2d": (lambda x: F.adaptive_max_pool2d(x, 3, return_indices=True), X4),
+    "adaptive_max_pool2d": (
+        lambda x: F.adaptive_max_pool2d(x, 3, return_indices=True),
+        X4,
+    ),
     "adaptive_max_pool3d": (lambda x: F.adaptive_max_pool3d(x, 3), X5),
     "upsample_nearest1d": (lambda x: F.interpolate(x, scale_factor=2), X3),
     "upsample_nearest2d": (lambda x: F.interpolate(x, size=(8, 6)), X4),
     "upsample_nearest2d scale": (lambda x: F.interpolate(x, scale_factor=2), X4),
     "upsample_nearest3d": (lambda x: F.interpolate(x, scale_factor=2), X5),
-    "upsample_linear1d": (lambda x: F.interpolate(x, scale_factor=2, mode="linear"), X3),
-    "upsample_bilinear2d": (lambda x: F.interpolate(x, size=(4, 4), mode="bilinear"), X4),
+    "upsample_linear1d": (
+        lambda x: F.interpolate(x, scale_factor=2, mode="linear"),
+        X3,
+    ),
+    "upsample_bilinear2d": (
+        lambda x: F.interpolate(x, size=(4, 4), mode="bilinear"),
+        X4,
+    ),
     "upsample_bicubic2d": (
         lambda x: F.interpolate(x, scale_factor=2, mode="bicubic", align_corners=True),
         X4,
     ),
-    "upsample_trilinear3d": (lambda x: F.interpolate(x, scale_factor=2, mode="trilinear"), X5),
+    "upsample_trilinear3d": (
+        lambda x: F.interpolate(x, scale_factor=2, mode="trilinear"),
+        X5,
+    ),
     "pad": (lambda x: F.pad(x, (1, 2)), X4),
     "pad channels": (lambda x: F.pad(x, (0, 0, 1, 1, 0, 2)), X4),
     "pad crop": (lambda x: F.pad(x, (-1, 0, -2, 1), value=3.0), X4),
@@ -780,9 +990,22 @@ POINTWISE = {
     "where": (torch.where, mask(4, 1), r(6), r(4, 6)),
     "where scalar": (lambda m, x: torch.where(m, x, 0.0), mask(4, 6), r(4, 6)),
     "masked_fill": (lambda x, m: x.masked_fill(m, -9.0), r(2, 4, 6), mask(4, 6)),
-    "masked_fill broadcasts self": (lambda x, m: x.masked_fill(m, -9.0), r(6), mask(4, 6)),
-    "masked_fill 0d": (lambda x, m, y: x.masked_fill(m, y), r(4, 6), mask(4, 6), r(1)[0]),
-    "masked_fill_": (lambda x, m: x.clone().masked_fill_(m, -9.0), r(2, 4, 6), mask(4, 6)),
+    "masked_fill broadcasts self": (
+        lambda x, m: x.masked_fill(m, -9.0),
+        r(6),
+        mask(4, 6),
+    ),
+    "masked_fill 0d": (
+        lambda x, m, y: x.masked_fill(m, y),
+        r(4, 6),
+        mask(4, 6),
+        r(1)[0],
+    ),
+    "masked_fill_": (
+        lambda x, m: x.clone().masked_fill_(m, -9.0),
+        r(2, 4, 6),
+        mask(4, 6),
+    ),
     "add_": (lambda x, y: x.clone().add_(y), r(4, 6), r(6)),
     "mul_ 0d": (lambda x, y: x.clone().mul_(y), r(4, 6), r(1)[0]),
     "add_ view": (lambda x, y: x.clone().view(2, 2, 6).add_(y), r(4, 6), r(2, 6)),
@@ -826,8 +1049,9 @@ POINTWISE = {
     "nan_to_num": (torch.nan_to_num, r(4, 6)),
 }
 for name in (
-    "relu gelu silu mish tanh sigmoid hardtanh hardswish hardsigmoid leaky_relu elu selu celu"
-    " softplus softsign relu6 logsigmoid tanhshrink softshrink hardshrink threshold rrelu"
+    "relu gelu silu mish tanh sigmoid hardtanh hardswish hardsigmoid leaky_relu elu"
+    " selu celu softplus softsign relu6 logsigmoid tanhshrink softshrink hardshrink"
+    " threshold rrelu"
 ).split():
     kw = {"threshold": (0.1, 3.0)}.get(name, ())
     POINTWISE[name] = (lambda x, n=name, kw=kw: getattr(F, n)(x, *kw), r(4, 6))
@@ -846,15 +1070,24 @@ for (
 
 SPATIAL |= {
     **{
-        f"{m} {n}": (lambda x, m=m: F.interpolate(x, scale_factor=2, mode=m), r(2, 4, *[4] * n))
+        f"{m} {n}": (
+            lambda x, m=m: F.interpolate(x, scale_factor=2, mode=m),
+            r(2, 4, *[4] * n),
+        )
         for m in ["nearest-exact"]
         for n in (1, 2, 3)
     },
     **{
-        f"{m} aa": (lambda x, m=m: F.interpolate(x, scale_factor=0.5, mode=m, antialias=True), X4)
+        f"{m} aa": (
+            lambda x, m=m: F.interpolate(x, scale_factor=0.5, mode=m, antialias=True),
+            X4,
+        )
         for m in ("bilinear", "bicubic")
     },
-    "reflection_pad3d": (lambda x: F.pad(x, (1, 1, 1, 1, 1, 1), mode="reflect"), r(2, 4, 4, 4, 4)),
+    "reflection_pad3d": (
+        lambda x: F.pad(x, (1, 1, 1, 1, 1, 1), mode="reflect"),
+        r(2, 4, 4, 4, 4),
+    ),
     "adaptive_max_pool3d": (lambda x: F.adaptive_max_pool3d(x, 2), r(2, 4, 4, 4, 4)),
     "grid_sample 3d": (
         lambda x, g: F.grid_sample(x, g.tanh(), align_corners=False),
@@ -887,21 +1120,36 @@ SPATIAL |= {
     ),
     "bilinear": (F.bilinear, r(2, 4, 6), r(2, 4, 8), r(4, 6, 8), r(4)),
     "weight_norm": (lambda v, g: torch._weight_norm(v, g, 0), r(4, 6, 2), r(4, 1, 1)),
-    "weight_norm last": (lambda v, g: torch._weight_norm(v, g, 2), r(4, 6, 8), r(1, 1, 8)),
+    "weight_norm last": (
+        lambda v, g: torch._weight_norm(v, g, 2),
+        r(4, 6, 8),
+        r(1, 1, 8),
+    ),
     "new": (
-        lambda x: (x.new_ones(4, 2), x.new_full((4, 6, 2), 3.0), x.new_empty(4, 6).fill_(2) + x),
+        lambda x: (
+            x.new_ones(4, 2),
+            x.new_full((4, 6, 2), 3.0),
+            x.new_empty(4, 6).fill_(2) + x,
+        ),
         r(4, 6),
     ),
     "hardswish_": (lambda x: F.hardswish(x.clone(), inplace=True), r(4, 6)),
     "group_norm groups of one": (lambda x, w: F.group_norm(x, 4, w), r(2, 4, 6), r(4)),
-    "instance_norm": (lambda x, w, b: F.instance_norm(x, weight=w, bias=b), r(2, 4, 6), r(4), r(4)),
+    "instance_norm": (
+        lambda x, w, b: F.instance_norm(x, weight=w, bias=b),
+        r(2, 4, 6),
+        r(4),
+        r(4),
+    ),
 }
 
 CASES = {**PRODUCTS, **VIEWS, **INDEXING, **REDUCTIONS, **NORMS, **SPATIAL, **POINTWISE}
 
 # Registered operators that no case can reach, and why.
 UNREACHED = {
-    "higher_order::flex_attention": "an operator that is given functions: tests/test_transforms.py",
+    "higher_order::flex_attention": (
+        "an operator that is given functions: tests/test_transforms.py"
+    ),
     **dict.fromkeys(
         "reshape contiguous chunk tensor_split unsafe_chunk argsort norm rms_norm".split(),
         "decomposed",
@@ -911,9 +1159,12 @@ UNREACHED = {
         " cudnn_batch_norm _scaled_dot_product_cudnn_attention miopen_batch_norm".split(),
         "no CPU kernel",
     ),
-    **dict.fromkeys("bernoulli_ native_dropout dropout".split(), "random: placed by the layout"),
     **dict.fromkeys(
-        "uniform_ normal_ exponential_ rand_like randn_like".split(), "random: see the test of them"
+        "bernoulli_ native_dropout dropout".split(), "random: placed by the layout"
+    ),
+    **dict.fromkeys(
+        "uniform_ normal_ exponential_ rand_like randn_like".split(),
+        "random: see the test of them",
     ),
     "_fused_rms_norm": "decomposed on the CPU",
     **dict.fromkeys(["empty_like", "new_empty"], "its values are anything"),
@@ -942,9 +1193,12 @@ def test_every_rule_has_a_case_and_claims_something_that_holds():
         for name, claims in found.items():
             held[name] = held.get(name, 0) + claims
     registered = rules.table.RULES.keys()
-    assert sorted(registered - held.keys() - UNREACHED.keys()) == [], "no case reaches these"
     assert (
-        sorted(n for n in registered & held.keys() - UNREACHED.keys() if not held[n]) == []
+        sorted(registered - held.keys() - UNREACHED.keys()) == []
+    ), "no case reaches these"
+    assert (
+        sorted(n for n in registered & held.keys() - UNREACHED.keys() if not held[n])
+        == []
     ), "nothing is claimed of these"
 
 
@@ -965,8 +1219,8 @@ def test_every_rule_has_a_case_and_claims_something_that_holds():
     ],
 )
 def test_noise_is_never_drawn_a_shard_at_a_time(noise):
-    """Ranks with one seed would draw the same noise for each shard: not what the whole model
-    draws."""
+    """Ranks with one seed would draw the same noise for each shard: not what the whole
+    model draws."""
     graph = trace_function(noise, [r(2, 4, 8, 6)])
     axes = Axes(graph)
     nodes = [

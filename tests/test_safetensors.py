@@ -1,5 +1,5 @@
-"""Weights in safetensors files: round trips bit for bit in every layout, to and from transformers;
-what does not fit raises on every rank."""
+"""Weights in safetensors files: round trips bit for bit in every layout, to and from
+transformers; what does not fit raises on every rank."""
 
 import json
 import resource
@@ -53,8 +53,8 @@ def gpt2():
 
 
 class Odd(nn.Module):
-    """Every dtype, a number, nothing, a persistent and a passing buffer, sizes that ranks do not
-    divide; a fused weight; a convolution."""
+    """Every dtype, a number, nothing, a persistent and a passing buffer, sizes that
+    ranks do not divide; a fused weight; a convolution."""
 
     def __init__(self):
         super().__init__()
@@ -64,7 +64,9 @@ class Odd(nn.Module):
             nn.Linear(12, 13),
         )
         self.conv = nn.Conv1d(13, 8, 3)
-        self.scale, self.none = nn.Parameter(torch.tensor([2.5])), nn.Parameter(torch.empty(0, 3))
+        self.scale, self.none = nn.Parameter(torch.tensor([2.5])), nn.Parameter(
+            torch.empty(0, 3)
+        )
         self.register_buffer("mask", torch.rand(3) > 0.5)
         self.register_buffer("steps", torch.tensor(7))
         self.register_buffer("halves", torch.rand(5, 3).bfloat16())
@@ -74,11 +76,17 @@ class Odd(nn.Module):
     def forward(self, x):
         q, k, v = self.qkv(x).chunk(3, -1)
         q, k, v = (t.unflatten(-1, (4, 3)).transpose(1, 2) for t in (q, k, v))
-        y = self.f(self.out(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2)) * self.scale)
+        y = self.f(
+            self.out(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2))
+            * self.scale
+        )
         return self.conv(y.mT) * self.passing.sum()
 
     def reset_parameters(self):
-        for name, t in [*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)]:
+        for name, t in [
+            *self.named_parameters(recurse=False),
+            *self.named_buffers(recurse=False),
+        ]:
             t.copy_(torch.arange(3.0) if name == "passing" else torch.zeros(()))
 
 
@@ -111,9 +119,13 @@ def on_meta(build):
 def split(model, build, layout):
     """A model on ("tp",) of all ranks, or on ("dp", "tp")."""
     if layout == "tp":
-        return apply_tensor_parallel(model, dist.get_world_size(), example_inputs=inputs(build))
+        return apply_tensor_parallel(
+            model, dist.get_world_size(), example_inputs=inputs(build)
+        )
     if layout == "hsdp":
-        mesh = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("replicate", "shard", "tp"))
+        mesh = init_device_mesh(
+            "cpu", (2, 1, 2), mesh_dim_names=("replicate", "shard", "tp")
+        )
         apply_tensor_parallel(model, mesh=mesh["tp"], example_inputs=inputs(build))
         return fully_shard(model, mesh=mesh["replicate", "shard"])
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
@@ -134,7 +146,10 @@ def same(model, other, what=""):
     for name, t in its.items():
         a, b = whole(mine[name]), whole(t)
         assert a.dtype == b.dtype and a.shape == b.shape, (what, name)
-        assert a.flatten().view(torch.uint8).tolist() == b.flatten().view(torch.uint8).tolist(), (
+        assert (
+            a.flatten().view(torch.uint8).tolist()
+            == b.flatten().view(torch.uint8).tolist()
+        ), (
             what,
             name,
         )
@@ -162,7 +177,9 @@ def test_one_process(build, tmp_path):
     export_safetensors(tmp_path / "many", model, max_shard_size="2KiB", progress=False)
     names = {f.name for f in (tmp_path / "many").iterdir()}
     n = len(names) - 1 - (build is not Odd)
-    assert {f"model-{i + 1:05}-of-{n:05}.safetensors" for i in range(n)} < names and n > 2
+    assert {
+        f"model-{i + 1:05}-of-{n:05}.safetensors" for i in range(n)
+    } < names and n > 2
     for folder in "one", "many":
         other = make(build, 1)
         assert load_safetensors(tmp_path / folder, other, progress=False) == ([], [])
@@ -174,9 +191,12 @@ def test_one_process(build, tmp_path):
             other = type(model).from_pretrained(tmp_path / folder)
             same(other, model)
             other.save_pretrained(
-                tmp_path / "theirs", max_shard_size="30KB" if folder == "many" else "5GB"
+                tmp_path / "theirs",
+                max_shard_size="30KB" if folder == "many" else "5GB",
             )
-            load_safetensors(tmp_path / "theirs", mine := make(build, 2), progress=False)
+            load_safetensors(
+                tmp_path / "theirs", mine := make(build, 2), progress=False
+            )
             same(mine, model)
     file = tmp_path / "one" / "model.safetensors"
     missing = make(build, 1).load_state_dict(load_file(file), strict=False).missing_keys
@@ -184,9 +204,9 @@ def test_one_process(build, tmp_path):
     load_model(other := make(build, 1), file)
     same(other, model)
     header = file.read_bytes()[8:]
-    assert json.JSONDecoder().raw_decode(header.decode("latin1"))[0]["__metadata__"] == {
-        "format": "pt"
-    }
+    assert json.JSONDecoder().raw_decode(header.decode("latin1"))[0][
+        "__metadata__"
+    ] == {"format": "pt"}
 
 
 def test_an_export_replaces_an_earlier_one(tmp_path):
@@ -226,8 +246,8 @@ def test_every_dtype_and_no_tqdm(tmp_path, monkeypatch):
     "n, layout", [(2, "tp"), (4, "tp"), (4, "fsdp"), (4, "hsdp"), (4, "replicas")]
 )
 def test_layouts(n, layout, tmp_path):
-    """A sharded model's files are those of the whole one, byte for byte, and fill sharded models,
-    live and on meta."""
+    """A sharded model's files are those of the whole one, byte for byte, and fill
+    sharded models, live and on meta."""
     builds = {
         "2-tp": (gpt2, Odd),
         "4-tp": (tied_llama, Odd),
@@ -235,7 +255,10 @@ def test_layouts(n, layout, tmp_path):
     }.get(f"{n}-{layout}", [Odd])
     for build in builds:
         export_safetensors(
-            tmp_path / f"{build.__name__}-whole", make(build), max_shard_size="9KB", progress=False
+            tmp_path / f"{build.__name__}-whole",
+            make(build),
+            max_shard_size="9KB",
+            progress=False,
         )
 
     def ranks(rank):
@@ -244,7 +267,11 @@ def test_layouts(n, layout, tmp_path):
         ):  # so that blocks are read and written in many pieces, of rows and of parts of rows
             files._BUFFER = 100
         for build in builds:
-            folder, model, expected = tmp_path / build.__name__, make(build), make(build)
+            folder, model, expected = (
+                tmp_path / build.__name__,
+                make(build),
+                make(build),
+            )
             split(model, build, layout)
             export_safetensors(folder, model, max_shard_size="9KB", progress=False)
             dist.barrier()
@@ -310,7 +337,9 @@ def broken_files(folder):
         return folder / f"{name}.safetensors"
 
     def changed(name, **entry):
-        text = json.dumps({**header, "out.weight": {**header["out.weight"], **entry}}).encode()
+        text = json.dumps(
+            {**header, "out.weight": {**header["out.weight"], **entry}}
+        ).encode()
         return file(name, struct.pack("<Q", len(text)) + text + data[8 + length :])
 
     def written(name, text, bytes_=data[8 + length :]):
@@ -370,12 +399,16 @@ def broken_files(folder):
     yield index("lists", at), "found none of nothere"
     weights = load_file(folder / "good" / "model.safetensors")
     weights["prefix.f.bias"] = weights.pop("f.bias")
-    weights["out.weight"], weights["qkv.weight"] = torch.zeros(12, 11), torch.zeros(12, 36)
+    weights["out.weight"], weights["qkv.weight"] = torch.zeros(12, 11), torch.zeros(
+        12, 36
+    )
     save_file(weights, folder / "names.safetensors")
     listed = (
-        "4 of its tensors differ:\n  f.bias: missing from the file\n  prefix.f.bias: not in the"
+        "4 of its tensors differ:\n  f.bias: missing from the file\n  prefix.f.bias:"
+        " not in the"
         " model\n"
-        r"  qkv.weight: expected shape \(36, 12\), found \(12, 36\)\n  out.weight: expected shape"
+        r"  qkv.weight: expected shape \(36, 12\), found \(12, 36\)\n  out.weight:"
+        r" expected shape"
         r" \(12, 12\), found \(12, 11\)"
     )
     yield folder / "names.safetensors", listed
@@ -390,12 +423,16 @@ def test_files_that_do_not_fit(tmp_path):
             with pytest.raises((ValueError, FileNotFoundError), match=match):
                 load_safetensors(source, model, progress=False)
         bad = tmp_path / ("names.safetensors" if rank else "good")  # on one rank only
-        with pytest.raises(ValueError if rank else RuntimeError, match="4 of its tensors differ"):
+        with pytest.raises(
+            ValueError if rank else RuntimeError, match="4 of its tensors differ"
+        ):
             load_safetensors(bad, model, progress=False)
         same(model, kept)
         meta = split(on_meta(Odd), Odd, "tp")
         with pytest.raises(ValueError, match="4 of its tensors differ"):
-            load_safetensors(bad if rank else tmp_path / "names.safetensors", meta, progress=False)
+            load_safetensors(
+                bad if rank else tmp_path / "names.safetensors", meta, progress=False
+            )
         assert all(p.is_meta for p in meta.parameters())
         load_safetensors(tmp_path / "good", model, progress=False)
         same(model, split(make(Odd), Odd, "tp"))
@@ -404,7 +441,8 @@ def test_files_that_do_not_fit(tmp_path):
 
 
 def test_without_the_package(tmp_path, monkeypatch):
-    """Files are written without it; to read them is refused on every rank, with what to install."""
+    """Files are written without it; to read them is refused on every rank, with what to
+    install."""
     monkeypatch.setitem(sys.modules, "safetensors", None)
 
     def ranks(rank):
@@ -418,9 +456,12 @@ def test_without_the_package(tmp_path, monkeypatch):
 
 
 def test_columns_of_a_large_file(tmp_path):
-    """A file is opened anew many times, also within a tensor of which a rank has some columns."""
+    """A file is opened anew many times, also within a tensor of which a rank has some
+    columns."""
     shape = torch.arange(3 * 700 * 1001).view(3, 700, 1001)
-    save_file({"columns": shape, "rows": shape.mT.contiguous()}, tmp_path / "a.safetensors")
+    save_file(
+        {"columns": shape, "rows": shape.mT.contiguous()}, tmp_path / "a.safetensors"
+    )
     opened = []
 
     def counted(path):
@@ -435,18 +476,24 @@ def test_columns_of_a_large_file(tmp_path):
             empty = distribute_tensor(torch.zeros_like(t), mesh, [Shard(dim)])
             model.register_buffer(name, empty)
         assert load_safetensors(tmp_path, model, progress=False) == ([], [])
-        assert torch.equal(whole(model.columns), shape) and torch.equal(whole(model.rows), shape.mT)
+        assert torch.equal(whole(model.columns), shape) and torch.equal(
+            whole(model.rows), shape.mT
+        )
         assert 10 < len(opened) < 60
 
     run_ranks(ranks, 2)
 
 
 def test_not_strict(tmp_path):
-    """Names that do not fit are returned; of other dtypes, values are cast; what is missing stays,
-    or gets first values."""
+    """Names that do not fit are returned; of other dtypes, values are cast; what is
+    missing stays, or gets first values."""
 
     def ranks(rank):
-        given = {n: t for n, t in make(Odd).double().state_dict().items() if not n.startswith("f.")}
+        given = {
+            n: t
+            for n, t in make(Odd).double().state_dict().items()
+            if not n.startswith("f.")
+        }
         given["more"] = torch.ones(3)
         if rank == 0:
             save_file(given, tmp_path / "model.safetensors")
@@ -471,14 +518,16 @@ def test_not_strict(tmp_path):
 
 
 def test_exports_that_fail(tmp_path):
-    """A folder that cannot be written, a full disk on one rank, weights without values: an error on
-    every rank, and the folder is as it was."""
+    """A folder that cannot be written, a full disk on one rank, weights without values:
+    an error on every rank, and the folder is as it was."""
     (tmp_path / "file").write_text("")
     big = tmp_path / "full"
     export_safetensors(big, make(Odd), progress=False)
     (big / "model.safetensors.partial").write_text("a download of the user's")
     before = written(big)
-    (big / "model.safetensors.partial-0123456789abcdef").write_text("of an export that was killed")
+    (big / "model.safetensors.partial-0123456789abcdef").write_text(
+        "of an export that was killed"
+    )
 
     def ranks(rank):
         model = split(make(Odd, 1), Odd, "tp")
@@ -493,7 +542,9 @@ def test_exports_that_fail(tmp_path):
         for full in 1, 0:
             if rank == full:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
-            with pytest.raises(OSError if rank == full else RuntimeError, match="File too large"):
+            with pytest.raises(
+                OSError if rank == full else RuntimeError, match="File too large"
+            ):
                 export_safetensors(big, model, progress=False)
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
             dist.barrier()

@@ -34,11 +34,18 @@ def test_units_that_the_ranks_do_not_divide():
 )
 def test_ranks_share_every_element_once(segments, n):
     split = Split(1, 6, segments)
-    found = [i for r in range(n) for a, length in split.ranges(r, n) for i in range(a, a + length)]
+    found = [
+        i
+        for r in range(n)
+        for a, length in split.ranges(r, n)
+        for i in range(a, a + length)
+    ]
     assert sorted(found) == list(range(split.length))
     shapes = [split.local_shape((2, split.length, 5), rank, n) for rank in range(n)]
     assert [s[::2] for s in shapes] == [(2, 5)] * n
-    assert [s[1] for s in shapes] == [sum(x.length for x in split.ranges(r, n)) for r in range(n)]
+    assert [s[1] for s in shapes] == [
+        sum(x.length for x in split.ranges(r, n)) for r in range(n)
+    ]
 
 
 def test_placements():

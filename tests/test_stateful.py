@@ -1,5 +1,5 @@
-"""Modules that keep something from one call to the next, and loops whose length follows from the
-inputs."""
+"""Modules that keep something from one call to the next, and loops whose length follows
+from the inputs."""
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +12,17 @@ class Prefix(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.qkv, self.out, self.prefix = nn.Linear(16, 48), nn.Linear(16, 16), nn.Embedding(3, 16)
+        self.qkv, self.out, self.prefix = (
+            nn.Linear(16, 48),
+            nn.Linear(16, 16),
+            nn.Embedding(3, 16),
+        )
         self.cache = None
 
     def heads(self, x):
-        return (y.unflatten(-1, (4, 4)).transpose(1, 2) for y in self.qkv(x).split(16, -1))
+        return (
+            y.unflatten(-1, (4, 4)).transpose(1, 2) for y in self.qkv(x).split(16, -1)
+        )
 
     def forward(self, x):
         q, k, v = self.heads(x)
@@ -25,7 +31,9 @@ class Prefix(nn.Module):
             _, *kept = self.heads(self.prefix.weight[None])
             self.cache = tuple(z.detach() for z in kept)
         k, v = (z.expand(len(x), -1, -1, -1) for z in self.cache)
-        return self.out((y + F.scaled_dot_product_attention(q, k, v)).transpose(1, 2).flatten(2))
+        return self.out(
+            (y + F.scaled_dot_product_attention(q, k, v)).transpose(1, 2).flatten(2)
+        )
 
 
 class Inner(nn.Module):
@@ -49,7 +57,11 @@ class Recurrent(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.x, self.h, self.out = nn.Linear(16, 64), nn.Linear(64, 64), nn.Linear(64, 16)
+        self.x, self.h, self.out = (
+            nn.Linear(16, 64),
+            nn.Linear(64, 64),
+            nn.Linear(64, 16),
+        )
 
     def forward(self, x):
         h, states = x.new_zeros(len(x), 64), []

@@ -26,7 +26,10 @@ def test_the_failing_rank_raises_its_own_and_the_others_tell_which():
         with pytest.raises(what[0], match=f"^(failed on )?{what[1]}$"), together():
             if rank == 1:
                 raise BaseException("mine")
-        with pytest.raises(KeyError if rank == 2 else RuntimeError, match="mine"), together():
+        with (
+            pytest.raises(KeyError if rank == 2 else RuntimeError, match="mine"),
+            together(),
+        ):
             if rank == 2:
                 raise KeyError("mine")
             with together():
@@ -40,7 +43,11 @@ def test_the_failing_rank_raises_its_own_and_the_others_tell_which():
             if rank == 2:
                 raise KeyError("mine")
         pair = [dist.new_group([0, 1]), dist.new_group([2, 3])][rank // 2]
-        what = (ValueError, "no") if rank == 3 else (RuntimeError, "rank 3: ValueError: no")
+        what = (
+            (ValueError, "no")
+            if rank == 3
+            else (RuntimeError, "rank 3: ValueError: no")
+        )
         if rank > 1:
             with pytest.raises(what[0], match=what[1]), together(pair):
                 if rank == 3:

@@ -1,5 +1,5 @@
-"""Tools around a split model see what the model computes, not how it was planned, and the model is
-none the worse."""
+"""Tools around a split model see what the model computes, not how it was planned, and
+the model is none the worse."""
 
 import copy
 
@@ -27,7 +27,9 @@ class Block(nn.Module):
 
     def forward(self, x):
         q, k, v = self.qkv(x).unflatten(-1, (3, 4, 4)).permute(2, 0, 3, 1, 4)
-        return x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.out(
+            F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        )
 
 
 class Model(nn.Module):
@@ -40,7 +42,9 @@ class Model(nn.Module):
 
 
 def inputs():
-    return torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    return torch.randn(
+        2, 5, 16, generator=torch.Generator().manual_seed(5), dtype=torch.float64
+    )
 
 
 class Counted(TorchDispatchMode):
@@ -59,7 +63,10 @@ class Watched(TorchFunctionMode):
 
 
 COUNTERS = {
-    "flops": (lambda: FlopCounterMode(display=False), lambda mode: mode.get_total_flops()),
+    "flops": (
+        lambda: FlopCounterMode(display=False),
+        lambda mode: mode.get_total_flops(),
+    ),
     "collectives": (
         CommDebugMode,
         lambda mode: {str(op): n for op, n in mode.get_comm_counts().items()},
@@ -141,7 +148,9 @@ class Odd(nn.Module):
     def __init__(self):
         super().__init__()
         self.a, self.b = nn.Linear(16, 64), nn.Linear(64, 16)
-        self.none, self.scale = nn.Parameter(torch.zeros(0, 16)), nn.Parameter(torch.tensor(2.0))
+        self.none, self.scale = nn.Parameter(torch.zeros(0, 16)), nn.Parameter(
+            torch.tensor(2.0)
+        )
         self.register_buffer("mix", torch.randn(5, 5).relu().to_sparse())
         self.register_buffer("mask", torch.eye(5).bool().to_sparse(), persistent=False)
 

@@ -7,7 +7,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import pair, run, same_output
-from models.torch_modules import causal, check_all, encoder, left_padding, padding, randn, same
+from models.torch_modules import (
+    causal,
+    check_all,
+    encoder,
+    left_padding,
+    padding,
+    randn,
+    same,
+)
 from ranks import run_ranks
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,7 +28,9 @@ class Attention(nn.Module):
 
     def __init__(self, width=32, heads=4, **options):
         super().__init__()
-        self.attn, self.fc = nn.MultiheadAttention(width, heads, **options), nn.Linear(width, width)
+        self.attn, self.fc = nn.MultiheadAttention(width, heads, **options), nn.Linear(
+            width, width
+        )
 
     def forward(self, x, y=None, z=None, **options):
         y = x if y is None else y
@@ -52,7 +62,9 @@ TRANSFORMERS = {
     ),
     "no bias": (encoder(bias=False, dropout=0.0), lambda: {"src": randn(2, 5, 32)}),
     "decoder": (
-        lambda: nn.TransformerDecoder(nn.TransformerDecoderLayer(32, 4, 64, batch_first=True), 1),
+        lambda: nn.TransformerDecoder(
+            nn.TransformerDecoderLayer(32, 4, 64, batch_first=True), 1
+        ),
         lambda: {"tgt": randn(2, 5, 32), "memory": randn(2, 4, 32)},
         lambda: {
             "tgt": randn(2, 5, 32),
@@ -93,7 +105,11 @@ ATTENTIONS = {
     "in a user's module": (
         lambda: Attention(dropout=0.2, add_bias_kv=True, add_zero_attn=True),
         lambda: (randn(5, 2, 32),),
-        lambda: {"x": randn(5, 2, 32), "y": randn(6, 2, 32), "key_padding_mask": padding(2, 6)},
+        lambda: {
+            "x": randn(5, 2, 32),
+            "y": randn(6, 2, 32),
+            "key_padding_mask": padding(2, 6),
+        },
         lambda: {
             "x": randn(5, 2, 32),
             "y": randn(6, 2, 32),
@@ -108,7 +124,11 @@ ATTENTIONS = {
     ),
     "masks": (
         lambda: Attention(dropout=0.2, batch_first=True, bias=False),
-        lambda: {"x": randn(2, 5, 32), "attn_mask": randn(8, 5, 5), "need_weights": False},
+        lambda: {
+            "x": randn(2, 5, 32),
+            "attn_mask": randn(8, 5, 5),
+            "need_weights": False,
+        },
         lambda: {
             "x": randn(2, 5, 32),
             "attn_mask": causal(5),
@@ -126,7 +146,9 @@ IGNORED = (
 )
 
 
-@pytest.mark.parametrize("cases", [TRANSFORMERS, ATTENTIONS], ids=["transformers", "attentions"])
+@pytest.mark.parametrize(
+    "cases", [TRANSFORMERS, ATTENTIONS], ids=["transformers", "attentions"]
+)
 @pytest.mark.filterwarnings(*IGNORED)
 def test_attention(cases):
     check_all(cases, share=0.53)
@@ -135,16 +157,22 @@ def test_attention(cases):
 @pytest.mark.filterwarnings(*IGNORED)
 def test_attention_on_four_ranks():
     some = "encoder, padded, with a norm", "decoder", "attention over others"
-    check_all({k: v for k, v in {**TRANSFORMERS, **ATTENTIONS}.items() if k in some}, 4, share=0.28)
+    check_all(
+        {k: v for k, v in {**TRANSFORMERS, **ATTENTIONS}.items() if k in some},
+        4,
+        share=0.28,
+    )
 
 
 @pytest.mark.filterwarnings(*IGNORED)
 def test_padding_of_a_frozen_encoder():
-    """Nothing needs gradients, so torch packs the input although they are enabled; padding becomes
-    zeros, unless the fast path is off."""
+    """Nothing needs gradients, so torch packs the input although they are enabled;
+    padding becomes zeros, unless the fast path is off."""
 
     def ranks(rank):
-        x = randn(2, 6, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        x = randn(
+            2, 6, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+        )
         given = {"src": x, "src_key_padding_mask": padding(2, 6)}
         build = lambda: encoder(2)().requires_grad_(False)
         sharded, whole = pair(build, 2, train=False, example_inputs=given)
@@ -167,7 +195,10 @@ def test_heads_that_ranks_do_not_divide():
             lambda: {"src": randn(2, 5, 36)},
             lambda: {"src": randn(2, 5, 36), "src_key_padding_mask": padding(2, 5)},
         ),
-        "attention": (lambda: Attention(36, 3, batch_first=True), lambda: (randn(2, 5, 36),)),
+        "attention": (
+            lambda: Attention(36, 3, batch_first=True),
+            lambda: (randn(2, 5, 36),),
+        ),
         "over others": (
             lambda: nn.MultiheadAttention(36, 3, kdim=8, vdim=8, add_bias_kv=True),
             lambda: (randn(5, 2, 36), randn(6, 2, 8), randn(6, 2, 8)),
@@ -189,7 +220,8 @@ class Collectives(TorchDispatchMode):
 
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor")
 def test_a_layer_of_a_transformer_sends_as_megatron_does():
-    """Two all-reduces forward and two backward a layer, and nothing else; dropout too."""
+    """Two all-reduces forward and two backward a layer, and nothing else; dropout
+    too."""
 
     def ranks(rank):
         for options in (
@@ -199,7 +231,11 @@ def test_a_layer_of_a_transformer_sends_as_megatron_does():
         ):
             x = randn(5, 2, 64, dtype=torch.float64, requires_grad=True)
             model, _ = pair(encoder(2, width=64, **options), 2, example_inputs=(x,))
-            weights = [e for e in model.tensor_parallel_plan.entries.values() if len(e.shape) > 1]
+            weights = [
+                e
+                for e in model.tensor_parallel_plan.entries.values()
+                if len(e.shape) > 1
+            ]
             assert all(
                 e.dim is not None and e.how == "local" for e in weights
             ), model.tensor_parallel_plan
@@ -208,8 +244,8 @@ def test_a_layer_of_a_transformer_sends_as_megatron_does():
                 loss = model(x).sum()
             with Collectives() as backward:
                 loss.backward()
-            # That the random state is compared before a forward that draws is none of the model's
-            # own computation.
+            # That the random state is compared before a forward that draws is none of
+            # the model's own computation.
             assert forward.names == {"c10d::allreduce_": 4}, (options, forward.names)
             assert backward.names == {"c10d::allreduce_": 4}, (options, backward.names)
 
@@ -235,16 +271,26 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, mask=None):
         sizes = [32, 8 * self.kv_heads, 8 * self.kv_heads]
-        q, k, v = (y.unflatten(-1, (-1, 8)).transpose(1, 2) for y in self.qkv(x).split(sizes, -1))
+        q, k, v = (
+            y.unflatten(-1, (-1, 8)).transpose(1, 2)
+            for y in self.qkv(x).split(sizes, -1)
+        )
         dropout = self.dropout if self.training else 0.0
         grouped = self.kv_heads != 4
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, mask is None, enable_gqa=grouped)
+        y = F.scaled_dot_product_attention(
+            q, k, v, mask, dropout, mask is None, enable_gqa=grouped
+        )
         return F.dropout(self.proj(y.transpose(1, 2).flatten(2)), 0.3, self.training)
 
 
 def test_dropout_within_attention():
-    inputs = lambda: (randn(2, 45, 32),), lambda: (randn(2, 46, 32), torch.rand(46, 46) > 0.3)
+    inputs = lambda: (randn(2, 45, 32),), lambda: (
+        randn(2, 46, 32),
+        torch.rand(46, 46) > 0.3,
+    )
     cases = {kv: (lambda kv=kv: CausalSelfAttention(kv), *inputs) for kv in (4, 2)}
     check_all(cases, share=0.52)
-    plan = plan_tensor_parallel(CausalSelfAttention(), 2, example_inputs=(randn(2, 45, 32),))
+    plan = plan_tensor_parallel(
+        CausalSelfAttention(), 2, example_inputs=(randn(2, 45, 32),)
+    )
     assert {plan.entries[f"{x}.weight"].how for x in ("qkv", "proj")} == {"local"}, plan

@@ -42,7 +42,9 @@ def names(graph):
 
 
 def ops(graph):
-    return [n.op._schema.name.removeprefix("aten::") for c in graph.calls for n in c.nodes]
+    return [
+        n.op._schema.name.removeprefix("aten::") for c in graph.calls for n in c.nodes
+    ]
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -62,14 +64,20 @@ def test_a_trace_changes_nothing(training):
     assert versions == [t._version for t in model.state_dict(keep_vars=True).values()]
     assert identities == [id(t) for t in model.state_dict(keep_vars=True).values()]
     assert modes == [m.training for m in model.modules()]
-    assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    assert hooks == [
+        len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()
+    ]
     assert torch.equal(rng, torch.get_rng_state()) and torch.equal(x, was)
-    assert model.counts == {"forward": 0} and all(p.grad is None for p in model.parameters())
+    assert model.counts == {"forward": 0} and all(
+        p.grad is None for p in model.parameters()
+    )
 
 
 def test_a_forward_that_fails_changes_nothing():
     model, x = Net(), torch.randn(3, 5)
-    rng, before = torch.get_rng_state(), {k: v.clone() for k, v in model.state_dict().items()}
+    rng, before = torch.get_rng_state(), {
+        k: v.clone() for k, v in model.state_dict().items()
+    }
     with pytest.raises(Exception):
         trace(model, (x,))
     assert torch.equal(rng, torch.get_rng_state())
@@ -80,10 +88,20 @@ def test_a_forward_that_fails_changes_nothing():
 
 def test_calls_and_their_operators():
     graph = trace(Net().eval(), (torch.randn(3, 4),))
-    assert names(graph) == ["add_", "linear", "relu_", "batch_norm", "dropout", "linear"]
+    assert names(graph) == [
+        "add_",
+        "linear",
+        "relu_",
+        "batch_norm",
+        "dropout",
+        "linear",
+    ]
     assert [m.path for m in graph.modules] == ["", "a", "bn", "drop", "b"]
     assert [c.module.path for c in graph.calls] == ["", "a", "", "bn", "drop", "b"]
-    assert [n.op._schema.name for n in graph.calls[1].nodes] == ["aten::t", "aten::addmm"]
+    assert [n.op._schema.name for n in graph.calls[1].nodes] == [
+        "aten::t",
+        "aten::addmm",
+    ]
     assert set(graph.params) == {n for n, _ in Net().named_parameters()}
     assert all(
         graph.params[n].param == n and graph.params[n].shape == tuple(p.shape)
@@ -110,7 +128,8 @@ def test_an_in_place_operator_makes_a_new_value():
 
 
 def test_in_place_operators_are_run_once():
-    """On real tensors too: a forward that reads what depends on parameters is traced on them."""
+    """On real tensors too: a forward that reads what depends on parameters is traced on
+    them."""
 
     def f(w, x):
         y = x.clone()
@@ -145,7 +164,9 @@ def test_what_follows_from_the_inputs_is_read_through_operators():
         return F.embedding(x, w)[:, : int(lengths.max())]
 
     graph = trace(
-        Plain(f, 8, 4).to("meta"), (torch.tensor([[1, 2, 0, 0], [3, 0, 0, 0]]),), device=CPU
+        Plain(f, 8, 4).to("meta"),
+        (torch.tensor([[1, 2, 0, 0], [3, 0, 0, 0]]),),
+        device=CPU,
     )
     assert [v.shape for v in graph.outputs.values()] == [(2, 2, 4)]
 
@@ -193,7 +214,11 @@ def test_nested_inputs_and_outputs():
         return {"a": (y, [y * scale]), "b": Batch(y + extra[1], {})}
 
     batch = Batch(torch.randn(2, 4), {"y": [torch.randn(4)]})
-    graph = trace(Plain(f), (batch,), {"scale": torch.tensor(2.0), "extra": (None, torch.randn(4))})
+    graph = trace(
+        Plain(f),
+        (batch,),
+        {"scale": torch.tensor(2.0), "extra": (None, torch.randn(4))},
+    )
     assert set(graph.modules[0].inputs) == {
         (0, 0, "x"),
         (0, 0, "rest", "y", 0),
@@ -217,7 +242,9 @@ def test_tied_parameters_are_one_value():
     graph = trace(Tied(), (torch.arange(4),))
     assert list(graph.params) == ["e.weight"]
     assert (
-        graph.calls[0].inputs[(0, 1)] is graph.calls[1].inputs[(0, 1)] is graph.params["e.weight"]
+        graph.calls[0].inputs[(0, 1)]
+        is graph.calls[1].inputs[(0, 1)]
+        is graph.params["e.weight"]
     )
 
 
@@ -240,7 +267,10 @@ def test_frozen_parameters_are_not_differentiable():
     model = Net().eval()
     model.a.weight.requires_grad_(False)
     graph = trace(model, (torch.randn(3, 4),))
-    assert not graph.params["a.weight"].differentiable and graph.params["b.weight"].differentiable
+    assert (
+        not graph.params["a.weight"].differentiable
+        and graph.params["b.weight"].differentiable
+    )
 
 
 def test_it_records_in_the_mode_of_the_call():
@@ -253,8 +283,12 @@ def test_it_records_in_the_mode_of_the_call():
 
 def test_a_plan_counts_the_backward_under_no_grad_too():
     with torch.no_grad():
-        without = plan_tensor_parallel(Net().eval(), 2, example_inputs=(torch.randn(3, 4),))
-    assert without == plan_tensor_parallel(Net().eval(), 2, example_inputs=(torch.randn(3, 4),))
+        without = plan_tensor_parallel(
+            Net().eval(), 2, example_inputs=(torch.randn(3, 4),)
+        )
+    assert without == plan_tensor_parallel(
+        Net().eval(), 2, example_inputs=(torch.randn(3, 4),)
+    )
 
 
 def test_a_large_model_is_traced_without_memory():

@@ -1,4 +1,5 @@
-"""A split model of transformers as that library itself takes it: saved, wrapped by peft."""
+"""A split model of transformers as that library itself takes it: saved, wrapped by
+peft."""
 
 import copy
 
@@ -34,7 +35,9 @@ def test_what_is_saved_is_the_whole_model(n, tmp_path):
         adapters.save_pretrained(tmp_path / "adapters")
         torch.distributed.barrier()
         found = hf.LlamaForCausalLM.from_pretrained(tmp_path / "model").state_dict()
-        assert all(torch.equal(found[name], x) for name, x in llama().state_dict().items())
+        assert all(
+            torch.equal(found[name], x) for name, x in llama().state_dict().items()
+        )
         found = peft.utils.load_peft_weights(str(tmp_path / "adapters"))
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], x) for name, x in expected.items())
@@ -46,7 +49,10 @@ def test_trainers_are_told_that_it_is_split():
     def ranks(rank):
         model = apply_tensor_parallel(adapted(), 2)
         for m in (model, model.base_model.model):
-            assert m.tp_size == m._tp_size == 2 and m.is_distributed_loading_by_transformers
+            assert (
+                m.tp_size == m._tp_size == 2
+                and m.is_distributed_loading_by_transformers
+            )
         assert "distributed_config" not in model.config.to_dict()
 
     run_ranks(ranks, 2)

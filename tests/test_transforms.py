@@ -1,5 +1,6 @@
-"""Functional transforms, and operators that no Python code calls in a way that can be intercepted:
-inside a model they get whole tensors; around a split model transforms raise one clear error."""
+"""Functional transforms, and operators that no Python code calls in a way that can be
+intercepted: inside a model they get whole tensors; around a split model transforms
+raise one clear error."""
 
 import pytest
 import torch
@@ -27,12 +28,14 @@ class Base(nn.Module):
         super().__init__()
         self.net = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 8))
         self.mlp = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 8))
-        self.weight, self.bias = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(64))
+        self.weight, self.bias = nn.Parameter(torch.randn(8, 8)), nn.Parameter(
+            torch.randn(64)
+        )
 
 
 class Vmapped(Base):
-    """A submodule, a shard in the middle of a region, a parameter and a tensor that the function
-    closes over."""
+    """A submodule, a shard in the middle of a region, a parameter and a tensor that the
+    function closes over."""
 
     def forward(self, x):
         h = self.mlp[0](x)
@@ -44,7 +47,11 @@ class Differentiated(Base):
     def forward(self, x):
         slopes = vmap(grad(lambda row: (self.net(row) * self.weight[0]).sum()))(x)
         tangents = jvp(self.net, (x,), (torch.ones_like(x),))[1]
-        return self.mlp(slopes) + tangents + vmap(jacrev(lambda row: self.net(row).sum()))(x)
+        return (
+            self.mlp(slopes)
+            + tangents
+            + vmap(jacrev(lambda row: self.net(row).sum()))(x)
+        )
 
 
 class Scripted(Base):
@@ -55,7 +62,9 @@ class Scripted(Base):
 class Conditional(Base):
     def forward(self, x):
         h = self.mlp(x)
-        return self.net(torch.cond(h.sum() > 0, lambda y: y @ self.weight, lambda y: -y, (h,)))
+        return self.net(
+            torch.cond(h.sum() > 0, lambda y: y @ self.weight, lambda y: -y, (h,))
+        )
 
 
 def rows():
@@ -72,7 +81,9 @@ def test_what_cannot_be_intercepted_gets_whole_tensors(build):
         how = {name: e.how for name, e in sharded.tensor_parallel_plan.entries.items()}
         # what such operators do not touch is sharded through
         if build in (Differentiated, Scripted):
-            assert how["net.0.weight" if build is Scripted else "mlp.0.weight"] == "local"
+            assert (
+                how["net.0.weight" if build is Scripted else "mlp.0.weight"] == "local"
+            )
 
     check(build, rows, calls=[other], then=then)
 
@@ -94,8 +105,12 @@ class Flex(nn.Module):
         length, mask = x.shape[1], None
         q, k, v = self.qkv(x).unflatten(-1, (3, 4, 4)).permute(2, 0, 3, 1, 4)
         if self.mask is not None:
-            mask = create_block_mask(self.mask, None, self.heads, length, length, device="cpu")
-        x = self.out(flex_attention(q, k, v, self.score_mod, mask).transpose(1, 2).flatten(2))
+            mask = create_block_mask(
+                self.mask, None, self.heads, length, length, device="cpu"
+            )
+        x = self.out(
+            flex_attention(q, k, v, self.score_mod, mask).transpose(1, 2).flatten(2)
+        )
         return x + self.mlp(x)
 
 
@@ -125,7 +140,8 @@ FLEX = {
 
 @pytest.mark.filterwarnings("ignore")
 def test_flex_attention():
-    """Its heads are split where nothing given reads a head's number; else it gets whole tensors."""
+    """Its heads are split where nothing given reads a head's number; else it gets whole
+    tensors."""
 
     def ranks(rank):
         for name, (options, split) in FLEX.items():
@@ -134,11 +150,19 @@ def test_flex_attention():
             with torch.no_grad():
                 sharded, whole = pair(lambda: Flex(**options), 2, example_inputs=(x,))
                 for length in 128, 64:
-                    close(sharded(x[:, :length]), whole(x[:, :length]), f"{name}, {length}", 1e-5)
+                    close(
+                        sharded(x[:, :length]),
+                        whole(x[:, :length]),
+                        f"{name}, {length}",
+                        1e-5,
+                    )
                 plan = sharded.tensor_parallel_plan
                 assert plan["mlp.0.weight"].how == "local", (name, plan)
                 assert (plan["qkv.weight"].how == "local") == split, (name, plan)
-                sharded.score_mod, whole.score_mod = by_head, by_head  # another path, shown anew
+                sharded.score_mod, whole.score_mod = (
+                    by_head,
+                    by_head,
+                )  # another path, shown anew
                 close(sharded(x), whole(x), f"{name}, then by head", 1e-5)
 
     run_ranks(ranks, 2, timeout=200)
@@ -151,7 +175,10 @@ def test_modules_within_cond_are_refused():
 
     with pytest.raises(
         RuntimeError,
-        match=r"net.*: expected a forward that calls its modules itself.*within .*cond in the root",
+        match=(
+            r"net.*: expected a forward that calls its modules itself.*within .*cond in"
+            r" the root"
+        ),
     ):
         plan_tensor_parallel(Within(), 2, example_inputs=(torch.randn(3, 8),))
 
@@ -160,7 +187,9 @@ AROUND = {
     "torch.func.grad": lambda model, x: grad(lambda y: model(y).sum())(x),
     "torch.func.vmap": lambda model, x: vmap(model)(x[None]),
     "torch.func.jvp": lambda model, x: jvp(model, (x,), (x,)),
-    "torch.autograd.forward_ad": lambda model, x: torch.autograd.forward_ad.make_dual(x, x),
+    "torch.autograd.forward_ad": lambda model, x: torch.autograd.forward_ad.make_dual(
+        x, x
+    ),
 }
 
 
@@ -171,7 +200,9 @@ def test_a_transform_around_a_split_model_raises_one_clear_error(name):
         model, whole = pair(Plain, 2, example_inputs=(x,))
         with pytest.raises(
             RuntimeError,
-            match=f"the model: expected a plain call.*within {name}.*use torch.autograd",
+            match=(
+                f"the model: expected a plain call.*within {name}.*use torch.autograd"
+            ),
         ):
             if name == "torch.autograd.forward_ad":
                 with torch.autograd.forward_ad.dual_level():
@@ -233,7 +264,9 @@ SCRIPTS = {
     "several": lambda: torch.jit.script(
         nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 64)).double()
     ),
-    "traced": lambda: torch.jit.trace(nn.Linear(64, 64).double(), torch.randn(2, 64).double()),
+    "traced": lambda: torch.jit.trace(
+        nn.Linear(64, 64).double(), torch.randn(2, 64).double()
+    ),
 }
 
 
@@ -250,8 +283,8 @@ class WithScript(nn.Module):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_script_modules_are_left_whole(name, tmp_path):
-    """Their parameters stay plain tensors, the first rank's on all; what is around them is split;
-    checkpoints have all."""
+    """Their parameters stay plain tensors, the first rank's on all; what is around them
+    is split; checkpoints have all."""
 
     def ranks(rank):
         models = []

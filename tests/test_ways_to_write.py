@@ -1,5 +1,5 @@
-"""Ways to write a forward: kinds of outputs, weights used elsewhere, writes in place, branches,
-calls that were not traced. Sharded it gives what it gives whole."""
+"""Ways to write a forward: kinds of outputs, weights used elsewhere, writes in place,
+branches, calls that were not traced. Sharded it gives what it gives whole."""
 
 import copy
 from dataclasses import dataclass
@@ -98,11 +98,15 @@ def test_parameter_given_to_a_child():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.w1, self.b1 = nn.Parameter(torch.randn(32, 8)), nn.Parameter(torch.randn(32))
+            self.w1, self.b1 = nn.Parameter(torch.randn(32, 8)), nn.Parameter(
+                torch.randn(32)
+            )
             self.w2, self.child = nn.Parameter(torch.randn(8, 32)), Child()
 
         def forward(self, x):
-            return self.child(self.child(x, self.w1, self.b1).relu(), self.w2, bias=None)
+            return self.child(
+                self.child(x, self.w1, self.b1).relu(), self.w2, bias=None
+            )
 
     check(Net, features(3, 8), 2, share=0.65)
 
@@ -183,8 +187,8 @@ def test_in_place_operators(change):
 
 
 def test_value_dependent_branch():
-    """The other branch, with the same kinds of inputs as the traced one, takes a mean over the
-    sharded units."""
+    """The other branch, with the same kinds of inputs as the traced one, takes a mean
+    over the sharded units."""
 
     class Net(nn.Module):
         def __init__(self):
@@ -237,7 +241,13 @@ class Routed(nn.Module):
 
 @pytest.mark.parametrize("n", [2, 4])
 def test_router_with_a_list_of_experts(n):
-    check(Routed, features(6, 16), n, calls=[features(1, 16), features(20, 16)], share=1 / n + 0.1)
+    check(
+        Routed,
+        features(6, 16),
+        n,
+        calls=[features(1, 16), features(20, 16)],
+        share=1 / n + 0.1,
+    )
 
 
 class HeadMean(nn.Module):
@@ -256,7 +266,11 @@ class HeadMean(nn.Module):
 
 def test_flag_that_was_not_traced():
     x = torch.randn(3, 8)
-    calls = [lambda: {"x": x, "mean": True}, lambda: {"x": x, "mean": False}, lambda: (x, True)]
+    calls = [
+        lambda: {"x": x, "mean": True},
+        lambda: {"x": x, "mean": False},
+        lambda: (x, True),
+    ]
     check(HeadMean, lambda: {"x": x}, 2, calls=calls)
 
 
@@ -266,10 +280,14 @@ def test_path_that_the_signature_may_miss(how):
 
     class Net(HeadMean):
         def forward(self, x, strength=0.0):
-            return super().forward(x, mean=how == "length" and x.shape[0] > 4, strength=strength)
+            return super().forward(
+                x, mean=how == "length" and x.shape[0] > 4, strength=strength
+            )
 
     def ranks(rank):
-        x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        x = torch.randn(
+            3, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+        )
         sharded, whole = pair(Net, 2, example_inputs=(x, 0.1))
         compare(sharded, whole, (x, 0.1))
         given = {
@@ -313,8 +331,8 @@ class Cache:
 
 
 def test_cache_that_the_forward_fills():
-    """Showing a new call right must not touch the caller's cache. Filled, it holds shards, which
-    the next call goes on with."""
+    """Showing a new call right must not touch the caller's cache. Filled, it holds
+    shards, which the next call goes on with."""
 
     class Net(nn.Module):
         def __init__(self):
@@ -329,7 +347,9 @@ def test_cache_that_the_forward_fills():
         caches, x = [Cache(), Cache()], torch.ones(2, 3, 8, dtype=torch.float64)
         found, expected = (m(x, cache=c) for m, c in zip((sharded, whole), caches))
         assert torch.allclose(found, expected, rtol=1e-9)
-        assert caches[0].kept.shape == (2, 3, 16) and type(caches[0].kept) is torch.Tensor
+        assert (
+            caches[0].kept.shape == (2, 3, 16) and type(caches[0].kept) is torch.Tensor
+        )
         with torch.no_grad():
             for length in (3, 1, 2):
                 x = torch.randn(
@@ -367,4 +387,10 @@ def test_inputs_that_cannot_be_made_up():
         from quintnet_dt import plan_tensor_parallel
 
         plan_tensor_parallel(Net(), 2)
-    check(Net, lambda: ({"x": torch.randn(2, 16)}, [torch.randn(16)]), 2, example=False, share=0.6)
+    check(
+        Net,
+        lambda: ({"x": torch.randn(2, 16)}, [torch.randn(16)]),
+        2,
+        example=False,
+        share=0.6,
+    )

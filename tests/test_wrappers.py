@@ -1,4 +1,5 @@
-"""What is put around a model, or its blocks, after the split: right as on a plain model."""
+"""What is put around a model, or its blocks, after the split: right as on a plain
+model."""
 
 import copy
 
@@ -41,7 +42,11 @@ def blocks():
 
 
 def given():
-    return (torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64),)
+    return (
+        torch.randn(
+            2, 5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+        ),
+    )
 
 
 class Doubled(nn.Module):
@@ -61,7 +66,9 @@ def test_activation_checkpoint_wrappers_after_the_split():
             model, whole = pair(blocks, 2, example_inputs=given())
             if first:
                 compare(model, whole, given())
-            apply_activation_checkpointing(model, check_fn=lambda m: isinstance(m, Block))
+            apply_activation_checkpointing(
+                model, check_fn=lambda m: isinstance(m, Block)
+            )
             assert isinstance(model[1], CheckpointWrapper)
             for _ in range(2):
                 outputs = [m(*copy.deepcopy(given())) for m in (model, whole)]
@@ -97,8 +104,8 @@ def test_a_wrapper_in_a_sharded_region_is_shown_right_with_what_it_computes():
 
 @pytest.mark.parametrize("kind", ["ddp", "replicate"])
 def test_copies_over_dp(kind):
-    """Each copy has a batch of its own; also in a kind of call that is new, and after the
-    optimizer's steps."""
+    """Each copy has a batch of its own; also in a kind of call that is new, and after
+    the optimizer's steps."""
 
     def ranks(rank):
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
@@ -127,8 +134,8 @@ def test_copies_over_dp(kind):
 
 
 def test_stages_of_a_pipeline():
-    """Their shapes are learned on uninitialised inputs, which differ between the ranks of a
-    stage."""
+    """Their shapes are learned on uninitialised inputs, which differ between the ranks
+    of a stage."""
 
     def ranks(rank):
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "tp"))
@@ -136,7 +143,9 @@ def test_stages_of_a_pipeline():
         parts = [Block(8), Block(8)]
         whole, me = nn.Sequential(*copy.deepcopy(parts)), mesh["pp"].get_local_rank()
         part = apply_tensor_parallel(parts[me], mesh=mesh["tp"])
-        stage = PipelineStage(part, me, 2, torch.device("cpu"), group=mesh["pp"].get_group())
+        stage = PipelineStage(
+            part, me, 2, torch.device("cpu"), group=mesh["pp"].get_group()
+        )
         schedule = ScheduleGPipe(stage, 2, loss_fn=torch.nn.functional.mse_loss)
         x, y = torch.randn(2, 4, 8)
         heap = [torch.full((2, 8), float(rank)) for _ in range(8)]
@@ -150,9 +159,12 @@ def test_stages_of_a_pipeline():
     run_ranks(ranks, 4)
 
 
-@pytest.mark.parametrize("act", [weight_norm, lambda m: prune.l1_unstructured(m, "weight", 0.5)])
+@pytest.mark.parametrize(
+    "act", [weight_norm, lambda m: prune.l1_unstructured(m, "weight", 0.5)]
+)
 def test_pruned_or_parametrized(act):
-    """Before the split right; after it one error, on every rank, at that call or the next."""
+    """Before the split right; after it one error, on every rank, at that call or the
+    next."""
 
     def ranks(rank):
         def build():

@@ -1,5 +1,5 @@
-"""Models as people write them: modules used twice, writes in place, nested outputs, buffers, odd
-parameters."""
+"""Models as people write them: modules used twice, writes in place, nested outputs,
+buffers, odd parameters."""
 
 from collections import namedtuple
 from dataclasses import dataclass
@@ -8,7 +8,19 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from models.written import CASES, IDS, MORE_IDS, Net, X, Y, heads, mlp, model, rows, run_models
+from models.written import (
+    CASES,
+    IDS,
+    MORE_IDS,
+    Net,
+    X,
+    Y,
+    heads,
+    mlp,
+    model,
+    rows,
+    run_models,
+)
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -36,9 +48,14 @@ class TwiceInDifferentShapes(Net):
 class SharedByTwoParents(Net):
     def __init__(self):
         inner = nn.Linear(32, 32)
-        a = nn.Sequential(nn.Linear(16, 32), nn.GELU(), inner, nn.GELU(), nn.Linear(32, 16))
+        a = nn.Sequential(
+            nn.Linear(16, 32), nn.GELU(), inner, nn.GELU(), nn.Linear(32, 16)
+        )
         super().__init__(
-            a=a, b=nn.Sequential(nn.Linear(16, 32), nn.Tanh(), inner, nn.Tanh(), nn.Linear(32, 16))
+            a=a,
+            b=nn.Sequential(
+                nn.Linear(16, 32), nn.Tanh(), inner, nn.Tanh(), nn.Linear(32, 16)
+            ),
         )
 
     def forward(self, x):
@@ -64,7 +81,10 @@ class WeightsUsedOutside(Net):
 class TiedInThreePlaces(Net):
     def __init__(self):
         super().__init__(
-            a=nn.Embedding(48, 16), b=nn.Embedding(48, 16), h=nn.Linear(16, 48, bias=False), f=mlp()
+            a=nn.Embedding(48, 16),
+            b=nn.Embedding(48, 16),
+            h=nn.Linear(16, 48, bias=False),
+            f=mlp(),
         )
         self.h.weight = self.b.weight = self.a.weight
 
@@ -78,7 +98,10 @@ class OneDropoutOneActivation(Net):
 
     def __init__(self):
         parts = dict(
-            qkv=nn.Linear(16, 48), o=nn.Linear(16, 16), up=nn.Linear(16, 32), down=nn.Linear(32, 16)
+            qkv=nn.Linear(16, 48),
+            o=nn.Linear(16, 16),
+            up=nn.Linear(16, 32),
+            down=nn.Linear(32, 16),
         )
         super().__init__(**parts, drop=nn.Dropout(0.2), act=nn.PReLU())
 
@@ -93,7 +116,9 @@ class OneDropoutOneActivation(Net):
 @model("shared", X, Y, local=True)
 class RecurrentCell(Net):
     def __init__(self):
-        super().__init__(i=nn.Linear(16, 32), h=nn.Linear(16, 32, bias=False), o=nn.Linear(32, 16))
+        super().__init__(
+            i=nn.Linear(16, 32), h=nn.Linear(16, 32, bias=False), o=nn.Linear(32, 16)
+        )
 
     def forward(self, x):
         h, out = torch.zeros_like(x[:, 0]), []
@@ -181,7 +206,11 @@ class KeywordsOnly(Net):
     def forward(self, *, x, **others):
         o = self.i({"x": (x,)}, scale=2.0)
         y = self.b(o.logits + o.hidden[0] + o.extra["list"][0])
-        return {"y": y + sum(self.g(z) for z in others.values()), "n": len(others), "none": None}
+        return {
+            "y": y + sum(self.g(z) for z in others.values()),
+            "n": len(others),
+            "none": None,
+        }
 
 
 # ---- buffers
@@ -196,7 +225,9 @@ class Caches(Net):
         self.register_buffer("slopes", torch.arange(1.0, 5.0))
         self.register_buffer("more", torch.arange(4.0)[:, None, None], persistent=False)
         self.register_buffer("mask", torch.tril(torch.ones(16, 16)).bool()[None, None])
-        self.register_buffer("inv", 1 / 10 ** (torch.arange(0, 4, 2) / 4), persistent=False)
+        self.register_buffer(
+            "inv", 1 / 10 ** (torch.arange(0, 4, 2) / 4), persistent=False
+        )
         self.cache = None
 
     def turn(self, x):
@@ -211,7 +242,9 @@ class Caches(Net):
         t = x.shape[1]
         q, k, v = map(heads, self.qkv(x).chunk(3, -1))
         s = self.turn(q) @ self.turn(k).mT + self.more
-        s = s + self.slopes.view(1, 4, 1, 1) * (torch.arange(t) - torch.arange(t)[:, None])
+        s = s + self.slopes.view(1, 4, 1, 1) * (
+            torch.arange(t) - torch.arange(t)[:, None]
+        )
         s = s.masked_fill(~self.mask[:, :, :t, :t], float("-inf"))
         return self.o((s.softmax(-1) @ v).transpose(1, 2).flatten(2))
 
@@ -246,7 +279,8 @@ for kind in "in place", "replaced", "data":
 
 @model("parameters", X, Y)
 class OddParameters(Net):
-    """In lists and dicts, on the root; of no dim, one element, none; complex; not contiguous."""
+    """In lists and dicts, on the root; of no dim, one element, none; complex; not
+    contiguous."""
 
     def __init__(self):
         w, c = torch.randn, partial(torch.randn, dtype=torch.cdouble)
@@ -259,7 +293,9 @@ class OddParameters(Net):
             d=c(32, 16),
         )
         self.list = nn.ParameterList([w(16, 32), w(32, 16), w(16)])
-        self.dict = nn.ParameterDict({"u": nn.Parameter(w(16, 64)), "v": nn.Parameter(w(64, 16))})
+        self.dict = nn.ParameterDict(
+            {"u": nn.Parameter(w(16, 64)), "v": nn.Parameter(w(64, 16))}
+        )
         self.t, self.u = nn.Parameter(w(64, 16).t()), nn.Parameter(w(16, 64).t())
 
     def forward(self, x):
@@ -271,7 +307,10 @@ class OddParameters(Net):
         x = F.silu(x @ self.dict["u"]) @ self.dict["v"] @ self.w * self.s + self.one
         x = torch.cat([x.flatten(0, -2), self.none])
         z = x.to(self.c.dtype) @ self.c
-        return F.linear(torch.relu(F.linear(x, self.u)), self.t) + ((z * z.abs()) @ self.d).real
+        return (
+            F.linear(torch.relu(F.linear(x, self.u)), self.t)
+            + ((z * z.abs()) @ self.d).real
+        )
 
 
 class Adapted(Net):
@@ -293,11 +332,15 @@ class Adapted(Net):
 class Adapters(Net):
     def __init__(self):
         super().__init__(
-            f=nn.Sequential(Adapted(nn.Linear(16, 32)), nn.GELU(), Adapted(nn.Linear(32, 16))),
+            f=nn.Sequential(
+                Adapted(nn.Linear(16, 32)), nn.GELU(), Adapted(nn.Linear(32, 16))
+            ),
             g=mlp(),
         )
         self.g[0].bias.requires_grad_(False)
-        self.v, self.m = nn.Linear(16, 32).requires_grad_(False), nn.Parameter(torch.rand(32))
+        self.v, self.m = nn.Linear(16, 32).requires_grad_(False), nn.Parameter(
+            torch.rand(32)
+        )
         self.A, self.B, self.o = (
             nn.Parameter(torch.randn(4, 16)),
             nn.Parameter(torch.randn(32, 4)),
@@ -344,6 +387,10 @@ class StandardizedAndMasked(Net):
         w = self.a.weight
         w = (w - w.mean(1, keepdim=True)) / w.std(1, keepdim=True) * self.g
         return (
-            F.linear(F.gelu(F.linear(x, w, self.a.bias)), self.b.weight * self.mask, self.b.bias)
+            F.linear(
+                F.gelu(F.linear(x, w, self.a.bias)),
+                self.b.weight * self.mask,
+                self.b.bias,
+            )
             * self.clipped
         )

@@ -1,5 +1,5 @@
-"""Models as people write them: functions and hooks that change gradients, checkpoints; functional
-style."""
+"""Models as people write them: functions and hooks that change gradients, checkpoints;
+functional style."""
 
 from functools import partial
 
@@ -66,7 +66,10 @@ class CustomFunctions(Net):
 class HooksOnTensors(Net):
     def __init__(self):
         super().__init__(
-            e=nn.Linear(16, 16), a=nn.Linear(16, 32), b=nn.Linear(32, 16), n=nn.LayerNorm(16)
+            e=nn.Linear(16, 16),
+            a=nn.Linear(16, 32),
+            b=nn.Linear(32, 16),
+            n=nn.LayerNorm(16),
         )
 
     def forward(self, x):
@@ -86,9 +89,15 @@ class HooksOnModules(Net):
         self.f[2].register_forward_pre_hook(
             lambda m, args: (args[0] - args[0].mean(-1, keepdim=True),)
         )
-        self.f.register_full_backward_hook(lambda m, grads, out: (grads[0] / grads[0].norm(),))
-        self.g[0].register_full_backward_hook(lambda m, grads, out: (grads[0] * out[0].norm(),))
-        self.g[2].register_full_backward_pre_hook(lambda m, out: (out[0] / out[0].norm(),))
+        self.f.register_full_backward_hook(
+            lambda m, grads, out: (grads[0] / grads[0].norm(),)
+        )
+        self.g[0].register_full_backward_hook(
+            lambda m, grads, out: (grads[0] * out[0].norm(),)
+        )
+        self.g[2].register_full_backward_pre_hook(
+            lambda m, out: (out[0] / out[0].norm(),)
+        )
 
     def forward(self, x):
         return self.g(self.f(self.e(x)))
@@ -129,8 +138,8 @@ class Checkpoints(Net):
 
 @model("gradients", X, Y, local=True)
 class Forces(Net):
-    """A gradient taken within the forward, differentiated again; parts without gradients;
-    losses."""
+    """A gradient taken within the forward, differentiated again; parts without
+    gradients; losses."""
 
     def __init__(self):
         super().__init__(
@@ -144,7 +153,10 @@ class Forces(Net):
         with torch.no_grad():
             target = self.t(x)
         y = self.g(x)
-        loss = F.mse_loss(self.g(y.detach()), target) + (self.o(y).detach() * self.o(y)).mean()
+        loss = (
+            F.mse_loss(self.g(y.detach()), target)
+            + (self.o(y).detach() * self.o(y)).mean()
+        )
         x = x.detach().requires_grad_()
         energy = self.f(x).sum()
         return energy, -torch.autograd.grad(energy, x, create_graph=True)[0], loss
@@ -160,21 +172,32 @@ class Einsums(Net):
     def __init__(self, h=4):
         parts = {name: torch.randn(h, 16, 4) / 4 for name in "qkv"}
         super().__init__(
-            **parts, o=torch.randn(h, 4, 16) / 4, sink=torch.randn(h), scale=torch.ones(h, 1, 1)
+            **parts,
+            o=torch.randn(h, 4, 16) / 4,
+            sink=torch.randn(h),
+            scale=torch.ones(h, 1, 1),
         )
 
     def forward(self, x):
-        q, k, v = (torch.einsum("btd,hde->bthe", x, w) for w in (self.q, self.k, self.v))
+        q, k, v = (
+            torch.einsum("btd,hde->bthe", x, w) for w in (self.q, self.k, self.v)
+        )
         s = torch.einsum("bthd,bshd->bhts", q, k) * self.scale.exp()
-        s = torch.cat([s, self.sink[None, :, None, None].expand(s.shape[0], -1, s.shape[2], 1)], -1)
+        s = torch.cat(
+            [s, self.sink[None, :, None, None].expand(s.shape[0], -1, s.shape[2], 1)],
+            -1,
+        )
         y = torch.einsum("bhts,bshe,hed->btd", s.softmax(-1)[..., :-1], v, self.o)
         x = x[:, None]
-        return y + ((x @ self.q @ (x @ self.k).mT).softmax(-1) @ (x @ self.v) @ self.o).sum(1)
+        return y + (
+            (x @ self.q @ (x @ self.k).mT).softmax(-1) @ (x @ self.v) @ self.o
+        ).sum(1)
 
 
 @model("functional", rows(2, 8, 16), rows(3, 8, 16), local=True)
 class PositionBiases(Net):
-    """A table of relative positions, ALiBi's slopes learned, cosine similarity, grouped queries."""
+    """A table of relative positions, ALiBi's slopes learned, cosine similarity, grouped
+    queries."""
 
     def __init__(self):
         super().__init__(
@@ -190,9 +213,17 @@ class PositionBiases(Net):
     def forward(self, x):
         far = torch.arange(x.shape[1]) - torch.arange(x.shape[1])[:, None]
         q, k, v = map(heads, self.qkv(x).chunk(3, -1))
-        s = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT * self.scale.clamp(max=4).exp()
+        s = (
+            F.normalize(q, dim=-1)
+            @ F.normalize(k, dim=-1).mT
+            * self.scale.clamp(max=4).exp()
+        )
         s = s + self.table[(far + 7).view(-1)].view(*far.shape, -1).permute(2, 0, 1)
-        s = s + self.at(far.clamp(-4, 3) + 4).permute(2, 0, 1) + far * self.slopes[:, None, None]
+        s = (
+            s
+            + self.at(far.clamp(-4, 3) + 4).permute(2, 0, 1)
+            + far * self.slopes[:, None, None]
+        )
         x = x + self.o((s.softmax(-1) @ v).transpose(1, 2).flatten(2))
         q, k, v = (
             t.unflatten(-1, (-1, 4)).transpose(1, 2)
@@ -207,12 +238,15 @@ class PositionBiases(Net):
 
 @model("functional", X, Y, local=True)
 class SizesOfItsOwn(Net):
-    """Attention whose head size is computed from the projection's own size, as einops does, and the
-    other way round; heads at the front and in the middle."""
+    """Attention whose head size is computed from the projection's own size, as einops
+    does, and the other way round; heads at the front and in the middle."""
 
     def __init__(self, h=4):
         super().__init__(
-            q=nn.Linear(16, 32), k=nn.Linear(16, 32), v=nn.Linear(16, 32), o=nn.Linear(32, 16)
+            q=nn.Linear(16, 32),
+            k=nn.Linear(16, 32),
+            v=nn.Linear(16, 32),
+            o=nn.Linear(32, 16),
         )
         self.h = h
 
@@ -224,7 +258,9 @@ class SizesOfItsOwn(Net):
         return x
 
     def by_view(self, y):
-        return y.reshape(y.shape[0], y.shape[1], self.h, y.shape[-1] // self.h).permute(0, 2, 1, 3)
+        return y.reshape(y.shape[0], y.shape[1], self.h, y.shape[-1] // self.h).permute(
+            0, 2, 1, 3
+        )
 
     def by_unflatten(self, y):
         return y.unflatten(-1, (self.h, y.shape[-1] // self.h)).transpose(1, 2)
@@ -252,7 +288,11 @@ class LambdasAndMaps(Net):
             nn.Linear(32, 16),
         )
         super().__init__(
-            f=f, g=mlp(), w=torch.randn(4, 16, 8), v=torch.randn(4, 8, 16), mix=torch.randn(3)
+            f=f,
+            g=mlp(),
+            w=torch.randn(4, 16, 8),
+            v=torch.randn(4, 8, 16),
+            mix=torch.randn(3),
         )
         self.h = nn.Sequential(
             Apply(lambda x: self.g(x)), Apply(lambda x: x * 2)
@@ -261,17 +301,22 @@ class LambdasAndMaps(Net):
     def forward(self, x):
         y = torch.vmap(lambda w, v: torch.tanh(x @ w) @ v)(self.w, self.v)
         layers = [self.f(x), self.h(x), y.sum(0)]
-        return sum(w * t for w, t in zip(self.mix.softmax(0), layers)), torch.stack(layers).mean(0)
+        return sum(w * t for w, t in zip(self.mix.softmax(0), layers)), torch.stack(
+            layers
+        ).mean(0)
 
 
 @model("functional", X, Y, local=True)
 class ConditionedScan(Net):
-    """A state space, its sizes split unequally, its steps in Python; shift and scale from a
-    condition; a net that makes weights."""
+    """A state space, its sizes split unequally, its steps in Python; shift and scale
+    from a condition; a net that makes weights."""
 
     def __init__(self, i=32, s=4):
         super().__init__(
-            a=torch.rand(i, s), d=torch.randn(i), x=nn.Linear(i, 2 + 2 * s), dt=nn.Linear(2, i)
+            a=torch.rand(i, s),
+            d=torch.randn(i),
+            x=nn.Linear(i, 2 + 2 * s),
+            dt=nn.Linear(2, i),
         )
         self.inp, self.out, self.c, self.w = (
             nn.Linear(16, 2 * i),
@@ -282,12 +327,18 @@ class ConditionedScan(Net):
         self.conv, self.s = nn.Conv1d(i, i, 3, groups=i, padding=2), s
 
     def forward(self, x):
-        x = F.linear(x, self.w(x.mean((0, 1))).view(16, 4).sum(1, keepdim=True).expand(16, 16))
+        x = F.linear(
+            x, self.w(x.mean((0, 1))).view(16, 4).sum(1, keepdim=True).expand(16, 16)
+        )
         scale, shift = self.c(x.mean(1, keepdim=True)).chunk(2, -1)
         x, z = self.inp(x).chunk(2, -1)
         x = F.silu(self.conv(x.mT)[..., : x.shape[1]].mT) * (1 + scale) + shift
         dt, b, c = self.x(x).split([2, self.s, self.s], -1)
-        dt, h, out = F.softplus(self.dt(dt)), x.new_zeros(len(x), x.shape[2], self.s), []
+        dt, h, out = (
+            F.softplus(self.dt(dt)),
+            x.new_zeros(len(x), x.shape[2], self.s),
+            [],
+        )
         for k in range(x.shape[1]):
             h = (
                 h * torch.exp(-dt[:, k, :, None] * self.a.exp())

@@ -1,5 +1,5 @@
-"""Models as people write them: mixtures of experts, and forwards that take other paths than the one
-that was traced."""
+"""Models as people write them: mixtures of experts, and forwards that take other paths
+than the one that was traced."""
 
 import pytest
 import torch
@@ -19,7 +19,9 @@ def test_models(group, n):
 
 class Expert(Net):
     def __init__(self):
-        super().__init__(up=nn.Linear(16, 32), gate=nn.Linear(16, 32), down=nn.Linear(32, 16))
+        super().__init__(
+            up=nn.Linear(16, 32), gate=nn.Linear(16, 32), down=nn.Linear(32, 16)
+        )
 
     def forward(self, x):
         return self.down(F.silu(self.gate(x)) * self.up(x))
@@ -27,12 +29,16 @@ class Expert(Net):
 
 class Experts(Net):
     def __init__(self):
-        super().__init__(gate=nn.Linear(16, 4), experts=nn.ModuleList(Expert() for _ in range(4)))
+        super().__init__(
+            gate=nn.Linear(16, 4), experts=nn.ModuleList(Expert() for _ in range(4))
+        )
 
     def forward(self, x):
         flat = x.reshape(-1, 16)
         weights, chosen = self.gate(flat).softmax(-1).topk(2, -1)
-        return self.mix(flat, weights / weights.sum(-1, keepdim=True), chosen).view_as(x)
+        return self.mix(flat, weights / weights.sum(-1, keepdim=True), chosen).view_as(
+            x
+        )
 
 
 @model("experts", X, rows(1, 1, 16), Y, local=True)
@@ -52,7 +58,9 @@ class ByNonzero(Experts):
         out, mask = torch.zeros_like(x), F.one_hot(chosen, 4).permute(2, 1, 0)
         for i in (mask.sum((-1, -2)) > 0).nonzero().flatten().tolist():
             k, rows = torch.where(mask[i])
-            out[rows] += self.experts[i](x[None, rows].reshape(-1, 16)) * weights[rows, k, None]
+            out[rows] += (
+                self.experts[i](x[None, rows].reshape(-1, 16)) * weights[rows, k, None]
+            )
         return out
 
 
@@ -66,7 +74,8 @@ class BySorting(Experts):
         parts = x[order // 2].split(counts)
         y = torch.cat([e(t) for e, t in zip(self.experts, parts)])
         return (
-            torch.empty_like(y).index_copy(0, order, y).view(*chosen.shape, -1) * weights[..., None]
+            torch.empty_like(y).index_copy(0, order, y).view(*chosen.shape, -1)
+            * weights[..., None]
         ).sum(1)
 
 
@@ -109,7 +118,11 @@ class InOneTensor(Net):
 class Branches(Net):
     def __init__(self):
         super().__init__(
-            f=mlp(), g=mlp(), a=nn.Linear(16, 32), b=nn.Linear(32, 16), halt=nn.Linear(16, 1)
+            f=mlp(),
+            g=mlp(),
+            a=nn.Linear(16, 32),
+            b=nn.Linear(32, 16),
+            halt=nn.Linear(16, 1),
         )
         self.layers, self.heads = nn.ModuleList(mlp() for _ in range(3)), nn.ModuleList(
             nn.Linear(16, 8) for _ in range(3)
@@ -149,12 +162,14 @@ def flags(**given):
     local=True,
 )
 class Flags(Net):
-    """Attention weights asked for, masks of two kinds, another rank, a route by name, a part that
-    was not reached."""
+    """Attention weights asked for, masks of two kinds, another rank, a route by name, a
+    part that was not reached."""
 
     def __init__(self):
         see = nn.Sequential(nn.Conv2d(3, 16, 4, 4), nn.Flatten(2), nn.Linear(4, 4))
-        super().__init__(qkv=nn.Linear(16, 48), o=nn.Linear(16, 16), see=see, bias=torch.randn(16))
+        super().__init__(
+            qkv=nn.Linear(16, 48), o=nn.Linear(16, 16), see=see, bias=torch.randn(16)
+        )
         self.routes = nn.ModuleDict({"a": mlp(), "b": mlp()})
 
     def forward(self, x, attn=False, mask=None, route="a", image=None):

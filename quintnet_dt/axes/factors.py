@@ -1,8 +1,8 @@
-"""Factors: what a dim is made of. Operators say which factors are the same; a union-find merges
-them, and splits one where a view does.
+"""Factors: what a dim is made of. Operators say which factors are the same; a
+union-find merges them, and splits one where a view does.
 
-A factor that `split` or a slice cuts in unequal pieces ([q | k | v]) has factors of its own in each
-piece."""
+A factor that `split` or a slice cuts in unequal pieces ([q | k | v]) has factors of its
+own in each piece."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -12,9 +12,9 @@ from typing import Optional
 
 @dataclass(eq=False, slots=True)
 class Factor:
-    """A part of a dim, `size` long. One that was merged with another has a `parent`, one that was
-    split in two has `parts`, outer and inner. `unshardable`: operators cut it at places that have no
-    factors in common, so that it cannot be sharded."""
+    """A part of a dim, `size` long. One that was merged with another has a `parent`,
+    one that was split in two has `parts`, outer and inner. `unshardable`: operators cut
+    it at places that have no factors in common, so that it cannot be sharded."""
 
     size: int
     parent: Optional["Factor"] = None
@@ -36,7 +36,8 @@ class Factor:
 
 
 def fresh(size: int) -> list[Factor]:
-    """The factors of a dim of which nothing is known: its own. One of size 1 has none."""
+    """The factors of a dim of which nothing is known: its own. One of size 1 has
+    none."""
     return [Factor(size)] if size != 1 else []
 
 
@@ -64,13 +65,15 @@ def flat(factors: Iterable[Factor]) -> Iterator[Factor]:
 
 def _cut(leaf: Factor, outer: int) -> list[Factor]:
     unshardable = leaf.unshardable or leaf.pieces is not None
-    leaf.parts = [Factor(size, unshardable=unshardable) for size in (outer, leaf.size // outer)]
+    leaf.parts = [
+        Factor(size, unshardable=unshardable) for size in (outer, leaf.size // outer)
+    ]
     return leaf.parts
 
 
 def piece(factors: list[Factor], start: int, size: int) -> list[Factor] | None:
-    """The factors of a part of a dim, which need not divide it; None where that is several factors,
-    or cut elsewhere."""
+    """The factors of a part of a dim, which need not divide it; None where that is
+    several factors, or cut elsewhere."""
     f, *more = leaves(factors)
     if more:
         return None
@@ -90,8 +93,8 @@ def piece(factors: list[Factor], start: int, size: int) -> list[Factor] | None:
 
 
 def take(factors: list[Factor], size: int) -> tuple[list[Factor], list[Factor]] | None:
-    """Split a list of factors into (the outer ones that make `size`, the rest), or None if none can
-    be cut there."""
+    """Split a list of factors into (the outer ones that make `size`, the rest), or None
+    if none can be cut there."""
     rest, outer = leaves(factors), []
     while size > 1:
         if not rest:

@@ -1,4 +1,5 @@
-"""What the rules have found so far: the factors of each dim of each value, what each node does."""
+"""What the rules have found so far: the factors of each dim of each value, what each
+node does."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -12,8 +13,12 @@ from .factors import Factor, flat, fresh, length, unify
 class Effect:
     """What a node does beyond passing factors on."""
 
-    contract: set[Factor] = field(default_factory=set)  # summed over: the output is Partial
-    whole: dict[ValueId, set[Factor]] = field(default_factory=dict)  # of each input, needed whole
+    contract: set[Factor] = field(
+        default_factory=set
+    )  # summed over: the output is Partial
+    whole: dict[ValueId, set[Factor]] = field(
+        default_factory=dict
+    )  # of each input, needed whole
     bias: ValueId | None = None  # an addend that is to be added once
     lookup: bool = False  # the contraction is a lookup of rows by index
     mean: bool = False  # the contraction is a mean
@@ -21,7 +26,9 @@ class Effect:
     def of_leaves(self) -> "Effect":
         """The same, of the leaves that the factors have become."""
         whole = {value: set(flat(factors)) for value, factors in self.whole.items()}
-        return Effect(set(flat(self.contract)), whole, self.bias, self.lookup, self.mean)
+        return Effect(
+            set(flat(self.contract)), whole, self.bias, self.lookup, self.mean
+        )
 
 
 class Findings:
@@ -41,7 +48,8 @@ class Findings:
         return self._dims[value.id]
 
     def set(self, value: Value, dims: list[list[Factor]]) -> None:
-        """The dims of an output. If it already has some (an alias), they are unified."""
+        """The dims of an output. If it already has some (an alias), they are
+        unified."""
         assert [length(d) for d in dims] == list(value.shape), (dims, value.shape)
         if value.id in self._dims:
             for a, b in zip(self._dims[value.id], dims):

@@ -1,4 +1,5 @@
-"""What is sharded in a model: an Axis, the parameters along it, the states of tensors."""
+"""What is sharded in a model: an Axis, the parameters along it, the states of
+tensors."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -16,13 +17,15 @@ class LayoutError(Exception):
     def __init__(self, reason: Any, call: Any = None, axis: "Axis | None" = None):
         super().__init__(f"{reason}{f': {call}' if call else ''}")
         self.reason, self.call, self.axis = reason, call, axis
-        self.others: list[LayoutError] = []  # of other axes, which failed in the same run
+        self.others: list[LayoutError] = (
+            []
+        )  # of other axes, which failed in the same run
 
 
 @dataclass(frozen=True)
 class Axis:
-    """An axis that is sharded: adjacent leaf factors, outermost first: one for an axis of the
-    model, a dim's for a weight's own."""
+    """An axis that is sharded: adjacent leaf factors, outermost first: one for an axis
+    of the model, a dim's for a weight's own."""
 
     factors: tuple
     # The Axes in which a weight's own axis is found.
@@ -53,8 +56,8 @@ class Axis:
         return found[0] if found else NotSplit.ABSENT
 
     def _segments(self, factors: Any) -> tuple[Segment, ...] | NotSplit:
-        """The segments of a dim that is made of these factors; or why the axis does not split
-        it."""
+        """The segments of a dim that is made of these factors; or why the axis does not
+        split it."""
         found: tuple[Segment, ...] | NotSplit = NotSplit.ABSENT
         at = 0
         while at < len(factors):
@@ -71,9 +74,11 @@ class Axis:
             found = here or found
         return found
 
-    def _segments_within(self, factors: Any, factor: Any) -> tuple[Segment, ...] | NotSplit:
-        """As `_segments`, of one of the factors, which may be cut in unequal pieces: the axis
-        splits a dim only if it splits all of its pieces."""
+    def _segments_within(
+        self, factors: Any, factor: Any
+    ) -> tuple[Segment, ...] | NotSplit:
+        """As `_segments`, of one of the factors, which may be cut in unequal pieces:
+        the axis splits a dim only if it splits all of its pieces."""
         inside = [self._segments(leaves(piece)) for piece in factor.pieces or ()]
         if all(segments is NotSplit.ABSENT for segments in inside):
             return NotSplit.IN_PART if factor in self.factors else NotSplit.ABSENT
@@ -88,10 +93,11 @@ def _size(factors: Any) -> int:
 
 @dataclass(frozen=True)
 class ShardedParam:
-    """A parameter that is sharded on `dim` along an axis, stored as so many equal `blocks`.
+    """A parameter that is sharded on `dim` along an axis, stored as so many equal
+    `blocks`.
 
-    `exchanged`: stored as one block though its axis lies in several; the ranks exchange its rows
-    before its use. `gathered`: it is gathered before its use.
+    `exchanged`: stored as one block though its axis lies in several; the ranks exchange
+    its rows before its use. `gathered`: it is gathered before its use.
     """
 
     dim: int
@@ -106,16 +112,18 @@ class ShardedParam:
 
 
 class Sharding:
-    """What is sharded: a ShardedParam for each such parameter, by name. The axes in `through` stay
-    sharded beyond the calls that use the parameters. `loss_parallel`: outputs that are sharded on
-    their last dim stay so.
+    """What is sharded: a ShardedParam for each such parameter, by name. The axes in
+    `through` stay sharded beyond the calls that use the parameters. `loss_parallel`:
+    outputs that are sharded on their last dim stay so.
     """
 
     def __init__(self, params: Any = (), through: Any = (), loss_parallel: Any = False):
         self.loss_parallel = loss_parallel
         self.params: dict[ParamName, ShardedParam] = dict(params)
         self.through: set[Axis] = set(through)
-        self.dear: dict = {}  # what was decided of lines of code before, as Layout has it
+        self.dear: dict = (
+            {}
+        )  # what was decided of lines of code before, as Layout has it
 
     def gather(self, names: Iterable[ParamName]) -> None:
         """Gather these parameters before their use."""
@@ -123,10 +131,12 @@ class Sharding:
             self.params[name] = replace(self.params[name], gathered=True)
 
     def follow(self, names: Iterable[ParamName], graph: Any, axes: Any) -> None:
-        """Split these parameters too, along the axes that stay sharded through the model, where
-        they have one."""
+        """Split these parameters too, along the axes that stay sharded through the
+        model, where they have one."""
         # in every rank's order
-        through = dict.fromkeys(p.axis for p in self.params.values() if p.axis in self.through)
+        through = dict.fromkeys(
+            p.axis for p in self.params.values() if p.axis in self.through
+        )
         for name in sorted(names):
             for axis in through:
                 split = axis.find(axes, graph.params[name])

@@ -12,8 +12,8 @@ from ..private import _StridedShard
 
 
 class Segment(NamedTuple):
-    """A stretch of a dim in which an axis lies: `outer` blocks, each of all units, each `inner`
-    elements long."""
+    """A stretch of a dim in which an axis lies: `outer` blocks, each of all units, each
+    `inner` elements long."""
 
     outer: int = 1
     inner: int = 1
@@ -28,14 +28,15 @@ class Range(NamedTuple):
 
 @dataclass(frozen=True)
 class Split:
-    """A dim that the ranks share along an axis of `units`: of every block, a rank has its run of
-    units, as `torch.chunk` deals them out.
+    """A dim that the ranks share along an axis of `units`: of every block, a rank has
+    its run of units, as `torch.chunk` deals them out.
 
     The dim is its segments one after the other, `outer x units x inner` elements each:
 
         512 features, 8 heads of 64            Split(0, 8, (Segment(1, 64),))
         [q | k | v], each 8 heads of 64        Split(0, 8, (Segment(3, 64),))
-        [q | k | v], 8 q heads, 2 k, v heads   Split(0, 2, (Segment(1, 256), Segment(2, 64)))
+        [q | k | v], 8 q heads, 2 k, v heads   Split(0, 2, (Segment(1, 256), Segment(2,
+        64)))
     """
 
     dim: int
@@ -44,7 +45,8 @@ class Split:
 
     @classmethod
     def of_blocks(cls, dim: int, length: int, blocks: int = 1) -> "Split":
-        """A dim of equal blocks, each shared element by element: how a parameter is stored."""
+        """A dim of equal blocks, each shared element by element: how a parameter is
+        stored."""
         return cls(dim, length // blocks, (Segment(blocks),))
 
     @property
@@ -78,8 +80,8 @@ class Split:
         return found
 
     def placement(self) -> Placement:
-        """As DTensor places a parameter that is stored so. Raises ValueError for unequal blocks,
-        which it has no placement for."""
+        """As DTensor places a parameter that is stored so. Raises ValueError for
+        unequal blocks, which it has no placement for."""
         if self.blocks is None:
             raise ValueError(f"expected equal blocks, found {self}")
         return (

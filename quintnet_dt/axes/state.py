@@ -11,7 +11,10 @@ class Sum(Enum):
 
     PARTIAL = "the tensor is their sum"
     AVERAGED = "the tensor is their mean"
-    LOST = "within a call: each rank's is of its shard, and no collective makes the tensor of them"
+    LOST = (
+        "within a call: each rank's is of its shard, and no collective makes the tensor"
+        " of them"
+    )
 
 
 PARTIAL, AVERAGED, LOST = Sum.PARTIAL, Sum.AVERAGED, Sum.LOST

@@ -16,8 +16,9 @@ from .task import CROWDED, Task
 
 @dataclass
 class Way:
-    """One weight split by itself. `gathered`: it is gathered before its use; else `partners`
-    (biases) are split with it. `bytes`: sent a step, infinite where it cannot be split."""
+    """One weight split by itself. `gathered`: it is gathered before its use; else
+    `partners` (biases) are split with it. `bytes`: sent a step, infinite where it
+    cannot be split."""
 
     dim: int
     axis: Axis | None
@@ -46,7 +47,9 @@ class Alone:
         if taken or name not in self._best:
             shape = self.task.params[name].shape
             dims = [d for d, size in enumerate(shape) if size >= self.task.n]
-            ways = [self.way(name, d, taken) for d in dims if self.task.may_split(name, d)]
+            ways = [
+                self.way(name, d, taken) for d in dims if self.task.may_split(name, d)
+            ]
             none = Way(0, None, float("inf"))
             best = min(ways, key=lambda way: (way.gathered, way.bytes), default=none)
             if taken:
@@ -55,8 +58,8 @@ class Alone:
         return self._best[name]
 
     def way(self, name: ParamName, dim: int, taken: Container[ParamName]) -> Way:
-        """To split a weight on one dim: computing on shards where that can be laid out and sends
-        less, else gathered."""
+        """To split a weight on one dim: computing on shards where that can be laid out
+        and sends less, else gathered."""
         task, v = self.task, self.task.params[name]
         calls = task.users.get(name, [])
         gathered = Way(dim, lone_axis(v.shape[dim]), v.nbytes * (task.n - 1) / task.n)
@@ -75,7 +78,9 @@ class Alone:
             gathered.why = "{1}: {0}".format(*layout.blockers[0])
             return gathered
         way.bytes = cost(task.graph, layout, task.n)
-        square = Axis(tuple(task.axes.final(v)[dim])).find(task.axes, v) is NotSplit.IN_PART
+        square = (
+            Axis(tuple(task.axes.final(v)[dim])).find(task.axes, v) is NotSplit.IN_PART
+        )
         if square and way.bytes > gathered.bytes:
             # one that mixes places, with few weights for its activations
             gathered.why = "split, it would send more"
@@ -83,7 +88,8 @@ class Alone:
         return way
 
     def depends_on_inputs(self, name: ParamName, dim: int, axis: Axis) -> bool:
-        """Whether it is a table of positions, of which another input takes other rows."""
+        """Whether it is a table of positions, of which another input takes other
+        rows."""
         if dim not in self.task.cut_by_numbers.get(name, ()):
             return False
         inputs = self.task.graph.modules[0].inputs.values()

@@ -1,9 +1,6 @@
 """One call on a shard: what it needs of its inputs, and what comes out."""
 
 from collections.abc import Iterable
-from typing import Any
-
-import torch
 
 from ..axes.axes import Axes, Effect
 from ..axes.sharding import Axis
@@ -12,40 +9,7 @@ from ..axes.state import AVERAGED, LOST, PARTIAL, State
 from ..keys import ValueId
 from ..tracing.graph import Call, Node, Value
 from ..utils import is_float
-
-LINEAR = set(
-    "view _unsafe_view reshape t transpose permute unsqueeze squeeze clone alias detach expand "
-    "add sub neg slice select".split()
-)
-# Linear in their first argument.
-FIRST = {"div", "index", "index_select", "sum", "mean", "_to_copy"}
-# Linear only where both are tensors: P + 1 is not the sum of the ranks' (P_r + 1).
-ADDITIVE = {"add", "sub"}
-# What surely works on an empty shard, beside pointwise operators and linear ones.
-WORKS_ON_NOTHING = LINEAR | FIRST | {"mm", "addmm", "bmm", "embedding"}
-
-
-def op_name(op: Any) -> str:
-    """The name of an ATen operator, less its namespace; one of another namespace keeps it."""
-    return op._schema.name.removeprefix("aten::")
-
-
-def linear(node: Node) -> bool:
-    """Whether a node is linear in all its tensor inputs at once: a sum of partial results may then
-    be taken after it."""
-    name = op_name(node.op)
-    return name in LINEAR and (name not in ADDITIVE or len(node.inputs) == 2)
-
-
-def copes(node: Node) -> bool:
-    """Whether a node surely works on an empty shard: convolutions and norms of nothing fail, or
-    crash."""
-    return torch.Tag.pointwise in node.op.tags or op_name(node.op) in WORKS_ON_NOTHING
-
-
-def aligned_only(node: Node) -> bool:
-    """Whether a node's kernel wants every tensor's rows to begin at multiples of 16 bytes."""
-    return op_name(node.op) == "_grouped_mm"
+from .operators import linear, op_name
 
 
 class Refused(Exception):
@@ -53,15 +17,17 @@ class Refused(Exception):
 
 
 class _AnotherSplit(Exception):
-    """One more input has to be split: what was found of the nodes before is to be found anew."""
+    """One more input has to be split: what was found of the nodes before is to be found
+    anew."""
 
 
 class Analysis:
-    """One call on a shard of one axis: which inputs must be split, which need their gradients
-    summed or are added once, and what comes out; or the reason why it needs the whole.
+    """One call on a shard of one axis: which inputs must be split, which need their
+    gradients summed or are added once, and what comes out; or the reason why it needs
+    the whole.
 
-    Args: `state`: of the call's inputs by id, those sharded along the axis alone; `through`: the
-    axes that stay sharded through the model.
+    Args: `state`: of the call's inputs by id, those sharded along the axis alone;
+    `through`: the axes that stay sharded through the model.
     """
 
     def __init__(
@@ -72,15 +38,24 @@ class Analysis:
         state: dict[ValueId, State],
         through: set[Axis],
     ):
-        self.axes, self.call, self.axis, self.through = axis.axes or axes, call, axis, through
+        self.axes, self.call, self.axis, self.through = (
+            axis.axes or axes,
+            call,
+            axis,
+            through,
+        )
         self.factors = set(axis.factors)
         self.external = {v.id: v for v in call.inputs.values()}
         self.sharded = {i for i, s in state.items() if s is not None}
         self.buffers: set[ValueId] = set()  # split for the call, completed after it
-        self.slices: set[ValueId] = set()  # replicated, of which each rank takes its part
+        self.slices: set[ValueId] = (
+            set()
+        )  # replicated, of which each rank takes its part
         self.sum_gradient: set[ValueId] = set()  # replicated, their gradients partial
         self.add_once: set[ValueId] = set()  # addends of a partial sum
-        self.instead: Value | None = None  # the tensor on whose shard on_shard.py works instead
+        self.instead: Value | None = (
+            None  # the tensor on whose shard on_shard.py works instead
+        )
         self.reason = ""
         self.out: dict[ValueId, State] = {}
         self.states: dict[ValueId, State] = {}
@@ -100,7 +75,8 @@ class Analysis:
             return self
 
     def sums_over_classes(self) -> bool:
-        """Whether it is a cross entropy of logits that are sharded over their classes."""
+        """Whether it is a cross entropy of logits that are sharded over their
+        classes."""
         args, kwargs = self.call.args
         if self.call.name != "cross_entropy":
             return False
@@ -118,10 +94,15 @@ class Analysis:
         return True
 
     def walk(self) -> bool:
-        """One pass over the nodes; False when another input needs a split, and the pass must be
-        made again."""
+        """One pass over the nodes; False when another input needs a split, and the pass
+        must be made again."""
         self.states = {i: self.axis for i in self.sharded | self.slices}
-        self.sum_gradient, self.add_once, self.instead, self.out = set(), set(), None, {}
+        self.sum_gradient, self.add_once, self.instead, self.out = (
+            set(),
+            set(),
+            None,
+            {},
+        )
         try:
             for node in self.call.nodes:
                 self.note_sources(node)
@@ -135,11 +116,15 @@ class Analysis:
         inputs = {v.id for v in node.inputs}
         for v in node.outputs:
             if v.id not in inputs:
-                self.made_of[v.id] = {r.id: r for x in node.inputs for r in self.sources(x)}
+                self.made_of[v.id] = {
+                    r.id: r for x in node.inputs for r in self.sources(x)
+                }
 
     def sources(self, v: Value) -> list[Value]:
         """The call's inputs that a value is made from."""
-        return [v] if v.id in self.external else list(self.made_of.get(v.id, {}).values())
+        return (
+            [v] if v.id in self.external else list(self.made_of.get(v.id, {}).values())
+        )
 
     def step(self, node: Node) -> None:
         """The states of what one node makes."""
@@ -153,8 +138,8 @@ class Analysis:
             self.work_on_shards(node, operands)
 
     def pass_on(self, node: Node, states: list[State]) -> None:
-        """Of partial operands, a linear operator makes a partial result. What is no float adds to
-        a sum too."""
+        """Of partial operands, a linear operator makes a partial result. What is no
+        float adds to a sum too."""
         if len(set(states)) > 1 or not linear(node):
             raise Refused("a partial sum is used within")
         self.states.update((v.id, states[0]) for v in node.outputs)
@@ -162,7 +147,10 @@ class Analysis:
     def work_on_shards(self, node: Node, operands: dict[ValueId, Value]) -> None:
         name, effect = op_name(node.op), self.axes.effect(node)
         for i in operands:
-            if self.states.get(i) is self.axis and effect.whole.get(i, set()) & self.factors:
+            if (
+                self.states.get(i) is self.axis
+                and effect.whole.get(i, set()) & self.factors
+            ):
                 raise Refused(f"{name} needs the whole dim")
         summed = self.sums_over_axis(name, effect)
         splits = [self.axis.find(self.axes, v) for v in node.outputs]
@@ -198,7 +186,8 @@ class Analysis:
     def take_operands(
         self, node: Node, operands: Iterable[Value], effect: Effect, summed: bool
     ) -> None:
-        """What the operands need that are replicated, for the node to work on shards."""
+        """What the operands need that are replicated, for the node to work on
+        shards."""
         found = len(self.slices)
         for v in operands:
             if self.states.get(v.id) is not None:
@@ -216,8 +205,8 @@ class Analysis:
             raise _AnotherSplit
 
     def slice_source(self, node: Node, v: Value) -> None:
-        """An operand that has the axis: each rank takes its part of the input that it is made
-        from."""
+        """An operand that has the axis: each rank takes its part of the input that it
+        is made from."""
         sources = self.sources(v)
         carrying = [r for r in sources if self.axis.find(self.axes, r)]
         if len(sources) != 1 or len(carrying) != 1:
@@ -229,13 +218,15 @@ class Analysis:
         self.slices.add(source.id)
 
     def count_once(self, node: Node, v: Value, effect: Effect) -> None:
-        """An operand without the axis, of a node that sums over it: it must be an addend."""
+        """An operand without the axis, of a node that sums over it: it must be an
+        addend."""
         if effect.bias != v.id or v.id not in self.external:
             raise Refused(f"{op_name(node.op)} adds to a partial sum")
         self.add_once.add(v.id)
 
     def take_whole(self, node: Node, v: Value) -> None:
-        """An operand without the axis that meets shards: its gradient will be partial."""
+        """An operand without the axis that meets shards: its gradient will be
+        partial."""
         if v.id in node.mutated:
             raise Refused("a replicated tensor is written to in place")
         self.sum_gradient |= {r.id for r in self.sources(v) if r.trainable}
@@ -250,7 +241,9 @@ class Analysis:
     def made(self) -> list[Value]:
         """What the call makes or writes to."""
         new = [v for v in self.call.outputs.values() if v.id not in self.external]
-        return new + [v for node in self.call.nodes if node.mutated for v in node.outputs]
+        return new + [
+            v for node in self.call.nodes if node.mutated for v in node.outputs
+        ]
 
     def close(self) -> None:
         """The states of what the call makes or writes to."""

@@ -23,15 +23,21 @@ def sharding_of(plan: TensorParallelPlan, graph: Graph, axes: Axes) -> Sharding:
             continue
         axis = _axis_of_model(entry, entry.dim, graph.params[name], axes, plan.tp_size)
         if axis is None:
-            sharding.params[name] = _split_alone(name, entry, entry.dim, graph, axes, alone)
+            sharding.params[name] = _split_alone(
+                name, entry, entry.dim, graph, axes, alone
+            )
         else:
             sharding.through.add(axis)
             exchanged = entry.how == EXCHANGED
-            sharding.params[name] = ShardedParam(entry.dim, axis, entry.pieces, exchanged)
+            sharding.params[name] = ShardedParam(
+                entry.dim, axis, entry.pieces, exchanged
+            )
     return sharding
 
 
-def _axis_of_model(entry: Entry, dim: int, value: Value, axes: Axes, n: int) -> Axis | None:
+def _axis_of_model(
+    entry: Entry, dim: int, value: Value, axes: Axes, n: int
+) -> Axis | None:
     """The axis of the model along which a parameter is split as the plan says."""
     if not entry.units:
         return None
@@ -61,13 +67,17 @@ def _split_alone(
 def _axis_of_partner(
     name: ParamName, entry: Entry, graph: Graph, axes: Axes, alone: _Alone
 ) -> Axis | None:
-    """The axis of a weight that is split by itself, which a bias is split along with: in all calls
-    that use it."""
+    """The axis of a weight that is split by itself, which a bias is split along with:
+    in all calls that use it."""
     calls = indices(graph.users.get(name, ()))
     if len(entry.shape) != 1 or not calls:
         return None
     for weight, axis in alone.get(min(calls), {}).items():
         split = axis.find(axes, graph.params[name])
-        if calls <= indices(graph.users[weight]) and split and split.blocks == entry.pieces:
+        if (
+            calls <= indices(graph.users[weight])
+            and split
+            and split.blocks == entry.pieces
+        ):
             return axis
     return None

@@ -1,4 +1,5 @@
-"""What a call of the graph is, for the guard that compares it with the call of a later forward."""
+"""What a call of the graph is, for the guard that compares it with the call of a later
+forward."""
 
 from typing import Any
 
@@ -19,7 +20,11 @@ def kind_of(call: Call) -> CallKind:
     named = set() if indexes else {d for node in call.nodes for d in _named_dims(node)}
     dims = []
     for path, x in leaves((args, kwargs)):
-        if not isinstance(x, int) or isinstance(x, bool) or _in_slice((args, kwargs), path):
+        if (
+            not isinstance(x, int)
+            or isinstance(x, bool)
+            or _in_slice((args, kwargs), path)
+        ):
             continue
         if x in named or call.name in NAME_DIMS:
             dims.append(path)

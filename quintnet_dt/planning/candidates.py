@@ -16,8 +16,8 @@ from .task import Task
 
 @dataclass
 class Candidate:
-    """An axis of the model, tried alone: the parameters that it runs through, the calls that touch
-    it, bytes a step."""
+    """An axis of the model, tried alone: the parameters that it runs through, the calls
+    that touch it, bytes a step."""
 
     axis: Axis
     params: dict[ParamName, ShardedParam]
@@ -26,7 +26,8 @@ class Candidate:
     bytes: float = 0.0
 
     def conflicts(self, other: "Candidate") -> bool:
-        """Whether both cannot be sharded: a weight is split once, and a call works on one axis."""
+        """Whether both cannot be sharded: a weight is split once, and a call works on
+        one axis."""
         shares_a_weight = not self.params.keys().isdisjoint(other.params)
         return shares_a_weight or not self.indices.isdisjoint(other.indices)
 
@@ -43,12 +44,15 @@ def candidates(task: Task) -> Iterator[Candidate]:
         elements = sum(map(task.numel, params))
         touched = {i: c for f in factors for i, c in task.calls_with.get(f, {}).items()}
         calls = [call for _, call in sorted(touched.items())]
-        if elements and calls:  # an axis of weights that the forward did not reach runs nowhere
+        if (
+            elements and calls
+        ):  # an axis of weights that the forward did not reach runs nowhere
             yield Candidate(axis, params, calls, elements)
 
 
 def _axes_of_params(task: Task) -> dict[tuple[Factor, ...], list[ParamName]]:
-    """Adjacent factors -> parameters with them: one that n divides, or as many as it takes."""
+    """Adjacent factors -> parameters with them: one that n divides, or as many as it
+    takes."""
     found: dict[tuple[Factor, ...], list[ParamName]] = {}
     for name, v in task.params.items():
         for factors in spans(task.axes.final(v)):
@@ -83,7 +87,8 @@ def _stored(axis: Axis, split: Split, contiguous: bool) -> ShardedParam:
 
 
 def regions(candidates: Iterable[Candidate]) -> list[list[Candidate]]:
-    """Candidates in groups: those of different groups have no weight and no call in common."""
+    """Candidates in groups: those of different groups have no weight and no call in
+    common."""
     group_of: dict[ParamName | CallIndex, list[Candidate]] = {}
     groups: dict[int, list[Candidate]] = {}
     for c in candidates:
@@ -109,4 +114,6 @@ def spans(dims: Iterable[Sequence[Factor]]) -> Iterator[Sequence[Factor]]:
 
 def divides(factors: Sequence[Factor], n: int) -> bool:
     """Whether n ranks can share adjacent factors."""
-    return prod(f.size for f in factors) % n == 0 and not any(f.unshardable for f in factors)
+    return prod(f.size for f in factors) % n == 0 and not any(
+        f.unshardable for f in factors
+    )

@@ -1,5 +1,6 @@
-"""What the proof does at each call of the forward on one rank's shapes: compare it with the same
-call of the whole forward, and replace numbers that were written for the whole."""
+"""What the proof does at each call of the forward on one rank's shapes: compare it with
+the same call of the whole forward, and replace numbers that were written for the
+whole."""
 
 from dataclasses import dataclass
 from typing import Any, Callable, NamedTuple
@@ -15,12 +16,12 @@ from ..running.call_program import resize
 from ..running.memory import dims_in_memory, laid_out
 from ..running.program import Bound
 from ..tracing.graph import Call, Graph, Value
+from ..tracing.hidden import UNSEEN
 from ..tracing.operators import draws
-from ..tracing.recorder import UNSEEN
 from ..utils import leaves, replace, tensors
-from .analysis import aligned_only, copes, op_name
 from .indexing import CUTS, INDEXING, Cut, bounds, cut_of, indexed_dims, other_elements
 from .layout import Layout
+from .operators import aligned_only, copes, op_name
 from .programs import Found
 from .rerun import Rerun
 from .sizes import SIZES, groups_at, localise
@@ -38,7 +39,8 @@ class _Arguments(NamedTuple):
 
 @dataclass(frozen=True)
 class _Attempt:
-    """A call that was made on shards: what it gave, of which shapes, and why that is not right."""
+    """A call that was made on shards: what it gave, of which shapes, and why that is
+    not right."""
 
     out: Any
     shapes: Shapes | None
@@ -51,15 +53,17 @@ class Checker(Rerun):
     def __init__(self, graph: Graph, axes: Axes, layout: Layout, n: int, found: Found):
         super().__init__(graph, layout)
         self.axes, self.n = axes, n
-        self.found = found  # what programs must do beside, of earlier runs and of this one
+        self.found = (
+            found  # what programs must do beside, of earlier runs and of this one
+        )
         self.changed = False  # whether this run found some that alters the forward
         self.pinned = False  # or some that does not
         self.failed: list[LayoutError] = []
         self.cuts: list[Cut] = []  # of the present call
 
     def note(self, reason: str, go_on: bool = True) -> None:
-        """An axis that fails. The run goes on where it can, as if it had not, so that it finds all
-        that do."""
+        """An axis that fails. The run goes on where it can, as if it had not, so that
+        it finds all that do."""
         error = self.error(reason)
         if error.axis is None or not go_on:
             raise error
@@ -84,20 +88,23 @@ class Checker(Rerun):
         return out
 
     def check_kernels(self, call: Call, axis: Axis) -> None:
-        """Whether the call's operators work on every rank's shard, the last one's too."""
+        """Whether the call's operators work on every rank's shard, the last one's
+        too."""
         sizes = chunk_sizes(axis.size, self.n)
         if not sizes[-1] and not all(map(copes, call.nodes)):
             self.note(
-                "the last rank would hold nothing of the axis, which this operator cannot work on"
+                "the last rank would hold nothing of the axis, which this operator"
+                " cannot work on"
             )
         if any(map(aligned_only, call.nodes)) and not self.aligned(call, axis, sizes):
             self.note(
-                "a rank's rows would not be of multiples of 16 bytes, which this operator wants"
+                "a rank's rows would not be of multiples of 16 bytes, which this"
+                " operator wants"
             )
 
     def aligned(self, call: Call, axis: Axis, sizes: list[int]) -> bool:
-        """Whether the rows of all a call's tensors are aligned on every rank, as its backward wants
-        them."""
+        """Whether the rows of all a call's tensors are aligned on every rank, as its
+        backward wants them."""
         for v in (*call.inputs.values(), *call.outputs.values()):
             split = axis.find(self.axes, v)
             width = split.width * v.dtype.itemsize if split else 0
@@ -117,11 +124,17 @@ class Checker(Rerun):
             return v.shape
         return state.split_of(self.axes, v).local_shape(v.shape, 0, self.n)
 
-    def show(self, call: Call, func: Callable, given: _Arguments, axis: Axis | None) -> Any:
-        """Run a call as it is given, else with its numbers translated; note where neither is
-        right."""
+    def show(
+        self, call: Call, func: Callable, given: _Arguments, axis: Axis | None
+    ) -> Any:
+        """Run a call as it is given, else with its numbers translated; note where
+        neither is right."""
         expected = self.expected(call)
-        indexing = bounds(call, given, axis, self.axes, self.n) if call.name in INDEXING else {}
+        indexing = (
+            bounds(call, given, axis, self.axes, self.n)
+            if call.name in INDEXING
+            else {}
+        )
         taken = {path: Bound(b.given, b.given) for path, b in indexing.items()}
         if any(draws(node.op, node.args, node.kwargs) for node in call.nodes):
             given = self.in_order(call, given)
@@ -139,13 +152,19 @@ class Checker(Rerun):
                 self.note(reason)
             return made.out
         self.note(made.reason, go_on=expected.keys() == {()})
-        return made.out if made.shapes == expected else self.stand_in(call, expected[()])
+        return (
+            made.out if made.shapes == expected else self.stand_in(call, expected[()])
+        )
 
     def translate(
-        self, call: Call, given: _Arguments, expected: Shapes, indexing: dict[ArgPath, Bound]
+        self,
+        call: Call,
+        given: _Arguments,
+        expected: Shapes,
+        indexing: dict[ArgPath, Bound],
     ) -> _Arguments | None:
-        """A call's arguments with the numbers of a shard, where they hold some of the whole; the
-        programs will do the same."""
+        """A call's arguments with the numbers of a shard, where they hold some of the
+        whole; the programs will do the same."""
         divided, multiplied = localise(call, *given, expected, self.n)
         local = {path: b.local for path, b in indexing.items() if b.local != b.given}
         if not divided and not multiplied and not local:
@@ -159,7 +178,12 @@ class Checker(Rerun):
         return _Arguments(*replace(resized, local))
 
     def attempt(
-        self, call: Call, func: Callable, given: _Arguments, expected: Shapes, axis: Axis | None
+        self,
+        call: Call,
+        func: Callable,
+        given: _Arguments,
+        expected: Shapes,
+        axis: Axis | None,
     ) -> _Attempt:
         """Make a call."""
         self.cuts = []
@@ -178,15 +202,22 @@ class Checker(Rerun):
     def stand_in(self, call: Call, shape: tuple[int, ...]) -> torch.Tensor:
         """What the forward goes on with after a call that was not right."""
         v = call.outputs[()]
-        options = {"dtype": v.dtype, "device": v.device, "requires_grad": v.differentiable}
+        options = {
+            "dtype": v.dtype,
+            "device": v.device,
+            "requires_grad": v.differentiable,
+        }
         return torch.empty(shape, **options).clone()
 
     def in_order(self, call: Call, given: _Arguments) -> _Arguments:
-        """The arguments of a call that draws random numbers, which it does in the order of memory:
-        its input gets the whole forward's order, which a collective may have changed."""
+        """The arguments of a call that draws random numbers, which it does in the order
+        of memory: its input gets the whole forward's order, which a collective may have
+        changed."""
         if not call.inputs:
             return given
-        whole, (path, local) = next(iter(call.inputs.values())), next(tensors(tuple(given)))
+        whole, (path, local) = next(iter(call.inputs.values())), next(
+            tensors(tuple(given))
+        )
         order = dims_in_memory(whole.shape, whole.strides)
         if order == dims_in_memory(whole.shape, local.stride()):
             return given
@@ -195,7 +226,8 @@ class Checker(Rerun):
         return _Arguments(*replace(tuple(given), {path: laid_out(local, order)}))
 
     def other_scalars(self, call: Call, given: _Arguments, axis: Axis | None) -> str:
-        """Why the scalar arguments of a call differ from the whole forward's; "" where they may."""
+        """Why the scalar arguments of a call differ from the whole forward's; "" where
+        they may."""
         groups = groups_at(call, given.args)
         places = self.places_on_shard(call, axis)
         for (path, now), (_, then) in zip(leaves(tuple(given)), leaves(call.args)):
@@ -208,7 +240,8 @@ class Checker(Rerun):
         return ""
 
     def places_on_shard(self, call: Call, axis: Axis | None) -> set[ArgPath]:
-        """The paths of the numbers with which a call indexes the dim that is sharded."""
+        """The paths of the numbers with which a call indexes the dim that is
+        sharded."""
         if axis is None or call.name not in INDEXING:
             return set()
         split = axis.find(self.axes, call.args[0][0])

@@ -19,23 +19,27 @@ from ..keys import ValueId
 from ..tracing.graph import Graph, Value
 from .layout import Layout
 
-# How often a rank sends its part of a tensor in the forward; those that send in the backward alone.
+# How often a rank sends its part of a tensor in the forward; those that send in the
+# backward alone.
 _FORWARD = {SUM: 2, MEAN: 2, GATHER: 1, ADD_ONCE: 0, TO_DTENSOR: 0}
 _BACKWARD = {SUM_GRADIENT: 2, SPLIT: 1}
 
-# A cross entropy over classes exchanges for each row a maximum, a sum and the target's logit.
+# A cross entropy over classes exchanges for each row a maximum, a sum and the target's
+# logit.
 _LOSS_PASSES = 5
 
 
 def cost(graph: Graph, layout: Layout, n: int) -> float:
-    """Bytes that a rank sends in one forward and backward, under ring collectives (as counted in
-    https://arxiv.org/abs/1909.09756): 2 (n-1)/n of the tensor for an all-reduce, (n-1)/n of the
-    whole tensor for a gather.
+    """Bytes that a rank sends in one forward and backward, under ring collectives (as
+    counted in https://arxiv.org/abs/1909.09756): 2 (n-1)/n of the tensor for an
+    all-reduce, (n-1)/n of the whole tensor for a gather.
     """
     done = set(_actions(graph, layout))
     # Rounded once: the same in any order of the set.
     sent = fsum(action_bytes(graph.values[i], action, n) for i, action in done)
-    losses = [(i, x.split) for i, x in layout.instead.items() if x.call == "cross_entropy"]
+    losses = [
+        (i, x.split) for i, x in layout.instead.items() if x.call == "cross_entropy"
+    ]
     rows = fsum(
         max(v.nbytes for v in graph.calls[i].inputs.values()) / classes.units
         for i, classes in losses

@@ -1,21 +1,24 @@
-"""Calls that can run on partial results, so that what they make is summed in their place."""
+"""Calls that can run on partial results, so that what they make is summed in their
+place."""
 
 from collections.abc import Iterable
 
 from ..keys import ArgPath, ValueId
 from ..tracing.graph import Call, Graph, Node, Value
 from ..utils import is_float
-from .analysis import FIRST, linear, op_name
+from .operators import FIRST, linear, op_name
 
-# A factor of a partial result gets a partial gradient, which is summed too: it is to be small.
+# A factor of a partial result gets a partial gradient, which is summed too: it is to be
+# small.
 SMALLER = 4
 
 
 def scaled_by(graph: Graph, call: Call, partial: set[ValueId]) -> list[ArgPath] | None:
-    """Where the replicated factors lie that a call scales partial inputs by, and whose gradients
-    will be partial; None where it cannot run on them.
+    """Where the replicated factors lie that a call scales partial inputs by, and whose
+    gradients will be partial; None where it cannot run on them.
 
-    Args: `partial`: ids of the call's inputs that are partial; its others are replicated.
+    Args: `partial`: ids of the call's inputs that are partial; its others are
+    replicated.
     """
     if call.opaque or not graph.numbered(call, call.module):
         return None
@@ -34,7 +37,8 @@ def scaled_by(graph: Graph, call: Call, partial: set[ValueId]) -> list[ArgPath] 
 
 
 def _factors(node: Node, sums: set[ValueId]) -> set[ValueId] | None:
-    """The factors that a node scales a partial operand by; None where it cannot run on it."""
+    """The factors that a node scales a partial operand by; None where it cannot run on
+    it."""
     x = _scaled(node, sums)
     if x is not None:
         factors = {v.id: v for v in node.inputs if v is not x and is_float(v)}
@@ -45,7 +49,8 @@ def _factors(node: Node, sums: set[ValueId]) -> set[ValueId] | None:
 
 
 def _scaled(node: Node, sums: set[ValueId]) -> Value | None:
-    """The one partial operand of a node that is linear in it, whatever its other operands are."""
+    """The one partial operand of a node that is linear in it, whatever its other
+    operands are."""
     partial = [v for v in node.inputs if v.id in sums]
     if len(partial) != 1:
         return None
@@ -56,8 +61,8 @@ def _scaled(node: Node, sums: set[ValueId]) -> Value | None:
 
 
 def _worth_deferring(node: Node, x: Value, factors: Iterable[Value]) -> bool:
-    """Whether what a node makes of a partial operand is a sum of no less precision, and the factors
-    are small."""
+    """Whether what a node makes of a partial operand is a sum of no less precision, and
+    the factors are small."""
     out = node.outputs[0]
     if not is_float(out) or node.kwargs.get("rounding_mode"):
         return False  # what is rounded is no longer linear

@@ -28,12 +28,13 @@ def why_blind(failed: Exception | None) -> str:
     """What to say of a plan that was made without a forward."""
     if isinstance(failed, UnknownValues):
         return (
-            f"planned without a forward: {failed}; for a better plan, make it with the model's"
-            " values"
+            f"planned without a forward: {failed}; for a better plan, make it with the"
+            " model's values"
         )
     return (
-        "planned without a forward: no inputs were given and none that were made up fit"
-        f" ({type(failed).__name__}: {str(failed)[:200]}); give example_inputs for a better plan"
+        "planned without a forward: no inputs were given and none that were made up"
+        f" fit ({type(failed).__name__}: {str(failed)[:200]}); give example_inputs for"
+        " a better plan"
     )
 
 
@@ -44,7 +45,8 @@ def blind_plan(
     note: str,
     applied: Mapping[ParamName, Entry],
 ) -> TensorParallelPlan:
-    """Every large weight split on its longest dim, but for those that are split already."""
+    """Every large weight split on its longest dim, but for those that are split
+    already."""
     plan = TensorParallelPlan(n, bytes_per_step=None, note=note)
     for name, p in named_parameters(model):
         longest = max(range(p.dim()), key=lambda d: p.shape[d], default=None)
@@ -57,11 +59,16 @@ def blind_plan(
 
 
 def describe(
-    task: Task, sharding: Sharding, layout: Layout, user_dims: Mapping[ParamName, int | None]
+    task: Task,
+    sharding: Sharding,
+    layout: Layout,
+    user_dims: Mapping[ParamName, int | None],
 ) -> TensorParallelPlan:
     """The plan as a user reads it."""
     sent = round(cost(task.graph, layout, task.n))
-    plan = TensorParallelPlan(task.n, bytes_per_step=sent, loss_parallel=task.loss_parallel)
+    plan = TensorParallelPlan(
+        task.n, bytes_per_step=sent, loss_parallel=task.loss_parallel
+    )
     completed = _Completed(task, layout)
     for name, v in task.params.items():
         plan.entries[name] = _entry(task, sharding, completed, name, v)
@@ -77,7 +84,9 @@ def _entry(
     if param is None:
         why = "small" if task.n > 1 else "one rank holds all"
         return Entry(name, v.shape, why=why)
-    entry = Entry(name, v.shape, param.dim, param.blocks, GATHERED, task.why.get(name, ""))
+    entry = Entry(
+        name, v.shape, param.dim, param.blocks, GATHERED, task.why.get(name, "")
+    )
     if param.gathered:
         entry.how = WEIGHT_GATHERED
         if not task.users.get(name):
@@ -94,8 +103,8 @@ def _entry(
 
 
 class _Completed:
-    """Which weights compute on shards only to have their results gathered by all that reads
-    them."""
+    """Which weights compute on shards only to have their results gathered by all that
+    reads them."""
 
     def __init__(self, task: Task, layout: Layout):
         self.users, self.layout = task.users, layout
@@ -105,9 +114,13 @@ class _Completed:
                 self.readers.setdefault(v.id, []).append((call.index, path))
 
     def at_once(self, name: ParamName, axis: Axis) -> bool:
-        """Whether all that is made of a weight on shards of `axis` is gathered where it is made or
-        next used."""
-        calls = [c for c in self.users.get(name, ()) if self.layout.axis_of.get(c.index) == axis]
+        """Whether all that is made of a weight on shards of `axis` is gathered where it
+        is made or next used."""
+        calls = [
+            c
+            for c in self.users.get(name, ())
+            if self.layout.axis_of.get(c.index) == axis
+        ]
         made = [v.id for call in calls for v in call.outputs.values()]
         sharded = [i for i in made if self.layout.states.get(i) == axis]
         return bool(sharded) and all(map(self.gathered, sharded))
@@ -116,7 +129,9 @@ class _Completed:
         if _gathers(self.layout.values.get(value)):
             return True
         readers = self.readers.get(value, ())
-        return bool(readers) and all(_gathers(self.layout.uses.get(at)) for at in readers)
+        return bool(readers) and all(
+            _gathers(self.layout.uses.get(at)) for at in readers
+        )
 
 
 def _gathers(actions: list[Action] | None) -> bool:

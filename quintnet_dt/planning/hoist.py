@@ -1,5 +1,6 @@
-"""Sums of gradients moved to where there are fewer: two norms of one tensor, each of which enters a
-region, cost two reductions below and one above (and those of their small weights)."""
+"""Sums of gradients moved to where there are fewer: two norms of one tensor, each of
+which enters a region, cost two reductions below and one above (and those of their small
+weights)."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ def hoist(graph: Graph, layout: Layout) -> Layout:
 
 @dataclass(frozen=True)
 class _Movable:
-    """A replicated call, whose trainable `outputs` are read by nothing but calls on shards."""
+    """A replicated call, whose trainable `outputs` are read by nothing but calls on
+    shards."""
 
     call: Call
     outputs: list[Value]
@@ -43,8 +45,8 @@ class _Hoisting:
         self.escaping |= graph.seen.keys()
 
     def move_above_readers(self, v: Value) -> bool:
-        """Move the sums of what is made of a value above the calls that make it, if that sends
-        less; or as much, above a view."""
+        """Move the sums of what is made of a value above the calls that make it, if
+        that sends less; or as much, above a view."""
         found = {c.index: self.movable(c) for c, _ in self.readers.get(v.id, ())}
         group = [movable for movable in found.values() if movable is not None]
         if not group:
@@ -62,21 +64,32 @@ class _Hoisting:
         return [x for x in call.inputs.values() if x.trainable and not self.entries(x)]
 
     def entries(self, v: Value) -> list[tuple[CallIndex, ArgPath]]:
-        """The uses of a value at which its gradient is summed, and nothing else done."""
+        """The uses of a value at which its gradient is summed, and nothing else
+        done."""
         uses = [(call.index, path) for call, path in self.readers.get(v.id, ())]
-        return [use for use in uses if self.layout.uses.get(use) == [Action(SUM_GRADIENT)]]
+        return [
+            use for use in uses if self.layout.uses.get(use) == [Action(SUM_GRADIENT)]
+        ]
 
     def movable(self, call: Call) -> _Movable | None:
-        """A call whose results all enter regions, and with which nothing else is done."""
+        """A call whose results all enter regions, and with which nothing else is
+        done."""
         if call.opaque or call.index in self.layout.axis_of:
             return None
-        if not self.graph.numbered(call, call.module) or self.writes_or_is_overwritten(call):
+        if not self.graph.numbered(call, call.module) or self.writes_or_is_overwritten(
+            call
+        ):
             return None
         if any((call.index, path) in self.layout.uses for path in call.inputs):
             return None
         outputs = {v.id: v for v in call.outputs.values() if v.trainable}
         inputs = {v.id for v in call.inputs.values()}
-        for elsewhere in (self.escaping, inputs, self.layout.values, self.layout.states):
+        for elsewhere in (
+            self.escaping,
+            inputs,
+            self.layout.values,
+            self.layout.states,
+        ):
             if not outputs.keys().isdisjoint(elsewhere):
                 return None
         if outputs and all(map(self.only_enters, outputs.values())):
@@ -84,11 +97,14 @@ class _Hoisting:
         return None
 
     def writes_or_is_overwritten(self, call: Call) -> bool:
-        """Whether a call writes to a tensor, or one of its inputs is written to later."""
+        """Whether a call writes to a tensor, or one of its inputs is written to
+        later."""
         if any(node.mutated for node in call.nodes):
             return True
         last_write = self.graph.last_write
-        return any(last_write.get(v.memory.id, -1) >= call.index for v in call.inputs.values())
+        return any(
+            last_write.get(v.memory.id, -1) >= call.index for v in call.inputs.values()
+        )
 
     def only_enters(self, v: Value) -> bool:
         return 0 < len(self.readers.get(v.id, ())) == len(self.entries(v))

@@ -1,8 +1,10 @@
-"""Which elements a call takes of its tensors: the numbers in a model's code that index a dim.
+"""Which elements a call takes of its tensors: the numbers in a model's code that index
+a dim.
 
-That a slice of a shard has the expected length proves nothing: `y[..., 6:12]` of a shard of 9 has
-length 3, as it should, and other rows. So each cut of a dim on shards is compared with the whole
-forward's, position by position, and numbers that were written for the whole dim are translated.
+That a slice of a shard has the expected length proves nothing: `y[..., 6:12]` of a
+shard of 9 has length 3, as it should, and other rows. So each cut of a dim on shards is
+compared with the whole forward's, position by position, and numbers that were written
+for the whole dim are translated.
 """
 
 from dataclasses import dataclass
@@ -12,9 +14,15 @@ from ..axes.split import Range, joined
 from ..groups import chunk_sizes
 from ..running.program import Bound
 from ..utils import leaves
-from .analysis import op_name
+from .operators import op_name
 
-SPLITS = {"split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "unbind"}
+SPLITS = {
+    "split",
+    "split_with_sizes",
+    "unsafe_split",
+    "unsafe_split_with_sizes",
+    "unbind",
+}
 CUTS = SPLITS | {"slice", "select"}
 
 # Torch functions whose integers index a dim; where the dim is among their arguments.
@@ -54,7 +62,9 @@ def cut_of(op: Any, args: tuple, kwargs: dict, in_shape: Any, out_shapes: Any) -
     name = op_name(op)
     names = [a.name for a in op._schema.arguments]
     given = (
-        {a.name: a.default_value for a in op._schema.arguments} | dict(zip(names, args)) | kwargs
+        {a.name: a.default_value for a in op._schema.arguments}
+        | dict(zip(names, args))
+        | kwargs
     )
     dim = given["dim"] % len(in_shape)
     size = in_shape[dim]
@@ -74,16 +84,21 @@ def cut_of(op: Any, args: tuple, kwargs: dict, in_shape: Any, out_shapes: Any) -
 def whole_cuts(call: Any) -> Any:
     """[(node, Cut), ...] of a call of the whole forward."""
     cutting = [node for node in call.nodes if op_name(node.op) in CUTS]
-    shapes = [(node.inputs[0].shape, [v.shape for v in node.outputs]) for node in cutting]
-    return [(node, cut_of(node.op, node.args, node.kwargs, *s)) for node, s in zip(cutting, shapes)]
+    shapes = [
+        (node.inputs[0].shape, [v.shape for v in node.outputs]) for node in cutting
+    ]
+    return [
+        (node, cut_of(node.op, node.args, node.kwargs, *s))
+        for node, s in zip(cutting, shapes)
+    ]
 
 
 def other_elements(call: Any, local_cuts: Any, axis: Any, axes: Any, n: int) -> Any:
-    """Why a call on shards takes other elements than the whole forward's call; "" where every rank
-    takes its own.
+    """Why a call on shards takes other elements than the whole forward's call; "" where
+    every rank takes its own.
 
-    Args: `local_cuts`: Cuts of rank 0's call; `axis`: the Axis that it works on, None if it is
-    replicated.
+    Args: `local_cuts`: Cuts of rank 0's call; `axis`: the Axis that it works on, None
+    if it is replicated.
     """
     expected = whole_cuts(call)
     if [cut.name for _, cut in expected] != [cut.name for cut in local_cuts]:
@@ -93,20 +108,22 @@ def other_elements(call: Any, local_cuts: Any, axis: Any, axes: Any, n: int) -> 
         if not at or at.dim != whole.dim:
             if whole != local:
                 return (
-                    f"{whole.name} takes {local.parts} of dim {whole.dim} on shards, not"
-                    f" {whole.parts}"
+                    f"{whole.name} takes {local.parts} of dim {whole.dim} on shards,"
+                    f" not {whole.parts}"
                 )
         elif not _own_parts(node, whole, local, at, axis, axes, n):
             return (
-                f"{whole.name} takes {local.parts} of a shard, which are not those that it has of"
-                f" {whole.parts}"
+                f"{whole.name} takes {local.parts} of a shard, which are not those that"
+                f" it has of {whole.parts}"
             )
     return ""
 
 
-def _own_parts(node: Any, whole: Any, local: Any, at: Any, axis: Any, axes: Any, n: int) -> bool:
-    """Whether each rank's parts of its shard are its shards of the whole's parts, where the dim
-    that is cut is sharded."""
+def _own_parts(
+    node: Any, whole: Any, local: Any, at: Any, axis: Any, axes: Any, n: int
+) -> bool:
+    """Whether each rank's parts of its shard are its shards of the whole's parts, where
+    the dim that is cut is sharded."""
     sizes = chunk_sizes(axis.size, n)
     if len(set(sizes)) > 1 or len(whole.parts) != len(local.parts):
         return False  # numbers that suit one rank's length suit no other's
@@ -139,8 +156,8 @@ def _taken(ranges: Any, part: Any) -> Any:
 
 
 def indexed_dims(call: Any) -> Any:
-    """{path of an integer in (args, kwargs): the dim of the first argument that it indexes} of a
-    call in INDEXING."""
+    """{path of an integer in (args, kwargs): the dim of the first argument that it
+    indexes} of a call in INDEXING."""
     args, kwargs = call.args
     if not args or not hasattr(args[0], "shape"):
         return {}
@@ -150,7 +167,11 @@ def indexed_dims(call: Any) -> Any:
     position = DIM_ARGUMENT[call.name]
     place = (0, position) if position < len(args) else (1, "dim")
     dim = args[position] if position < len(args) else kwargs.get("dim", 0)
-    return {path: dim % ndim for path, x in leaves(call.args) if _is_int(x) and path != place}
+    return {
+        path: dim % ndim
+        for path, x in leaves(call.args)
+        if _is_int(x) and path != place
+    }
 
 
 def _dims_of_items(index: Any, ndim: Any) -> Any:
@@ -181,19 +202,21 @@ def _is_int(x: Any) -> Any:
 
 
 def bounds(call: Any, given: Any, axis: Any, axes: Any, n: int) -> Any:
-    """{path: Bound} of the numbers with which a call indexes a sharded dim: as they are, and as
-    they would be of a shard. `given`: its (args, kwargs) on shards."""
+    """{path: Bound} of the numbers with which a call indexes a sharded dim: as they
+    are, and as they would be of a shard. `given`: its (args, kwargs) on shards."""
     at = None if axis is None else axis.find(axes, call.args[0][0])
     if not at:
         return {}
     size, dims = call.args[0][0].shape[at.dim], indexed_dims(call)
-    numbers = {path: x for path, x in leaves(given) if dims.get(path) == at.dim and _is_int(x)}
+    numbers = {
+        path: x for path, x in leaves(given) if dims.get(path) == at.dim and _is_int(x)
+    }
     return {path: Bound(x, _of_shard(x, size, n)) for path, x in numbers.items()}
 
 
 def _of_shard(x: Any, size: int, n: int) -> Any:
-    """A number that indexes a dim of `size`, for a shard of it; one beyond its ends is beyond the
-    shard's."""
+    """A number that indexes a dim of `size`, for a shard of it; one beyond its ends is
+    beyond the shard's."""
     return x // n if abs(x) < size and x % n == 0 else x
 
 

@@ -1,9 +1,10 @@
-"""Given which axes are sharded: the state of every tensor, and the collectives that make every call
-right.
+"""Given which axes are sharded: the state of every tensor, and the collectives that
+make every call right.
 
-Gradients follow by one rule: the gradient of a tensor sums over every axis it does not have. So a
-replicated tensor that enters a call which works on a shard gets a partial gradient there, and the
-action SUM_GRADIENT (identity forward, all-reduce backward) sums it.
+Gradients follow by one rule: the gradient of a tensor sums over every axis it does not
+have. So a replicated tensor that enters a call which works on a shard gets a partial
+gradient there, and the action SUM_GRADIENT (identity forward, all-reduce backward) sums
+it.
 """
 
 from collections.abc import Iterable
@@ -30,6 +31,7 @@ from .analysis import Analysis
 from .deferral import scaled_by
 from .layout import Layout
 from .stored import Stored, given_axis
+from .worth import dearer, size
 
 
 def lay_out(
@@ -47,13 +49,17 @@ class _Pass:
         self.graph, self.axes, self.sharding = graph, axes, sharding
         self.layout = Layout()
         self.now: dict[ValueId, State] = {}  # after the actions on a value
-        self.pending: dict[ValueId, Value] = {}  # partial values, not yet summed or passed on
+        self.pending: dict[ValueId, Value] = (
+            {}
+        )  # partial values, not yet summed or passed on
         self.stored = Stored(graph, axes, sharding)
         for name, param in sharding.params.items():
             if name in graph.params:
                 self.now[graph.params[name].id] = param.axis
         for i, action in graph.given.items():
-            self.now[i] = self.layout.states[i] = given_axis(graph.values[i], action, axes)
+            self.now[i] = self.layout.states[i] = given_axis(
+                graph.values[i], action, axes
+            )
 
     def run(self, calls: Iterable[Call]) -> Layout:
         for call in calls:
@@ -65,14 +71,16 @@ class _Pass:
         for v in list(self.pending.values()):
             self.sum_value(v)
         for path, place, v in self.graph.held:
-            at, state = self.layout.shards.setdefault(path, {}), v and self.now.get(v.id)
+            at, state = self.layout.shards.setdefault(path, {}), v and self.now.get(
+                v.id
+            )
             if isinstance(state, Axis):
                 at[place] = self.action(GATHER, v, state)
         return self.layout
 
     def complete_output(self, path: ArgPath, v: Value) -> None:
-        """Gather an output of the model that is a shard: where it is made, if only the user reads
-        it."""
+        """Gather an output of the model that is a shard: where it is made, if only the
+        user reads it."""
         state = self.now.get(v.id)
         if not isinstance(state, Axis):
             return
@@ -110,7 +118,9 @@ class _Pass:
         if split.blocks not in (1, None) and not (axis.axes or self.axes).steady_within(
             value, split.dim, axis.factors[-1]
         ):
-            raise LayoutError("where the axis lies depends on sizes that may vary", axis=axis)
+            raise LayoutError(
+                "where the axis lies depends on sizes that may vary", axis=axis
+            )
         return split
 
     def sum_value(self, v: Value) -> None:
@@ -119,12 +129,16 @@ class _Pass:
         self.now[v.id] = None
 
     def use(self, call: Call, path: ArgPath, action: Action) -> None:
-        """An action on an argument. The call gets another tensor, so a write that comes later would
-        miss the model's."""
+        """An action on an argument. The call gets another tensor, so a write that comes
+        later would miss the model's."""
         v = call.inputs[path]
         if self.graph.last_write.get(v.memory.id, -1) >= call.index:
             state = self.now.get(v.id)
-            axis = state if isinstance(state, Axis) else self.layout.axis_of.get(call.index)
+            axis = (
+                state
+                if isinstance(state, Axis)
+                else self.layout.axis_of.get(call.index)
+            )
             raise LayoutError("a tensor is written to in place", call, axis)
         self.layout.uses.setdefault((call.index, path), []).append(action)
 
@@ -155,8 +169,11 @@ class _Pass:
                 self.use(call, path, self.action(EXCHANGE, v, self.stored.axis(v)))
 
     def defer(self, call: Call, state: dict[ValueId, State]) -> bool:
-        """Let a call run on partial results, and its output be summed instead, where it can."""
-        factors = scaled_by(self.graph, call, {i for i, s in state.items() if s is PARTIAL})
+        """Let a call run on partial results, and its output be summed instead, where it
+        can."""
+        factors = scaled_by(
+            self.graph, call, {i for i, s in state.items() if s is PARTIAL}
+        )
         if factors is None:
             return False
         for i, s in state.items():
@@ -174,8 +191,8 @@ class _Pass:
         state: dict[ValueId, State],
         active: list[Axis],
     ) -> None:
-        """Let the call work on shards of the axis of most of its inputs' bytes that it can; gather
-        the others."""
+        """Let the call work on shards of the axis of most of its inputs' bytes that it
+        can; gather the others."""
         if call.opaque:
             raise LayoutError(call.opaque, call, active[0])
 
@@ -184,9 +201,15 @@ class _Pass:
 
         chosen = None
         for axis in sorted(active, key=weight, reverse=True):
-            along: dict[ValueId, State] = {i: s if s == axis else None for i, s in state.items()}
-            analysis = Analysis(self.axes, call, axis, along, self.sharding.through).solve()
-            reason = analysis.reason or self.dearer(call, analysis, inputs, along)
+            along: dict[ValueId, State] = {
+                i: s if s == axis else None for i, s in state.items()
+            }
+            analysis = Analysis(
+                self.axes, call, axis, along, self.sharding.through
+            ).solve()
+            reason = analysis.reason or dearer(
+                call, analysis, along, self.sharding.dear, self.layout.dear
+            )
             if not reason:
                 chosen = analysis
                 break
@@ -195,13 +218,18 @@ class _Pass:
         if chosen is not None:
             self.work(call, chosen)
 
-    def gather_others(self, call: Call, state: dict[ValueId, State], axis: Axis | None) -> None:
-        """Gather the inputs that are shards of other axes than the one that the call works on."""
+    def gather_others(
+        self, call: Call, state: dict[ValueId, State], axis: Axis | None
+    ) -> None:
+        """Gather the inputs that are shards of other axes than the one that the call
+        works on."""
         for path, v in call.inputs.items():
             other = state[v.id]
             if not isinstance(other, Axis) or other == axis:
                 continue
-            if self.stored.exchanged(v):  # gathered as it is stored, in place of the exchange
+            if self.stored.exchanged(
+                v
+            ):  # gathered as it is stored, in place of the exchange
                 self.layout.uses[call.index, path] = [self.stored.gather(v)]
             else:
                 self.use(call, path, self.action(GATHER, v, other))
@@ -225,32 +253,23 @@ class _Pass:
             self.layout.instead[call.index] = OnShard(call.name, split)
         self.take_outputs(call, analysis.out)
 
-    def dearer(
-        self,
-        call: Call,
-        analysis: Analysis,
-        inputs: dict[ValueId, Value],
-        state: dict[ValueId, State],
-    ) -> str:
-        """Why a call is not worth running on shards, though it could: what it needs split is larger
-        than they are. One line of code is decided once, and as on the path that a forward leaves,
-        which what ran must be the same on."""
-        shards = [inputs[i] for i, s in state.items() if s is not None]
-        split = [inputs[i] for i in analysis.slices if inputs[i].differentiable]
-        if any(v.param for v in shards) or not split:
-            return ""
-        key = call.module.path, call.name, call.source
-        dear = self.sharding.dear.get(key, self.layout.dear.get(key, size(split) > size(shards)))
-        self.layout.dear[key] = dear
-        return "its other inputs are larger than its shards" if dear else ""
-
     def take_outputs(self, call: Call, states: dict[ValueId, State]) -> None:
         """What a call makes, and what is done where it is made."""
         inputs = {v.id for v in call.inputs.values()}
         made = {v.id: v for v in call.outputs.values() if v.id not in inputs}
-        for node in call.nodes:  # what was written to in place is made anew without being returned
+        for (
+            node
+        ) in (
+            call.nodes
+        ):  # what was written to in place is made anew without being returned
             if node.mutated:
-                made.update({v.id: v for v in node.outputs if v.id in states and v.memory is not v})
+                made.update(
+                    {
+                        v.id: v
+                        for v in node.outputs
+                        if v.id in states and v.memory is not v
+                    }
+                )
         for v in made.values():
             state = self.layout.states[v.id] = states.get(v.id)
             self.now[v.id] = state
@@ -262,14 +281,10 @@ class _Pass:
                 self.complete(v, self.action(GATHER, v, state))
 
     def goes_on(self, v: Value, axis: Axis) -> bool:
-        """Whether a value stays a shard beyond the call that makes it: a weight's own axis ends
-        with what is made of weights."""
+        """Whether a value stays a shard beyond the call that makes it: a weight's own
+        axis ends with what is made of weights."""
         return axis in self.sharding.through or v.id in self.graph.made_of
 
     def complete(self, v: Value, action: Action) -> None:
         self.layout.values.setdefault(v.id, []).append(action)
         self.now[v.id] = None
-
-
-def size(values: Iterable[Value]) -> int:
-    return sum(v.nbytes for v in values)

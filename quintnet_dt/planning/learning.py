@@ -1,4 +1,5 @@
-"""Programs for a call of a split model that was not traced before, shown right before it runs."""
+"""Programs for a call of a split model that was not traced before, shown right before
+it runs."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,12 +26,16 @@ Programs = dict[ModulePath, Program]
 
 
 def learn(
-    call: UserCall, plan: TensorParallelPlan, any_rank: Callable[[bool], bool], dear: dict | None
+    call: UserCall,
+    plan: TensorParallelPlan,
+    any_rank: Callable[[bool], bool],
+    dear: dict | None,
 ) -> Programs:
-    """The programs of the module that is called and of those within, by their paths in it.
+    """The programs of the module that is called and of those within, by their paths in
+    it.
 
-    Args: `any_rank`: as `trace` wants it; `dear`: as Layout has it, from another path of such a
-    call.
+    Args: `any_rank`: as `trace` wants it; `dear`: as Layout has it, from another path
+    of such a call.
     Raises: RuntimeError, where the call cannot be shown right.
     """
     names = parameter_names(call)
@@ -50,12 +55,14 @@ def learn(
             f"{call.name} was called in a way that was not traced before,"
             f" and it cannot be shown right on shards: {e}"
         ) from e
-    return {path: _renamed(program, names) for path, program in settled.programs.items()}
+    return {
+        path: _renamed(program, names) for path, program in settled.programs.items()
+    }
 
 
 def parameter_names(call: UserCall) -> dict[ParamName, ParamName]:
-    """The name in the model that was split of each parameter of the module that is called, by its
-    name there."""
+    """The name in the model that was split of each parameter of the module that is
+    called, by its name there."""
     names = {
         id(module._parameters.get(attr)): name
         for name, places in call.owners.items()
@@ -64,8 +71,8 @@ def parameter_names(call: UserCall) -> dict[ParamName, ParamName]:
     mine = dict(named_parameters(call.module))
     if added := [inner for inner, p in mine.items() if id(p) not in names]:
         raise RuntimeError(
-            f"{', '.join(added[:5])}: expected the parameters that were split, found others:"
-            f" {AGAIN}"
+            f"{', '.join(added[:5])}: expected the parameters that were split, found"
+            f" others: {AGAIN}"
         )
     return {inner: names[id(p)] for inner, p in mine.items()}
 
@@ -73,7 +80,9 @@ def parameter_names(call: UserCall) -> dict[ParamName, ParamName]:
 def _trace(call: UserCall, any_rank: Callable[[bool], bool]) -> Graph:
     device = device_of(call.module)
     try:
-        return trace(call.module, call.args, call.kwargs, device=device, any_rank=any_rank)
+        return trace(
+            call.module, call.args, call.kwargs, device=device, any_rank=any_rank
+        )
     except Exception as e:
         if not any(opaque(x) for _, x in leaves((call.args, call.kwargs))):
             raise
@@ -95,8 +104,8 @@ def _renamed(program: Program, names: dict[ParamName, ParamName]) -> Program:
 
 
 def at_split(call: UserCall, programs: Programs) -> Programs:
-    """The programs by the paths that the modules had when the model was split; a shared one has its
-    first, and one that was added since the path where it is now."""
+    """The programs by the paths that the modules had when the model was split; a shared
+    one has its first, and one that was added since the path where it is now."""
     context, found = hooks_on(call.module).context, {}
     for inner, module in named_modules(call.module):
         hooks = hooks_on(module)
@@ -108,14 +117,20 @@ def at_split(call: UserCall, programs: Programs) -> Programs:
 
 
 def completed(defaults: Programs, programs: Programs) -> Programs:
-    """Programs of one forward, with the default ones of modules that it did not reach. A module
-    that it reached shows its parameters that nobody read too, whole, for another path through its
-    code."""
+    """Programs of one forward, with the default ones of modules that it did not reach.
+    A module that it reached shows its parameters that nobody read too, whole, for
+    another path through its code."""
     read = {name for program in programs.values() for name in program.params}
     found = {**defaults, **programs}
     for path in defaults.keys() & programs.keys():
         program, default = programs[path], defaults[path]
-        unread = {name: actions for name, actions in default.params.items() if name not in read}
+        unread = {
+            name: actions
+            for name, actions in default.params.items()
+            if name not in read
+        }
         optional = program.optional | unread.keys()
-        found[path] = replace(program, params={**program.params, **unread}, optional=optional)
+        found[path] = replace(
+            program, params={**program.params, **unread}, optional=optional
+        )
     return found

@@ -7,7 +7,8 @@ from .layout import Layout
 
 
 def axis_behind(call: Call, graph: Graph, layout: Layout) -> Axis | None:
-    """The axis that a call works on, or whose shards or partial results it was given."""
+    """The axis that a call works on, or whose shards or partial results it was
+    given."""
     if call.index in layout.axis_of:
         return layout.axis_of[call.index]
     for v in call.inputs.values():
@@ -24,4 +25,7 @@ def on_shards(call: Call, layout: Layout) -> bool:
     if call.index in layout.axis_of:
         return True
     values = call.inputs.values()
-    return any(layout.states.get(v.id) is not None and v.id not in layout.values for v in values)
+    return any(
+        layout.states.get(v.id) is not None and v.id not in layout.values
+        for v in values
+    )

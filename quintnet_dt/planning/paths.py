@@ -1,5 +1,5 @@
-"""The forwards that were shown right, by signature. A call with a new one is traced and shown
-before it runs, once."""
+"""The forwards that were shown right, by signature. A call with a new one is traced and
+shown before it runs, once."""
 
 import copy
 import weakref
@@ -28,19 +28,19 @@ VARIANTS = 16  # paths of one kind of call that are kept
 
 
 class Key(NamedTuple):
-    """Under which the programs of a call are known: its kind, and the numbers among its arguments
-    (None where they are not among the first of its kind)."""
+    """Under which the programs of a call are known: its kind, and the numbers among its
+    arguments (None where they are not among the first of its kind)."""
 
     kind: tuple
     numbers: tuple | None
 
 
 class Paths:
-    """Lists of programs by the Key of a call, which the user makes of the model, or of a part of it
-    by itself.
+    """Lists of programs by the Key of a call, which the user makes of the model, or of
+    a part of it by itself.
 
-    Args: `defaults`: programs of modules that no traced forward reached; `known`: those of the
-    model by the Signature that they were planned for.
+    Args: `defaults`: programs of modules that no traced forward reached; `known`: those
+    of the model by the Signature that they were planned for.
     """
 
     def __init__(
@@ -58,12 +58,16 @@ class Paths:
         self.root = weakref.ref(model)
         self.excused: set[Key] = set()  # calls by a pipeline whose values differed once
         self.key = Key((), None)  # that of the latest call
-        self.numbers: dict[tuple, list] = {}  # the first numbers that each kind of call was given
+        self.numbers: dict[tuple, list] = (
+            {}
+        )  # the first numbers that each kind of call was given
         self.known: dict[Key, list[Programs]] = {}
         self.states = States()
         state = self.states.of("", model)
         for given, programs in known.items():
-            self.known[self.key_of("", given, False, state)] = [completed(defaults, programs)]
+            self.known[self.key_of("", given, False, state)] = [
+                completed(defaults, programs)
+            ]
             self.states.changes[""] = programs[""].forward.changes
 
     def programs(
@@ -75,10 +79,11 @@ class Paths:
         kwargs: dict,
         compiled: bool = False,
     ) -> Programs:
-        """The programs for this call of `module`; raises RuntimeError where it cannot be shown
-        right, ValueError where ranks make different calls or are given different batches.
-        `compiled`: by torch.compile, of which models ask and then take other paths. All ranks
-        compare their batches, and all learn, or none does."""
+        """The programs for this call of `module`; raises RuntimeError where it cannot
+        be shown right, ValueError where ranks make different calls or are given
+        different batches. `compiled`: by torch.compile, of which models ask and then
+        take other paths. All ranks compare their batches, and all learn, or none
+        does."""
         look_around(path, args, kwargs)
         given, state = signature(module, args, kwargs), self.states.of(path, module)
         before, self.key = self.key, self.key_of(path, given, compiled, state)
@@ -93,12 +98,14 @@ class Paths:
         return self.known[self.key][0]
 
     def agree(self, call: tuple, given: Signature, same: tuple) -> bool:
-        """Whether a call, as InStep wants it, is new to any rank. All ranks are found to make it,
-        with data that is the `same`."""
+        """Whether a call, as InStep wants it, is new to any rank. All ranks are found
+        to make it, with data that is the `same`."""
         batch = call[2:]
         try:
             new_here = self.key not in self.known
-            before, new = self.in_step.call(self.key, given.shapes, same, call, new_here)
+            before, new = self.in_step.call(
+                self.key, given.shapes, same, call, new_here
+            )
             # A wrong sampler shows in the first calls of a kind.
             self.first_of_kind, self.fresh = before == 0, before < CHECKED
             if self.fresh and self.mesh.size() > 1:
@@ -111,8 +118,8 @@ class Paths:
         return new
 
     def check(self, batch: Any) -> None:
-        """Raise ValueError where the ranks were given different batches. A pipeline's first call of
-        a kind may be one on uninitialised inputs."""
+        """Raise ValueError where the ranks were given different batches. A pipeline's
+        first call of a kind may be one on uninitialised inputs."""
         try:
             check_batch(batch, self.mesh)
         except ValueError:
@@ -122,18 +129,20 @@ class Paths:
             check_batch(batch, self.mesh, values=False)
 
     def forget_all(self) -> None:
-        """Modules were added, removed or replaced: each kind of call is shown right anew."""
+        """Modules were added, removed or replaced: each kind of call is shown right
+        anew."""
         self.known.clear()
         self.states.moded.clear()
 
     def forget(self, key: Key) -> None:
-        """The numbers of a call that other ranks did not make are not among the first of its
-        kind."""
+        """The numbers of a call that other ranks did not make are not among the first
+        of its kind."""
         if key not in self.known and key.numbers in self.numbers[key.kind]:
             self.numbers[key.kind].remove(key.numbers)
 
     def learn_together(self, *call: Any) -> Programs:
-        """Programs for a call that all ranks make: the same on all, or an error on all."""
+        """Programs for a call that all ranks make: the same on all, or an error on
+        all."""
         if self.mesh.size() == 1:
             return self.learn(*call)
         with together(self.mesh.get_group()):
@@ -158,9 +167,13 @@ class Paths:
         new.in_step = copy.copy(self.in_step)
         return new
 
-    def key_of(self, path: ModulePath, given: Signature, compiled: bool, state: tuple) -> Key:
-        """The Key of a call with this Signature. After some values of its numbers, any other is
-        one: what a call computes with a number that indexes shards is checked as it runs."""
+    def key_of(
+        self, path: ModulePath, given: Signature, compiled: bool, state: tuple
+    ) -> Key:
+        """The Key of a call with this Signature. After some values of its numbers, any
+        other is
+        one: what a call computes with a number that indexes shards is checked as it
+        runs."""
         kind = (path, given.kind, compiled, *state)
         known = self.numbers.setdefault(kind, [])
         if given.numbers not in known and len(known) < VALUES:
@@ -168,8 +181,8 @@ class Paths:
         return Key(kind, given.numbers if given.numbers in known else None)
 
     def random(self, path: ModulePath, module: nn.Module, programs: Programs) -> bool:
-        """Whether the ranks need one random state: this call may draw random numbers, or one may
-        sample from its outputs."""
+        """Whether the ranks need one random state: this call may draw random numbers,
+        or one may sample from its outputs."""
         if self.fresh or not torch.is_grad_enabled():
             return True
         shown = path in programs and self.reached(path, programs)
@@ -180,8 +193,9 @@ class Paths:
         return programs.get(path) is not self.defaults.get(path)
 
     def variants(self, *call: Any) -> Iterator[Programs]:
-        """Other programs for this call, whose forward has turned out to take another path than the
-        one that was shown: those that are known, then one learned from this call itself."""
+        """Other programs for this call, whose forward has turned out to take another
+        path than the one that was shown: those that are known, then one learned from
+        this call itself."""
         known = self.known[self.key]  # the modes may have changed within the forward
         for programs in list(known):
             known.remove(programs)  # the latest is tried first
@@ -193,7 +207,8 @@ class Paths:
 
     @undisturbed
     def learn(self, *call: Any) -> Programs:
-        """Programs for this call, shown right in the gradient mode that it was made in."""
+        """Programs for this call, shown right in the gradient mode that it was made
+        in."""
         made = UserCall(*call)
         another = self.known.get(self.key)  # paths of such a call
         dear = another[0][made.path].forward.dear if another else None

@@ -1,5 +1,5 @@
-"""Which axes to shard: each is tried alone, its bytes counted; the best that do not conflict are
-taken, then weights."""
+"""Which axes to shard: each is tried alone, its bytes counted; the best that do not
+conflict are taken, then weights."""
 
 from collections.abc import Collection, Iterable
 from functools import cached_property
@@ -17,7 +17,8 @@ from .task import Task
 
 # Up to so many axes that stand in each other's way, every choice among them is tried.
 EXHAUSTIVE = 10
-# A call that reads so many times as many weights as an axis runs through is not split along it.
+# A call that reads so many times as many weights as an axis runs through is not split
+# along it.
 FEW_OF_MANY = 8
 
 
@@ -44,13 +45,17 @@ class Planner:
 
     @cached_property
     def good(self) -> list[Candidate]:
-        """Candidates that can be laid out, and send no more than their weights split alone."""
+        """Candidates that can be laid out, and send no more than their weights split
+        alone."""
         found = []
         for c in candidates(self.task):
             if self.weigh(c) and c.bytes <= self.bytes_apart(c.params):
                 found.append(c)
             elif c.bytes:
-                why = f"sharded through the model, its axis would send {c.bytes:.0f} bytes a step"
+                why = (
+                    f"sharded through the model, its axis would send {c.bytes:.0f}"
+                    " bytes a step"
+                )
                 self.task.note(c.params, why)
         return found
 
@@ -60,7 +65,10 @@ class Planner:
         most = FEW_OF_MANY * len(candidate.params)
         if any(task.crowded.get(call.index, 0) > most for call in candidate.calls):
             return False
-        if task.graph.unsteady and _common_module(candidate.calls) in task.graph.unsteady:
+        if (
+            task.graph.unsteady
+            and _common_module(candidate.calls) in task.graph.unsteady
+        ):
             why = "its axis runs through a module whose forward reads values"
             task.note(candidate.params, why)
             return False
@@ -77,7 +85,8 @@ class Planner:
         return True
 
     def lay_out(self, candidate: Candidate) -> Layout:
-        """The layout of a candidate alone. Weights that a call needs whole are left out of it."""
+        """The layout of a candidate alone. Weights that a call needs whole are left out
+        of it."""
         task = self.task
         while True:
             sharding = Sharding(
@@ -92,15 +101,17 @@ class Planner:
                 del candidate.params[name]
 
     def bytes_apart(self, params: Iterable[ParamName]) -> float:
-        """Bytes a step if each of these weights is split alone; those that would stay replicated
-        send none."""
+        """Bytes a step if each of these weights is split alone; those that would stay
+        replicated send none."""
         sent = (self.alone.best(p).bytes for p in params if p not in self.task.small)
-        return fsum(b for b in sent if b != inf)  # rounded once: the same in any order of a set
+        return fsum(
+            b for b in sent if b != inf
+        )  # rounded once: the same in any order of a set
 
     def best_of(self, region: list[Candidate]) -> list[Candidate]:
-        """Of candidates that stand in each other's way, those that send the fewest bytes, counting
-        the weights left as split alone: all choices tried where the region is small, else the
-        cheapest for each element first."""
+        """Of candidates that stand in each other's way, those that send the fewest
+        bytes, counting the weights left as split alone: all choices tried where the
+        region is small, else the cheapest for each element first."""
         region = sorted(region, key=lambda c: (c.bytes / c.elements, -c.elements))
         if len(region) > EXHAUSTIVE:
             chosen: list[Candidate] = []
@@ -110,7 +121,9 @@ class Planner:
             return chosen
         choices: list[list[Candidate]] = [[]]
         for c in region:
-            choices += [[*some, c] for some in choices if not any(c.conflicts(o) for o in some)]
+            choices += [
+                [*some, c] for some in choices if not any(c.conflicts(o) for o in some)
+            ]
         everything = {p for c in region for p in c.params}
 
         def worth(chosen: list[Candidate]) -> tuple[float, int]:
@@ -123,8 +136,8 @@ class Planner:
     # Weights that no axis took.
 
     def fill(self, sharding: Sharding, used: Collection[CallIndex]) -> None:
-        """Split the weights left, the largest first; the small ones stay replicated. `used`: the
-        calls that work on an axis of the model."""
+        """Split the weights left, the largest first; the small ones stay replicated.
+        `used`: the calls that work on an axis of the model."""
         task = self.task
         for name in sorted(task.params, key=task.numel, reverse=True):
             if name in sharding.params or self.replicated(name):
@@ -134,7 +147,8 @@ class Planner:
             if way.axis is None:
                 continue
             if busy and not way.gathered and len(task.params[name].shape) == 1:
-                # A row-parallel layer's bias: split, it would break the axis that runs there.
+                # A row-parallel layer's bias: split, it would break the axis that runs
+                # there.
                 continue
             sharding.params.update(way.params(name))
             if way.gathered:

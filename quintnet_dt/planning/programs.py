@@ -1,10 +1,10 @@
-"""From a layout to programs: for each module, what its hooks do to its parameters, inputs and
-outputs, and to single calls within it.
+"""From a layout to programs: for each module, what its hooks do to its parameters,
+inputs and outputs, and to single calls within it.
 
-An action is attached as far out as it can be: to a parameter or an input of the module when all
-uses there agree, to an output when nothing inside reads it. Those are plain hooks, and hold on any
-path through the module. Only what is left is attached to a call by its number, which takes a
-torch-function mode around that module's forward.
+An action is attached as far out as it can be: to a parameter or an input of the module
+when all uses there agree, to an output when nothing inside reads it. Those are plain
+hooks, and hold on any path through the module. Only what is left is attached to a call
+by its number, which takes a torch-function mode around that module's forward.
 """
 
 from dataclasses import dataclass, field
@@ -15,17 +15,18 @@ from ..keys import ArgPath, CallIndex, ModulePath
 from ..running.memory import is_contiguous
 from ..running.program import Actions, Bound, CallProgram, Forward, Program
 from ..tracing.graph import Call, Graph, ModuleCall, Value
-from ..tracing.recorder import HIDDEN
-from .analysis import linear
+from ..tracing.hidden import HIDDEN
 from .layout import Layout
 from .numbering import Numbering
+from .operators import linear
 from .origin import axis_behind
 from .readers import Readers, holds, origin, paths_of
 
 
 @dataclass
 class Found:
-    """What the proof found that programs must do beside the layout's actions, by call."""
+    """What the proof found that programs must do beside the layout's actions, by
+    call."""
 
     divided: dict[CallIndex, list[ArgPath]] = field(default_factory=dict)
     multiplied: dict[CallIndex, list[ArgPath]] = field(default_factory=dict)
@@ -37,8 +38,8 @@ class Found:
 def make_programs(
     graph: Graph, layout: Layout, found: Found | None = None
 ) -> dict[ModulePath, Program]:
-    """The program of each module. `found`: by the proof. Raises LayoutError where no program can do
-    what the layout asks."""
+    """The program of each module. `found`: by the proof. Raises LayoutError where no
+    program can do what the layout asks."""
     aside: set[ModulePath] = set()
     while True:
         try:
@@ -58,11 +59,15 @@ class _Differ(LayoutError):
 
 
 class _Maker:
-    """Makes the programs of one layout. `aside`: modules whose calls their callers number."""
+    """Makes the programs of one layout. `aside`: modules whose calls their callers
+    number."""
 
-    def __init__(self, graph: Graph, layout: Layout, found: Found, aside: set[ModulePath]):
+    def __init__(
+        self, graph: Graph, layout: Layout, found: Found, aside: set[ModulePath]
+    ):
         self.graph, self.layout, self.found, self.aside = graph, layout, found, aside
-        # Modules at whose borders nothing is done: hooks of the user's see what crosses them.
+        # Modules at whose borders nothing is done: hooks of the user's see what crosses
+        # them.
         self.closed = aside | {run.path for run in graph.modules if run.watched}
         self.readers = Readers(graph, layout)
         self.per_run = {id(run): Program() for run in graph.modules}
@@ -77,7 +82,9 @@ class _Maker:
         self.describe_root()
         self.describe_calls()
         self.describe_runs()
-        Numbering(self.graph, self.layout, self.aside).apply(self.per_run, self.at_calls)
+        Numbering(self.graph, self.layout, self.aside).apply(
+            self.per_run, self.at_calls
+        )
         return self.merge()
 
     def program(self, run: ModuleCall) -> Program:
@@ -105,10 +112,13 @@ class _Maker:
             self.at_call(call).unwritten.add(path)
 
     def on_parameter(self, run: ModuleCall, v: Value, actions: Actions) -> bool:
-        """Whether the module that reads a parameter can do these actions for all that get it from
-        there; its hook shows the parameter in any case."""
+        """Whether the module that reads a parameter can do these actions for all that
+        get it from there; its hook shows the parameter in any case."""
         reader = origin(run, v)
-        alike = self.readers.want_through(v, reader) == {actions} and reader.path not in self.aside
+        alike = (
+            self.readers.want_through(v, reader) == {actions}
+            and reader.path not in self.aside
+        )
         # What is written to is several values, which may be treated otherwise.
         alike = alike and v.param not in self.graph.rewritten
         self.program(reader).params[v.param] = actions if alike else ()
@@ -119,7 +129,9 @@ class _Maker:
         paths = paths_of(v, run.inputs)
         if not paths or run.path in self.closed or holds(run.outputs, v):
             return False
-        if self.readers.reads_deeper(v, run) or self.readers.want_directly(v, run) != {actions}:
+        if self.readers.reads_deeper(v, run) or self.readers.want_directly(v, run) != {
+            actions
+        }:
             return False
         program = self.program(run)
         program.inputs.update(dict.fromkeys(paths, actions))
@@ -135,27 +147,31 @@ class _Maker:
     # Actions on results.
 
     def place_result(self, v: Value, actions: Actions) -> None:
-        """Attach actions to a value where it is made, or, for a sum, at the view it was made of if
-        a hook reaches it."""
+        """Attach actions to a value where it is made, or, for a sum, at the view it was
+        made of if a hook reaches it."""
         at = v
         for at in reversed(self.summable(v) if actions[0].kind == SUM else [v]):
             if self.on_output(at, actions):
                 return
-            if is_contiguous(at.shape, at.strides) and not is_contiguous(v.shape, v.strides):
-                # A later dropout draws in the order of memory, which a collective makes that of
-                # the dims.
+            if is_contiguous(at.shape, at.strides) and not is_contiguous(
+                v.shape, v.strides
+            ):
+                # A later dropout draws in the order of memory, which a collective makes
+                # that of the dims.
                 break
         call = self.graph.calls[at.producer]
         if call.hidden:
             raise self.refuse(HIDDEN, call)
         paths = paths_of(at, call.outputs)
         if not paths or at.id in self.graph.made_in_place:
-            raise self.refuse("a tensor that was written to in place cannot be completed", call)
+            raise self.refuse(
+                "a tensor that was written to in place cannot be completed", call
+            )
         self.at_call(call).outputs.update(dict.fromkeys(paths, actions))
 
     def summable(self, v: Value) -> list[Value]:
-        """A partial value, and those that it is a view of, one of the other: to sum any of them is
-        to sum it."""
+        """A partial value, and those that it is a view of, one of the other: to sum any
+        of them is to sum it."""
         chain = [v]
         while chain[-1].producer is not None:
             call = self.graph.calls[chain[-1].producer]
@@ -232,7 +248,9 @@ class _Maker:
         """Runs of the same module must agree."""
         programs: dict[ModulePath, Program] = {}
         for run in self.graph.modules:
-            new, old = self.program(run), programs.setdefault(run.path, self.program(run))
+            new, old = self.program(run), programs.setdefault(
+                run.path, self.program(run)
+            )
             _share_params(old, new)
             if old != new:
                 raise _Differ(run.path, self.axis_within(run))
@@ -252,8 +270,8 @@ class _Maker:
 
 
 def _share_params(old: Program, new: Program) -> None:
-    """One run of a module may read a parameter that another does not (torch.func.functional_call):
-    both show it."""
+    """One run of a module may read a parameter that another does not
+    (torch.func.functional_call): both show it."""
     read_once = old.params.keys() ^ new.params.keys()
     old.optional |= read_once
     both = {**new.params, **old.params}

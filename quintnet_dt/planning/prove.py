@@ -1,10 +1,11 @@
-"""The proof: the forward run again on one rank's shapes, call by call beside the whole one.
+"""The proof: the forward run again on one rank's shapes, call by call beside the whole
+one.
 
-With the programs installed on a ghost whose parameters have their local shapes, the forward must
-make the same calls in the same order with the same scalar arguments, and every tensor must be
-exactly the shard that the layout says. A scale computed from a sharded dim's size differs, and is
-caught; a size written into the code (`view(b, s, 8, 64)`) is caught and replaced, and then shown in
-the same way.
+With the programs installed on a ghost whose parameters have their local shapes, the
+forward must make the same calls in the same order with the same scalar arguments, and
+every tensor must be exactly the shard that the layout says. A scale computed from a
+sharded dim's size differs, and is caught; a size written into the code (`view(b, s, 8,
+64)`) is caught and replaced, and then shown in the same way.
 """
 
 from typing import Any
@@ -43,8 +44,8 @@ def prove(
     n: int,
     device: Any = None,
 ) -> dict[ModulePath, Program]:
-    """Show that the layout is right for this forward, or raise LayoutError. Returns the programs
-    that do it."""
+    """Show that the layout is right for this forward, or raise LayoutError. Returns the
+    programs that do it."""
     found = Found()
     for _ in range(_RUNS):
         programs = make_programs(graph, layout, found)

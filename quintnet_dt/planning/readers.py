@@ -1,4 +1,5 @@
-"""Which calls read a value, in which runs of modules, and what they want done to it first."""
+"""Which calls read a value, in which runs of modules, and what they want done to it
+first."""
 
 from collections import defaultdict
 from typing import TypeAlias
@@ -12,7 +13,8 @@ _At: TypeAlias = tuple[ValueId, int]  # a value in a run of a module, by its id(
 
 
 class Readers:
-    """The actions that a layout asks for on each value, by the runs in which it is read."""
+    """The actions that a layout asks for on each value, by the runs in which it is
+    read."""
 
     def __init__(self, graph: Graph, layout: Layout):
         self.layout = layout
@@ -33,11 +35,13 @@ class Readers:
         return tuple(self.layout.uses.get((call.index, path), ()))
 
     def want_directly(self, v: Value, run: ModuleCall) -> set[Actions]:
-        """What the calls of a run's own code want done to a value, in any of their arguments."""
+        """What the calls of a run's own code want done to a value, in any of their
+        arguments."""
         return self._direct[v.id, id(run)]
 
     def want_through(self, v: Value, run: ModuleCall) -> set[Actions]:
-        """What all calls want done to a parameter that get it from the run that reads it."""
+        """What all calls want done to a parameter that get it from the run that reads
+        it."""
         return self._through[v.id, id(run)]
 
     def reads_deeper(self, v: Value, run: ModuleCall) -> bool:
@@ -50,7 +54,8 @@ class Readers:
 
 
 def origin(run: ModuleCall, v: Value) -> ModuleCall:
-    """The run that a parameter was read in: the first around a run that was not given it."""
+    """The run that a parameter was read in: the first around a run that was not given
+    it."""
     while holds(run.inputs, v) and run.parent is not None:
         run = run.parent
     return run

@@ -1,4 +1,5 @@
-"""A forward that is run again beside the record of an earlier one, which it must follow."""
+"""A forward that is run again beside the record of an earlier one, which it must
+follow."""
 
 from typing import Any, Callable
 
@@ -17,8 +18,8 @@ from .layout import Layout
 
 
 class Rerun(Recorder):
-    """Counts the calls of a forward along those of the whole one's graph, and gives it what that
-    one read of values. It makes no graph of its own."""
+    """Counts the calls of a forward along those of the whole one's graph, and gives it
+    what that one read of values. It makes no graph of its own."""
 
     def __init__(self, graph: Graph, layout: Layout):
         super().__init__()
@@ -29,10 +30,12 @@ class Rerun(Recorder):
             self.readings.setdefault(index, []).append(result)
 
     def error(self, reason: str) -> LayoutError:
-        """A LayoutError of the sharded axis nearest to the present call: in its module, else in
-        those around it."""
+        """A LayoutError of the sharded axis nearest to the present call: in its module,
+        else in those around it."""
         call = self.whole_calls[self.at] if self.at < len(self.whole_calls) else None
-        near = sorted(self.layout.axis_of, key=lambda i: (i > self.at, abs(i - self.at)))
+        near = sorted(
+            self.layout.axis_of, key=lambda i: (i > self.at, abs(i - self.at))
+        )
         for module in call.module.chain() if call is not None else ():
             for i in near:
                 if self.whole_calls[i].module.within(module):
@@ -76,11 +79,13 @@ class Rerun(Recorder):
             return result
         x = next(t for _, t in tensors((args, kwargs)))
         selects = func._schema.name in ("aten::masked_select", "aten::index")
-        return torch.empty(result, dtype=x.dtype if selects else torch.int64, device=x.device)
+        return torch.empty(
+            result, dtype=x.dtype if selects else torch.int64, device=x.device
+        )
 
     def reading(self) -> Any:
-        """What the whole forward read here: within the call, since its operators on real tensors
-        may be others."""
+        """What the whole forward read here: within the call, since its operators on
+        real tensors may be others."""
         if not self.readings.get(self.at):
             raise self.error("reads other values on shards")
         return self.readings[self.at].pop(0)
@@ -99,8 +104,13 @@ class Rerun(Recorder):
         return tensor
 
     def let_go(self, model: nn.Module, inputs: Any) -> None:
-        """The forward is over; none of its tensors is to stay in a list of the user's."""
-        states = [*parameters(model), *model.buffers(), *(t for _, t in tensors(inputs))]
+        """The forward is over; none of its tensors is to stay in a list of the
+        user's."""
+        states = [
+            *parameters(model),
+            *model.buffers(),
+            *(t for _, t in tensors(inputs)),
+        ]
         others = set(map(id, states))
         made = {id(t): t for t in self.graph.values if id(t) not in others}
         self.graph = None

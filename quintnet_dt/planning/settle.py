@@ -1,4 +1,5 @@
-"""From a choice of axes to one that is proven: axes that cannot be shown right are given up."""
+"""From a choice of axes to one that is proven: axes that cannot be shown right are
+given up."""
 
 from typing import Any, NamedTuple
 
@@ -16,7 +17,8 @@ from .prove import prove
 
 
 class Settled(NamedTuple):
-    """What is sharded, the collectives that make it right, and the programs that run them."""
+    """What is sharded, the collectives that make it right, and the programs that run
+    them."""
 
     sharding: Sharding
     layout: Layout
@@ -33,9 +35,9 @@ def settle(
 ) -> Settled:
     """A Sharding that is proven for the traced forward, and what runs it.
 
-    Axes that cannot be shown right are given up; at the end every split weight is gathered before
-    its use, which is right on any path. With an `applied` Sharding (of a plan in force) the
-    parameters keep their placements.
+    Axes that cannot be shown right are given up; at the end every split weight is
+    gathered before its use, which is right on any path. With an `applied` Sharding (of
+    a plan in force) the parameters keep their placements.
     """
     task = planner.task
     graph, axes = task.graph, task.axes
@@ -48,12 +50,16 @@ def settle(
             if all_gathered and not graph.given:  # it computes as the whole model does
                 programs = make_programs(graph, layout)
             else:
-                programs = prove(model, args, kwargs, graph, axes, layout, sharding, task.n, device)
+                programs = prove(
+                    model, args, kwargs, graph, axes, layout, sharding, task.n, device
+                )
             return Settled(sharding, layout, programs)
         except LayoutError as first:
             known = len(banned)
             for error in (first, *first.others):
-                given_up = _give_up(planner, error, sharding, banned, applied is not None)
+                given_up = _give_up(
+                    planner, error, sharding, banned, applied is not None
+                )
                 if not given_up and error is first:
                     raise
             if len(banned) > known:
@@ -67,9 +73,11 @@ def _give_up(
     banned: set[Axis],
     placed: bool,
 ) -> bool:
-    """Do without an axis that failed, in one of three ways; whether there was one left. `placed`:
-    the parameters have their placements."""
-    names = {name for name, p in sharding.params.items() if error.axis in (p.axis, None)}
+    """Do without an axis that failed, in one of three ways; whether there was one left.
+    `placed`: the parameters have their placements."""
+    names = {
+        name for name, p in sharding.params.items() if error.axis in (p.axis, None)
+    }
     planner.task.note(names, str(error))
     if error.axis in sharding.through and not placed:
         banned.add(error.axis)

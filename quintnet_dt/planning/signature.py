@@ -12,7 +12,8 @@ from ..parts import modules, parameters
 from ..tracing.attributes import kinds_at
 from ..utils import leaves, opaque
 
-# What computes otherwise in training, of torch's modules. Of others' it shows when they run.
+# What computes otherwise in training, of torch's modules. Of others' it shows when they
+# run.
 _DROPOUTS = (
     nn.Dropout,
     nn.Dropout1d,
@@ -28,24 +29,27 @@ _MODED = (*_DROPOUTS, *_NORMS, *_INSTANCE_NORMS, nn.MultiheadAttention, nn.RNNBa
 
 
 class States:
-    """What tells calls apart beside their arguments, by the path of the module that is called: how
-    modules are set that compute otherwise in training, and what earlier forwards have left in
-    attributes."""
+    """What tells calls apart beside their arguments, by the path of the module that is
+    called: how modules are set that compute otherwise in training, and what earlier
+    forwards have left in attributes."""
 
     def __init__(self) -> None:
         self.moded: dict[ModulePath, list[nn.Module]] = {}  # such modules within
-        # Attributes that a forward of the module changes; their kinds as when they were planned.
+        # Attributes that a forward of the module changes; their kinds as when they were
+        # planned.
         self.changes: dict[ModulePath, list[tuple[ModulePath, str]]] = {}
         self.first: dict[ModulePath, tuple] = {}
 
     def of(self, path: ModulePath, module: nn.Module) -> tuple:
-        """The places, in their list, of the modules within that are not in the module's own mode
-        (dropout that is on for sampling, batch norms that are frozen), and of dropouts that drop
-        nothing, of which no operator tells; and what is left."""
+        """The places, in their list, of the modules within that are not in the module's
+        own mode (dropout that is on for sampling, batch norms that are frozen), and of
+        dropouts that drop nothing, of which no operator tells; and what is left."""
         if path not in self.moded:
             self.moded[path] = [m for m in modules(module) if isinstance(m, _MODED)]
         within = self.moded[path]
-        odd = tuple(i for i, m in enumerate(within) if m.training is not module.training)
+        odd = tuple(
+            i for i, m in enumerate(within) if m.training is not module.training
+        )
         off = tuple(i for i, m in enumerate(within) if getattr(m, "p", 1) == 0)
         return odd, off, *self.left(path, module)
 
@@ -67,15 +71,16 @@ class States:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model's forward runs; a model on the meta device is imagined on the CPU."""
+    """Where a model's forward runs; a model on the meta device is imagined on the
+    CPU."""
     device = next((p.device for p in parameters(model)), torch.device("cpu"))
     return torch.device("cpu") if device.type == "meta" else device
 
 
 class Signature(NamedTuple):
-    """What tells one path through a forward from another. `kind`: the mode, which arguments are
-    there, their kinds, dtypes, ranks and dims of size 1. `numbers`: the ints and floats among them,
-    which may vary; `shapes`: of tensors.
+    """What tells one path through a forward from another. `kind`: the mode, which
+    arguments are there, their kinds, dtypes, ranks and dims of size 1. `numbers`: the
+    ints and floats among them, which may vary; `shapes`: of tensors.
     """
 
     kind: tuple
@@ -84,8 +89,8 @@ class Signature(NamedTuple):
 
 
 def signature(model: nn.Module, args: tuple, kwargs: dict) -> Signature:
-    """The Signature of a call. The order of keyword arguments is none of it: each rank may have its
-    own."""
+    """The Signature of a call. The order of keyword arguments is none of it: each rank
+    may have its own."""
     ordered = dict(sorted(kwargs.items())) if len(kwargs) > 1 else kwargs
     given = _Given()
     kinds = tuple(given.kinds((args, ordered)))
@@ -101,16 +106,22 @@ class _Given:
     def __init__(self) -> None:
         self.numbers: list[int | float] = []
         self.shapes: list[torch.Size] = []
-        self.met: dict[int, int] = {}  # id of a tensor -> its place among those that were met
+        self.met: dict[int, int] = (
+            {}
+        )  # id of a tensor -> its place among those that were met
 
     def kinds(self, obj: Any, depth: int = 0) -> Iterator[tuple]:
         """The kind of each leaf of a nested argument, and of what objects keep."""
         for path, x in leaves(obj):
             if isinstance(x, torch.Tensor):
-                same = self.met.setdefault(id(x), len(self.met))  # query and key may be one tensor
+                same = self.met.setdefault(
+                    id(x), len(self.met)
+                )  # query and key may be one tensor
                 if depth == 0:
                     self.shapes.append(x.shape)
-                yield path, same, x.dtype, x.requires_grad, tuple(s == 1 for s in x.shape)
+                yield path, same, x.dtype, x.requires_grad, tuple(
+                    s == 1 for s in x.shape
+                )
             elif isinstance(x, (bool, str, type(None))):
                 yield path, x
             elif isinstance(x, (int, float)):
@@ -125,6 +136,7 @@ class _Given:
 
 
 def _order(values: Iterable) -> tuple[int, ...]:
-    """Which of an object's numbers are larger than which: of lengths, whether it is full."""
+    """Which of an object's numbers are larger than which: of lengths, whether it is
+    full."""
     sizes = [v for v in values if type(v) in (int, float)]
     return tuple((a > b) - (a < b) for a, b in combinations(sizes, 2))

@@ -1,5 +1,5 @@
-"""The numbers in a model's code that size a tensor: which of them are of the whole, where a call
-works on a shard."""
+"""The numbers in a model's code that size a tensor: which of them are of the whole,
+where a call works on a shard."""
 
 from typing import Any, NamedTuple
 
@@ -7,20 +7,23 @@ from ..keys import ArgPath
 from ..tracing.graph import Call
 from ..utils import leaves, lookup, tensors
 
-# Calls whose integers are sizes: they may differ between the whole and the shard when what comes
-# out is as expected.
+# Calls whose integers are sizes: they may differ between the whole and the shard when
+# what comes out is as expected.
 SIZES = set(
-    "view reshape expand unflatten zeros ones full empty new_zeros new_ones new_full new_empty".split()
+    "view reshape expand unflatten zeros ones full empty new_zeros new_ones new_full"
+    " new_empty".split()
 )
-CONVOLUTIONS = "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split()
+CONVOLUTIONS = (
+    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split()
+)
 # Where the number of groups is among the arguments, by position and by name.
 GROUPS = {"group_norm": (1, "num_groups"), **dict.fromkeys(CONVOLUTIONS, (6, "groups"))}
 
 
 class Localised(NamedTuple):
-    """Paths in (args, kwargs) of the sizes that a call on shards needs divided by the number of
-    ranks, and of those that it needs multiplied by it: what the code computed from a shard's own
-    size, `y.shape[-1] // heads`."""
+    """Paths in (args, kwargs) of the sizes that a call on shards needs divided by the
+    number of ranks, and of those that it needs multiplied by it: what the code computed
+    from a shard's own size, `y.shape[-1] // heads`."""
 
     divided: list[ArgPath]
     multiplied: list[ArgPath]
@@ -28,20 +31,25 @@ class Localised(NamedTuple):
 
 def integers(obj: Any) -> dict[ArgPath, int]:
     """The integers in a nested argument, by path."""
-    return {p: x for p, x in leaves(obj) if isinstance(x, int) and not isinstance(x, bool)}
+    return {
+        p: x for p, x in leaves(obj) if isinstance(x, int) and not isinstance(x, bool)
+    }
 
 
 def groups_at(call: Call, args: tuple) -> ArgPath | None:
-    """The path of the number of groups in a group norm's or a convolution's arguments; None in
-    other calls."""
+    """The path of the number of groups in a group norm's or a convolution's arguments;
+    None in other calls."""
     if call.name not in GROUPS:
         return None
     position, keyword = GROUPS[call.name]
     return (0, position) if position < len(args) else (1, keyword)
 
 
-def localise(call: Call, args: tuple, kwargs: dict, expected: dict, n: int) -> Localised:
-    """The sizes to change for a call to give the expected shapes on one of `n` ranks."""
+def localise(
+    call: Call, args: tuple, kwargs: dict, expected: dict, n: int
+) -> Localised:
+    """The sizes to change for a call to give the expected shapes on one of `n`
+    ranks."""
     given = (args, kwargs)
     groups = groups_at(call, args)
     if groups is not None and groups in integers(given):
@@ -55,7 +63,8 @@ def localise(call: Call, args: tuple, kwargs: dict, expected: dict, n: int) -> L
 
 
 def _groups(call: Call, given: tuple, groups: ArgPath) -> Localised:
-    """Each rank has its groups: of channels that are sharded, or of a convolution's weight."""
+    """Each rank has its groups: of channels that are sharded, or of a convolution's
+    weight."""
     whole, local = next(iter(call.inputs.values())), next(tensors(given))[1]
     split = call.name != "group_norm" or whole.shape[1] != local.shape[1]
     unchanged = lookup(given, groups) == lookup(call.args, groups)

@@ -1,4 +1,5 @@
-"""How what a forward is given is stored: sharded weights, and shards from earlier calls."""
+"""How what a forward is given is stored: sharded weights, and shards from earlier
+calls."""
 
 from itertools import combinations
 from math import prod
@@ -11,8 +12,9 @@ from ..tracing.graph import Graph, Value
 
 
 class Stored:
-    """The sharded parameters of a graph. `gathered`: the values that are gathered before their use.
-    Raises LayoutError where one is stored otherwise than its axis needs it."""
+    """The sharded parameters of a graph. `gathered`: the values that are gathered
+    before their use. Raises LayoutError where one is stored otherwise than its axis
+    needs it."""
 
     def __init__(self, graph: Graph, axes: Axes, sharding: Sharding):
         self.graph, self.axes, self.params = graph, axes, sharding.params
@@ -50,10 +52,12 @@ def given_axis(v: Value, action: Action, axes: Axes) -> Axis:
     split = action.split
     factors = axes.final(v)[split.dim]
     for i, j in combinations(range(len(factors) + 1), 2):
-        outer, units = prod(f.size for f in factors[:i]), prod(f.size for f in factors[i:j])
+        outer, units = prod(f.size for f in factors[:i]), prod(
+            f.size for f in factors[i:j]
+        )
         if (outer, units) == (split.blocks, split.units):
             return Axis(tuple(factors[i:j]))
     raise LayoutError(
-        f"a shard kept from an earlier call, of shape {v.shape}, is used in another way than"
-        " there"
+        f"a shard kept from an earlier call, of shape {v.shape}, is used in another way"
+        " than there"
     )

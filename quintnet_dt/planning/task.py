@@ -12,13 +12,14 @@ from ..tracing.graph import Call, Graph
 from .indexing import INDEXING, indexed_dims
 from .layout import Layout
 
-# Weights are split until those left replicated hold no more than this share of all elements.
+# Weights are split until those left replicated hold no more than this share of all
+# elements.
 NEGLIGIBLE = 0.02
-# One weight with more than this share is always split: an embedding that is little beside seventy
-# billion others is a gigabyte still.
+# One weight with more than this share is always split: an embedding that is little
+# beside seventy billion others is a gigabyte still.
 VOCABULARY = 0.005
-# Where the calls that use a weight read more tensors than this, it is split alone only to be
-# gathered.
+# Where the calls that use a weight read more tensors than this, it is split alone only
+# to be gathered.
 CROWDED = 256
 
 
@@ -26,7 +27,8 @@ class Task:
     """A traced forward to plan over `n` ranks.
 
     Args: `user_dims`: the dims that the user has set, by parameter (None: replicate);
-    `contiguous`: a rank holds one block of a weight, also where equal blocks of it are split.
+    `contiguous`: a rank holds one block of a weight, also where equal blocks of it are
+    split.
     """
 
     def __init__(
@@ -78,14 +80,20 @@ class Task:
             values = [*call.inputs.values(), *call.outputs.values()]
             values += [v for node in call.nodes for v in node.outputs]
             for v in {v.id: v for v in values}.values() if call.nodes else ():
-                for factor in dict.fromkeys(f for dim in self.axes.final(v) for f in flat(dim)):
+                for factor in dict.fromkeys(
+                    f for dim in self.axes.final(v) for f in flat(dim)
+                ):
                     found.setdefault(factor, {})[call.index] = call
         return found
 
     @cached_property
     def input_factors(self) -> set[Factor]:
         """The factors of the model's own inputs."""
-        dims = (dim for v in self.graph.modules[0].inputs.values() for dim in self.axes.final(v))
+        dims = (
+            dim
+            for v in self.graph.modules[0].inputs.values()
+            for dim in self.axes.final(v)
+        )
         return {f for dim in dims for f in flat(dim)}
 
     @cached_property
@@ -109,7 +117,8 @@ class Task:
         }
 
     def gathered_weights(self, layout: Layout) -> set[ParamName]:
-        """The split weights that calls need whole, themselves or what is made of them."""
+        """The split weights that calls need whole, themselves or what is made of
+        them."""
         gathered = [
             self.graph.calls[i].inputs[path].id
             for (i, path), actions in layout.uses.items()

@@ -1,7 +1,8 @@
-"""The private names of torch that the library cannot do without, by what they are needed for.
+"""The private names of torch that the library cannot do without, by what they are
+needed for.
 
-A release of torch that lacks one costs what needs it, told when it is used, and not the import.
-Nothing of torch is changed by importing this.
+A release of torch that lacks one costs what needs it, told when it is used, and not the
+import. Nothing of torch is changed by importing this.
 """
 
 from .backward import RecomputationEnds, at_end_of_backward, in_backward
@@ -24,7 +25,14 @@ from .fakes import (
 from .hooks import as_parameter, global_hooks, has_hooks, saves_by_hooks, share_hooks
 from .modes import forward_mode, modes_aside, transform, transforms_aside
 from .operators import HigherOrderOperator, TorchDispatchMode, is_any_true, safe_softmax
-from .sharded import DDP_SPEC, SINCE_2_13, _StridedShard, broadcasting, compute_dtype, fsdp_state
+from .sharded import (
+    DDP_SPEC,
+    SINCE_2_13,
+    _StridedShard,
+    broadcasting,
+    compute_dtype,
+    fsdp_state,
+)
 
 __all__ = [
     "DDP_SPEC",

@@ -11,8 +11,9 @@ def absent(name: str) -> Any:
     class Absent:
         def __init__(self, *args: Any, **kwargs: Any):
             raise RuntimeError(
-                f"expected {name}, which torch {torch.__version__} does not have: this version of"
-                " quintnet_dt needs another release of torch for what was asked of it"
+                f"expected {name}, which torch {torch.__version__} does not have: this"
+                " version of quintnet_dt needs another release of torch for what was"
+                " asked of it"
             )
 
     return Absent

@@ -1,4 +1,5 @@
-"""Whether a backward runs, when it ends, and what ends the forwards that it recomputes."""
+"""Whether a backward runs, when it ends, and what ends the forwards that it
+recomputes."""
 
 from collections.abc import Callable
 
@@ -11,7 +12,8 @@ try:
 except AttributeError:
     graph_task_id = absent("torch._C._current_graph_task_id")
 
-# Ends a forward that is recomputed as soon as its backward has all that it needs, within a call.
+# Ends a forward that is recomputed as soon as its backward has all that it needs,
+# within a call.
 try:
     from torch.utils.checkpoint import _StopRecomputationError as RecomputationEnds
 except ImportError:
@@ -24,5 +26,6 @@ def in_backward() -> bool:
 
 
 def at_end_of_backward(function: Callable[[], object]) -> None:
-    """Call a function when the backward that runs has ended, as torch's own DDP and FSDP2 do."""
+    """Call a function when the backward that runs has ended, as torch's own DDP and
+    FSDP2 do."""
     torch.autograd.Variable._execution_engine.queue_callback(function)

@@ -1,4 +1,5 @@
-"""Fake tensors: a forward on them gives every shape with no memory and no arithmetic."""
+"""Fake tensors: a forward on them gives every shape with no memory and no
+arithmetic."""
 
 import contextlib
 import logging
@@ -22,11 +23,11 @@ except ImportError:
 
 @contextlib.contextmanager
 def hidden_fakes() -> Iterator[None]:
-    """Model code that asks whether a tensor is a FakeTensor is told no, and `x.tolist()` is one
-    call, as of any tensor.
+    """Model code that asks whether a tensor is a FakeTensor is told no, and
+    `x.tolist()` is one call, as of any tensor.
 
-    transformers builds other attention masks when it believes that it is exported; the path to
-    record is the one of a plain call.
+    transformers builds other attention masks when it believes that it is exported; the
+    path to record is the one of a plain call.
     """
     namespace, tolist = torch._subclasses, FakeTensor.tolist
     namespace.FakeTensor = type("FakeTensor", (), {})
@@ -41,8 +42,8 @@ def hidden_fakes() -> Iterator[None]:
 
 @contextlib.contextmanager
 def silent_fakes() -> Iterator[None]:
-    """A size that does not fit is expected here, and tried again: torch's log of it as an error
-    would only alarm."""
+    """A size that does not fit is expected here, and tried again: torch's log of it as
+    an error would only alarm."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
     was, log.disabled = log.disabled, True
     try:

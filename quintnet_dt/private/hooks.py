@@ -21,15 +21,16 @@ def has_hooks(tensor: torch.Tensor) -> bool:
 
 
 def share_hooks(old: torch.Tensor, new: torch.Tensor) -> None:
-    """The hooks on one parameter's gradient become another's, with the handles that their user
-    has."""
+    """The hooks on one parameter's gradient become another's, with the handles that
+    their user has."""
     for name in ("_backward_hooks", "_post_accumulate_grad_hooks"):
         if getattr(old, name, None):
             setattr(new, name, getattr(old, name))
 
 
 def as_parameter(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that `isinstance(tensor, nn.Parameter)` holds of, as of what it stands for."""
+    """A tensor that `isinstance(tensor, nn.Parameter)` holds of, as of what it stands
+    for."""
     if isinstance(tensor, nn.Parameter):
         return tensor
     if not tensor.requires_grad:  # it may be what a DTensor holds
@@ -39,7 +40,7 @@ def as_parameter(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def saves_by_hooks() -> bool:
-    """Whether hooks for saved tensors are on, say a checkpoint's; as if they were where torch
-    cannot tell."""
+    """Whether hooks for saved tensors are on, say a checkpoint's; as if they were where
+    torch cannot tell."""
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return top is None or top(True) is not None

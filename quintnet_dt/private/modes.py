@@ -12,7 +12,9 @@ try:
     from torch.utils._python_dispatch import _len_torch_dispatch_stack
     from torch.utils._python_dispatch import _pop_mode as _pop_dispatch_mode
     from torch.utils._python_dispatch import _push_mode as _push_dispatch_mode
-except ImportError:  # a first call under a tool that counts is counted with its planning
+except (
+    ImportError
+):  # a first call under a tool that counts is counted with its planning
     _len_torch_function_stack = _len_torch_dispatch_stack = int
 try:
     from torch._C._functorch import (
@@ -28,8 +30,8 @@ except ImportError:  # functional transforms of a split model raise what torch r
 
 @contextlib.contextmanager
 def modes_aside() -> Iterator[None]:
-    """The modes that are on, of torch functions and of operators, are off for a while; a default
-    device stays, but for the meta device, on which nothing is computed."""
+    """The modes that are on, of torch functions and of operators, are off for a while;
+    a default device stays, but for the meta device, on which nothing is computed."""
     functions, operators = _len_torch_function_stack(), _len_torch_dispatch_stack()
     if not functions and not operators:
         yield
@@ -49,7 +51,8 @@ def modes_aside() -> Iterator[None]:
 
 
 def transform() -> str | None:
-    """The innermost functional transform that is at work, as torch.func names its kinds."""
+    """The innermost functional transform that is at work, as torch.func names its
+    kinds."""
     interpreter = peek_interpreter_stack()
     return None if interpreter is None else interpreter.key().name.lower()
 
@@ -59,7 +62,9 @@ class transforms_aside:
 
     def __enter__(self) -> None:
         self.left = []
-        while not torch.compiler.is_compiling() and peek_interpreter_stack() is not None:
+        while (
+            not torch.compiler.is_compiling() and peek_interpreter_stack() is not None
+        ):
             self.left.append(pop_dynamic_layer_stack())
 
     def __exit__(self, *_: object) -> None:

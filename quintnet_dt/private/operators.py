@@ -4,7 +4,8 @@ import torch
 
 from .absent import absent
 
-# Every operator of a forward as it is dispatched: documented, and used by many, under this name.
+# Every operator of a forward as it is dispatched: documented, and used by many, under
+# this name.
 try:
     from torch.utils._python_dispatch import TorchDispatchMode
 except ImportError:
@@ -23,4 +24,7 @@ except AttributeError:
     safe_softmax = absent("torch.ops.aten._safe_softmax")
 
 # What torch.autograd.detect_anomaly asks of gradients.
-is_any_true = getattr(torch.ops.aten, "_is_any_true", None) and torch.ops.aten._is_any_true.default
+is_any_true = (
+    getattr(torch.ops.aten, "_is_any_true", None)
+    and torch.ops.aten._is_any_true.default
+)

@@ -1,4 +1,5 @@
-"""DTensor, and what FSDP2, DistributedDataParallel and torch's loading do with DTensors."""
+"""DTensor, and what FSDP2, DistributedDataParallel and torch's loading do with
+DTensors."""
 
 import inspect
 import sys
@@ -10,10 +11,11 @@ from torch import nn
 
 from .absent import absent
 
-# Before it, DTensor cannot gather a _StridedShard of a 1-D mesh, and compiled collectives lose what
-# they write.
+# Before it, DTensor cannot gather a _StridedShard of a 1-D mesh, and compiled
+# collectives lose what they write.
 SINCE_2_13 = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
-# Where DistributedDataParallel(device_mesh=...) notes of what a parameter is the local tensor.
+# Where DistributedDataParallel(device_mesh=...) notes of what a parameter is the local
+# tensor.
 DDP_SPEC = "_st_info"
 
 # A dim of k fused pieces, each sharded ([q | k | v]).
@@ -30,8 +32,8 @@ except ImportError:  # then its mixed precision is not seen while calls are plan
 
 
 def fsdp_state(module: nn.Module) -> Any:
-    """The state of a module that FSDP2, or `replicate`, which is made of it, manages; None where it
-    cannot be found."""
+    """The state of a module that FSDP2, or `replicate`, which is made of it, manages;
+    None where it cannot be found."""
     from torch.distributed.fsdp import fully_shard
 
     state_of = getattr(_composable_state, "_get_module_state", lambda module: None)
@@ -39,15 +41,15 @@ def fsdp_state(module: nn.Module) -> Any:
 
 
 def compute_dtype(state: Any) -> torch.dtype | None:
-    """The dtype that FSDP2 computes in, of a module's FSDP state, which alone has it; None for the
-    parameters'."""
+    """The dtype that FSDP2 computes in, of a module's FSDP state, which alone has it;
+    None for the parameters'."""
     return getattr(getattr(state, "_mp_policy", None), "param_dtype", None)
 
 
 def broadcasting() -> bool:
     """Whether torch's set_model_state_dict or set_state_dict runs in this thread with
-    broadcast_from_rank0=True. It is told by the public functions' own code and their public
-    argument; what they call is not looked at."""
+    broadcast_from_rank0=True. It is told by the public functions' own code and their
+    public argument; what they call is not looked at."""
     from torch.distributed.checkpoint import state_dict
 
     setters = (state_dict.set_model_state_dict, state_dict.set_state_dict)

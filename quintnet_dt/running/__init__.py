@@ -1,2 +1,2 @@
-"""What a split model does as it runs: hooks on modules (hooks.py) and around calls (calls.py) run
-its Programs."""
+"""What a split model does as it runs: hooks on modules (hooks.py) and around calls
+(calls.py) run its Programs."""

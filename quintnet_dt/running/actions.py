@@ -13,8 +13,8 @@ from ..groups import Group, chunk_sizes, group_rank, group_size
 
 
 class _AddOnce(torch.autograd.Function):
-    """y = x on rank 0 and 0 elsewhere; dx = dy: an addend of a sum over ranks. dy is replicated, so
-    dx is too."""
+    """y = x on rank 0 and 0 elsewhere; dx = dy: an addend of a sum over ranks. dy is
+    replicated, so dx is too."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, first: bool) -> Tensor:
@@ -27,8 +27,8 @@ class _AddOnce(torch.autograd.Function):
 
 
 class _OfOne(torch.autograd.Function):
-    """y = x, as rank 0 holds it; the ranks' x are equal. Its gradient counts once: the adjoint of
-    `_AddOnce`."""
+    """y = x, as rank 0 holds it; the ranks' x are equal. Its gradient counts once: the
+    adjoint of `_AddOnce`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, first: bool) -> Tensor:
@@ -46,13 +46,17 @@ def _along(collective: Callable, whole: bool) -> Callable:
     def act(x: Tensor, split: Split, group: Group) -> Tensor:
         if len(split.segments) > 1:
             parts = x.split(_lengths(x, split), split.dim)
-            each = [Split(split.dim, split.units, (segment,)) for segment in split.segments]
+            each = [
+                Split(split.dim, split.units, (segment,)) for segment in split.segments
+            ]
             made = [act(part, one, group) for part, one in zip(parts, each)]
             return torch.cat(made, split.dim)
         units = chunk_sizes(split.units, group_size(group))
         present = split.units if whole else units[group_rank(group)]
         dim, inner = split.dim, split.segments[0].inner
-        if split.blocks == 1:  # what is within a unit may have another length than when traced
+        if (
+            split.blocks == 1
+        ):  # what is within a unit may have another length than when traced
             inner = x.shape[dim] // present if present else inner
             return collective(x, dim, group, [u * inner for u in units])
         blocks = x.unflatten(dim, (-1, present, inner))
@@ -72,7 +76,9 @@ def _positions(split: Split, group: Group) -> Tensor:
     n, start, found = group_size(group), 0, []
     for outer, inner in split.segments:
         length = outer * split.units * inner
-        at = torch.arange(start, start + length).view(outer, n, split.units // n * inner)
+        at = torch.arange(start, start + length).view(
+            outer, n, split.units // n * inner
+        )
         found.append(at.transpose(0, 1).reshape(n, -1))
         start += length
     return torch.cat(found, 1)
@@ -82,11 +88,15 @@ _gather = _along(comm_ops.all_gather, whole=False)
 _split = _along(comm_ops.split, whole=True)
 
 ACTIONS = {
-    SUM_GRADIENT: lambda x, split, group: comm_ops.copy_in(x, group) if x.requires_grad else x,
+    SUM_GRADIENT: lambda x, split, group: (
+        comm_ops.copy_in(x, group) if x.requires_grad else x
+    ),
     SUM: lambda x, split, group: comm_ops.all_reduce(x, group),
     MEAN: lambda x, split, group: comm_ops.all_reduce(x, group) / group_size(group),
     GATHER: _gather,
     SPLIT: _split,
-    EXCHANGE: lambda x, split, group: exchange(x, split.dim, group, _positions(split, group)),
+    EXCHANGE: lambda x, split, group: exchange(
+        x, split.dim, group, _positions(split, group)
+    ),
     ADD_ONCE: lambda x, split, group: _AddOnce.apply(x, group_rank(group) == 0),
 }

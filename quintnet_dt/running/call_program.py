@@ -17,13 +17,17 @@ from .program import CallProgram
 from .record import Frame
 
 
-def run_program(call: CallProgram, frame: Frame, func: Callable, args: tuple, kwargs: dict) -> Any:
+def run_program(
+    call: CallProgram, frame: Frame, func: Callable, args: tuple, kwargs: dict
+) -> Any:
     """Make a call as its program says."""
     context, whole = frame.context, (args, kwargs)
     if not call.buffers:
         args, kwargs = _arguments(call, frame, args, kwargs)
         return context.apply(_make(call, context, func, args, kwargs), call.outputs)
-    parts = {path: context.act([a], lookup(whole, path)) for path, a in call.buffers.items()}
+    parts = {
+        path: context.act([a], lookup(whole, path)) for path, a in call.buffers.items()
+    }
     args, kwargs = _arguments(call, frame, *replace(whole, parts))
     try:
         out = _make(call, context, func, args, kwargs)
@@ -34,22 +38,30 @@ def run_program(call: CallProgram, frame: Frame, func: Callable, args: tuple, kw
     return context.apply(out, call.outputs)
 
 
-def _arguments(call: CallProgram, frame: Frame, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def _arguments(
+    call: CallProgram, frame: Frame, args: tuple, kwargs: dict
+) -> tuple[tuple, dict]:
     """What a call is given on shards."""
     args, kwargs = frame.context.apply((args, kwargs), call.inputs, call.unwritten)
     if call.divided or call.multiplied:
         n = group_size(frame.context.group)
         args, kwargs = resize((args, kwargs), call.divided, call.multiplied, n, frame)
     if call.bounds:
-        args, kwargs = replace((args, kwargs), {p: b.local for p, b in call.bounds.items()})
+        args, kwargs = replace(
+            (args, kwargs), {p: b.local for p, b in call.bounds.items()}
+        )
     if call.order is not None:
         args, kwargs = _in_order(args, kwargs, call.order)
     return args, kwargs
 
 
-def _make(call: CallProgram, context: Context, func: Callable, args: tuple, kwargs: dict) -> Any:
+def _make(
+    call: CallProgram, context: Context, func: Callable, args: tuple, kwargs: dict
+) -> Any:
     if call.instead is None or isinstance(context.group, SimulatedGroup):
-        return func(*args, **kwargs)  # in the proof a call of the model's, which it compares
+        return func(
+            *args, **kwargs
+        )  # in the proof a call of the model's, which it compares
     with quiet():
         return on_shard(context, call.instead, func, args, kwargs, call.order)
 
@@ -61,24 +73,29 @@ def _in_order(args: tuple, kwargs: dict, order: tuple[int, ...]) -> tuple[tuple,
         return replace((args, kwargs), {path: laid_out(x, order)})
 
 
-def resize(obj: Any, divided: list[ArgPath], multiplied: list[ArgPath], n: int, where: Any) -> Any:
-    """Divide the sizes at some paths by n, and multiply those at others; a negative one stands for
-    what is left, and does already."""
+def resize(
+    obj: Any, divided: list[ArgPath], multiplied: list[ArgPath], n: int, where: Any
+) -> Any:
+    """Divide the sizes at some paths by n, and multiply those at others; a negative one
+    stands for what is left, and does already."""
     sizes = {p: lookup(obj, p) for p in divided}
     odd = [x for x in sizes.values() if not isinstance(x, int) or x > 0 and x % n]
     if odd:
         where = getattr(where, "path", where)
         raise RuntimeError(
-            f"{where}: expected sizes that {n} ranks divide, as when it was traced, found {odd}"
+            f"{where}: expected sizes that {n} ranks divide, as when it was traced,"
+            f" found {odd}"
         )
     new = {p: x if x < 0 else x // n for p, x in sizes.items()}
     new |= {p: lookup(obj, p) * n for p in multiplied}
     return replace(obj, new)
 
 
-def _gather_buffers(context: Context, whole: Any, parts: Any, at: dict[ArgPath, Action]) -> None:
-    """Write what a call made of the parts of buffers into the whole ones: those that are alike in
-    one collective."""
+def _gather_buffers(
+    context: Context, whole: Any, parts: Any, at: dict[ArgPath, Action]
+) -> None:
+    """Write what a call made of the parts of buffers into the whole ones: those that
+    are alike in one collective."""
     with quiet(), torch.no_grad():
         alike: dict[tuple, dict[ArgPath, torch.Tensor]] = {}
         for p, a in at.items():

@@ -1,4 +1,5 @@
-"""Single calls within a module's forward: the mode that counts them and runs their programs."""
+"""Single calls within a module's forward: the mode that counts them and runs their
+programs."""
 
 import threading
 from functools import partial
@@ -19,8 +20,8 @@ _BACKWARDS = {"grad", "backward"}
 
 
 class _Calls(threading.local, TorchFunctionMode):
-    """Runs the programs of single calls. One mode, of which every thread has its own; each module
-    that has some pushes a frame."""
+    """Runs the programs of single calls. One mode, of which every thread has its own;
+    each module that has some pushes a frame."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,17 +50,25 @@ class _Calls(threading.local, TorchFunctionMode):
                 self.__exit__(None, None, None)
 
     def start(self, context: Any, path: Any) -> None:
-        """A module starts. If the forward that was shown did not reach it while calls are counted,
-        this is another path."""
-        frame = next((f for f in reversed(self.frames) if f.program.names is not None), None)
+        """A module starts. If the forward that was shown did not reach it while calls
+        are counted, this is another path."""
+        frame = next(
+            (f for f in reversed(self.frames) if f.program.names is not None), None
+        )
         if frame is not None and frame.context is context:
-            self.change(context, Starts(path), f"now {path} runs, which did not run then", frame)
+            self.change(
+                context, Starts(path), f"now {path} runs, which did not run then", frame
+            )
 
-    def change(self, context: Any, event: Any, what: str, frame: Frame | None = None) -> None:
-        """The forward takes another path than the one that was shown: `event` comes next. Go on
-        with programs shown for this path, if what has run so far is the same in them. `what`: the
-        difference, `frame`: where it was met."""
-        outside = not isinstance(event, Calls)  # torch takes the mode off while it handles a call
+    def change(
+        self, context: Any, event: Any, what: str, frame: Frame | None = None
+    ) -> None:
+        """The forward takes another path than the one that was shown: `event` comes
+        next. Go on with programs shown for this path, if what has run so far is the
+        same in them. `what`: the difference, `frame`: where it was met."""
+        outside = not isinstance(
+            event, Calls
+        )  # torch takes the mode off while it handles a call
         if context.compiled or self.backwards:
             refuse(frame, what)
         if outside and self.frames:
@@ -80,8 +89,10 @@ class _Calls(threading.local, TorchFunctionMode):
         refuse(frame, what)
 
     def backward(self, func: Any, *args: Any, **kwargs: Any) -> Any:
-        """Run a backward within a forward. Checkpoints run modules again in it, by the programs in
-        force: they have frames of their own, and are no part of the path that the forward takes."""
+        """Run a backward within a forward. Checkpoints run modules again in it, by the
+        programs in
+        force: they have frames of their own, and are no part of the path that the
+        forward takes."""
         logs = [(frame.context.log, len(frame.context.log)) for frame in self.frames]
         frames, self.frames = self.frames, []
         self.backwards += 1

@@ -1,17 +1,18 @@
 """The change of path in the middle of a forward.
 
-A forward that was shown right may take another path than the one that was traced: a branch on a
-value, a loop of another length, a module that is called under a condition. It shows where a module
-starts, ends or makes a call that the programs in force do not expect. What has run so far cannot be
-undone, so the forward may go on only by programs which would have done the very same up to here.
-The context's log says what was done: modules that started, the calls that were counted with what
-was done around each, modules that ended.
+A forward that was shown right may take another path than the one that was traced: a
+branch on a value, a loop of another length, a module that is called under a condition.
+It shows where a module starts, ends or makes a call that the programs in force do not
+expect. What has run so far cannot be undone, so the forward may go on only by programs
+which would have done the very same up to here. The context's log says what was done:
+modules that started, the calls that were counted with what was done around each,
+modules that ended.
 
-`again` replays that log against other programs: of a path that is known, then of one that is
-learned from this call. Where each module would have been treated alike at its borders, and each
-call been the same with the same actions around it, it gives the frames of the modules that are
-running, each at the number of the call that it is at by those programs. `go_on` puts them in force.
-Where no programs fit, the call raises.
+`again` replays that log against other programs: of a path that is known, then of one
+that is learned from this call. Where each module would have been treated alike at its
+borders, and each call been the same with the same actions around it, it gives the
+frames of the modules that are running, each at the number of the call that it is at by
+those programs. `go_on` puts them in force. Where no programs fit, the call raises.
 """
 
 from typing import Any
@@ -22,7 +23,12 @@ from .record import Called, Calls, Frame, Started, Starts, watching
 
 
 def is_next(
-    program: Any, number: int, name: str, args: tuple, kwargs: dict, compiled: bool = False
+    program: Any,
+    number: int,
+    name: str,
+    args: tuple,
+    kwargs: dict,
+    compiled: bool = False,
 ) -> bool:
     """Whether a call is the one that was shown under this number."""
     names = program.names
@@ -42,14 +48,14 @@ def difference(program: Any, number: int, name: str) -> Any:
     if was != name:
         return f"it was {was} then, and is {name} now"
     return (
-        f"{name} has other arguments than then (one that was None, a flag, a dim, a number that"
-        " indexes shards)"
+        f"{name} has other arguments than then (one that was None, a flag, a dim, a"
+        " number that indexes shards)"
     )
 
 
 def other_programs(context: Any, event: Any) -> Any:
-    """(Programs for the path that the forward takes, the frames of what runs by them); (None, None)
-    where there are none. `event` is what comes next."""
+    """(Programs for the path that the forward takes, the frames of what runs by them);
+    (None, None) where there are none. `event` is what comes next."""
     for programs in context.paths.variants(*context.call) if context.call else ():
         frames = again(context, programs, event)
         if frames is not None:
@@ -58,8 +64,8 @@ def other_programs(context: Any, event: Any) -> Any:
 
 
 def again(context: Any, programs: Any, event: Any) -> Any:
-    """The frames of the modules that are running, had the call so far gone by other programs, and
-    were `event` next; None where they would have done something else."""
+    """The frames of the modules that are running, had the call so far gone by other
+    programs, and were `event` next; None where they would have done something else."""
     frames = []
     for past in context.log:
         if isinstance(past, Started):
@@ -79,11 +85,14 @@ def again(context: Any, programs: Any, event: Any) -> Any:
 
 def _same_borders(old: Any, new: Any) -> bool:
     """Whether two programs do the same where a module starts and ends."""
-    return all(getattr(old, a) == getattr(new, a) for a in ("params", "inputs", "outputs"))
+    return all(
+        getattr(old, a) == getattr(new, a) for a in ("params", "inputs", "outputs")
+    )
 
 
 def _same_call(frames: Any, past: Any) -> bool:
-    """Whether the frames' programs would have done the same with a call; it is counted."""
+    """Whether the frames' programs would have done the same with a call; it is
+    counted."""
     frame = watching(frames)
     if frame is None:
         return past.program is None
@@ -106,7 +115,9 @@ def _at_end(frame: Frame) -> Any:
 def _may_come(context: Any, programs: Any, frames: Any, event: Any) -> Any:
     if isinstance(event, Starts):
         reached = context.paths.reached(event.path, programs)
-        return reached and (event.module is None or programs[event.path].fits(event.module))
+        return reached and (
+            event.module is None or programs[event.path].fits(event.module)
+        )
     if isinstance(event, Calls):
         frame = watching(frames)
         return frame is None or is_next(
@@ -116,8 +127,8 @@ def _may_come(context: Any, programs: Any, frames: Any, event: Any) -> Any:
 
 
 def go_on(context: Any, programs: Any, frames: Any) -> Any:
-    """Run on by other programs, from these frames of the running modules; returns those that stay
-    on calls' stack."""
+    """Run on by other programs, from these frames of the running modules; returns those
+    that stay on calls' stack."""
     context.programs = programs
     staying: list[Frame] = []
     if programs[
@@ -126,7 +137,11 @@ def go_on(context: Any, programs: Any, frames: Any) -> Any:
         context.share_random()
     for i, frame in enumerate(frames):
         # One that ends is still to be popped.
-        counted = i == len(context.running) or bool(staying) or frame.program.names is not None
+        counted = (
+            i == len(context.running)
+            or bool(staying)
+            or frame.program.names is not None
+        )
         if i < len(context.running):
             running = context.running[i]
             counted |= running.counted
@@ -137,15 +152,15 @@ def go_on(context: Any, programs: Any, frames: Any) -> Any:
 
 
 def refuse(frame: Frame | None, what: str) -> None:
-    """Raise RuntimeError for a path that has not been shown. `what`: the difference, `frame`: where
-    it was met."""
+    """Raise RuntimeError for a path that has not been shown. `what`: the difference,
+    `frame`: where it was met."""
     where = (
         "the model"
         if frame is None
         else f"{frame.path or 'the model'}: call {frame.number} of its forward"
     )
     raise RuntimeError(
-        f"{where}: {what}: it took another path than when the forward was traced, which has not"
-        " been shown right on shards. Give apply_tensor_parallel example_inputs that take this"
-        " path"
+        f"{where}: {what}: it took another path than when the forward was traced, which"
+        " has not been shown right on shards. Give apply_tensor_parallel"
+        " example_inputs that take this path"
     )

@@ -1,4 +1,5 @@
-"""What the hooks of one model share, and what they do by it: actions on nested arguments."""
+"""What the hooks of one model share, and what they do by it: actions on nested
+arguments."""
 
 import weakref
 from functools import partial
@@ -17,14 +18,14 @@ from .actions import ACTIONS
 from .record import Running, UserCall
 
 AGAIN = (
-    "the model was changed since (adapters added or merged?); call apply_tensor_parallel on it"
-    " again, which keeps what is split"
+    "the model was changed since (adapters added or merged?); call"
+    " apply_tensor_parallel on it again, which keeps what is split"
 )
 
 
 class Context:
-    """What the hooks of one model share: the mesh, and which programs are in force. A copy of it
-    shares the mesh."""
+    """What the hooks of one model share: the mesh, and which programs are in force. A
+    copy of it shares the mesh."""
 
     def __init__(self, mesh: Any = None, group: Any = None):
         self.mesh, self._group = mesh, group if mesh is None else group_of(mesh)
@@ -34,7 +35,8 @@ class Context:
         self._programs: dict = {}
         # Whether a part of the call ran compiled, which the log does not tell of.
         self.compiled = False
-        # Whether a backward runs, in which checkpoints find the programs of their forward.
+        # Whether a backward runs, in which checkpoints find the programs of their
+        # forward.
         self.recomputing = False
         self.weights: Any = None  # Weights
         self.structures: Any = None  # Structures
@@ -44,11 +46,14 @@ class Context:
         self.forward = object()  # the one that runs
         # Weak references to the tensors that keep what an action made of them in it.
         self.holders: list = []
-        # How many modules have run; such numbers of which it is known that no module was changed.
+        # How many modules have run; such numbers of which it is known that no module
+        # was changed.
         self.ran = 0
         self.counts: set[int] = set()
         self.random_is_shared = False  # in the forward that runs
-        self.first_hook = 0  # hooks with this id or a later one were added since it began
+        self.first_hook = (
+            0  # hooks with this id or a later one were added since it began
+        )
         self.running: list[Running] = []  # a Running of each module, one in the other
 
     @property
@@ -98,16 +103,21 @@ class Context:
         }
 
     def check_hooks(self) -> None:
-        """Refuse hooks on all modules that the user registered since the split: they would see
-        shards."""
-        new = [h for h in user_hooks_of_all() if all(h is not known for known in self.hooks_of_all)]
+        """Refuse hooks on all modules that the user registered since the split: they
+        would see shards."""
+        new = [
+            h
+            for h in user_hooks_of_all()
+            if all(h is not known for known in self.hooks_of_all)
+        ]
         if new and self.mesh.size() > 1:
             name = getattr(new[0], "__qualname__", type(new[0]).__name__)
             raise RuntimeError(
-                f"{name}: a hook was registered for all modules since the model was split"
-                " (torch.nn.modules.module.register_module_forward_hook?), and would see this"
-                " rank's shards: register it before apply_tensor_parallel, which then keeps whole"
-                " what it sees, or remove it before the call"
+                f"{name}: a hook was registered for all modules since the model was"
+                " split (torch.nn.modules.module.register_module_forward_hook?), and"
+                " would see this rank's shards: register it before"
+                " apply_tensor_parallel, which then keeps whole what it sees, or"
+                " remove it before the call"
             )
 
     def share_random(self) -> None:
@@ -133,11 +143,12 @@ class Context:
         return DTensor.from_local(x, self.mesh, [split.placement()], run_check=False)
 
     def apply(self, obj: Any, at: Any, fixed: Any = (), depth: Any = -1) -> Any:
-        """Apply `at[path]` to the tensor at each path of a nested argument. A tensor that several
-        calls of one forward read is communicated once, unless it changes. Whether it does is asked
-        of its version; where none is kept (inference mode, compiled code), only one whose path is
-        in `fixed` is communicated once. Compiled code keeps results in the list of the forward that
-        reads them, at a depth of `running`."""
+        """Apply `at[path]` to the tensor at each path of a nested argument. A tensor
+        that several calls of one forward read is communicated once, unless it changes.
+        Whether it does is asked of its version; where none is kept (inference mode,
+        compiled code), only one whose path is in `fixed` is communicated once. Compiled
+        code keeps results in the list of the forward that reads them, at a depth of
+        `running`."""
         if not at:
             return obj
         with quiet():
@@ -146,8 +157,8 @@ class Context:
                 x = lookup(obj, path)
                 if not isinstance(x, torch.Tensor):
                     wanted = (
-                        f"a tensor at {path} of a module's inputs or outputs, as in the forward"
-                        " that was traced"
+                        f"a tensor at {path} of a module's inputs or outputs, as in the"
+                        " forward that was traced"
                     )
                     raise RuntimeError(f"expected {wanted}, found {type(x).__name__}")
                 if compiling(self):
@@ -164,8 +175,8 @@ class Context:
             return replace(obj, changes)
 
     def remembered(self, actions: Any, x: torch.Tensor) -> Any:
-        """The actions on a tensor, done once in a forward while it does not change. The result is
-        kept with the tensor, so that it lives no longer."""
+        """The actions on a tensor, done once in a forward while it does not change. The
+        result is kept with the tensor, so that it lives no longer."""
         version = 0 if x.is_inference() else x._version
         key = (actions, version, torch.is_grad_enabled())
         kept = getattr(x, "_tp_kept", None)
@@ -178,9 +189,9 @@ class Context:
         return y
 
     def forget(self) -> None:
-        """A forward has ended: what it remembered is not of the next. (The result of an action
-        refers to the tensor that keeps it, through the autograd graph, where Python's garbage
-        collector does not see it.)"""
+        """A forward has ended: what it remembered is not of the next. (The result of an
+        action refers to the tensor that keeps it, through the autograd graph, where
+        Python's garbage collector does not see it.)"""
         self.forward = object()
         for holder in self.holders:
             if (x := holder()) is not None:
@@ -188,7 +199,8 @@ class Context:
         self.holders.clear()
 
     def once(self, actions: Any, x: torch.Tensor, kept: Any) -> Any:
-        """The actions on a tensor, done once for those that read it in one compiled forward."""
+        """The actions on a tensor, done once for those that read it in one compiled
+        forward."""
         if kept is None:
             return self.act(actions, x)
         for tensor, key, y in kept:

@@ -1,7 +1,8 @@
 """How a module computes on shards: the hooks that run its Program.
 
-Parameters are DTensors; while a module's forward runs, the attributes that it reads give their
-local tensors instead, so that the forward computes on plain tensors at their cost.
+Parameters are DTensors; while a module's forward runs, the attributes that it reads
+give their local tensors instead, so that the forward computes on plain tensors at their
+cost.
 """
 
 from typing import Any
@@ -12,7 +13,13 @@ from torch import nn
 from ..fsdp import quieten
 from ..keys import ModulePath
 from ..places import Owners
-from ..private import compiling, not_compiled, top_not_compiled, transforms_aside, within_compiled
+from ..private import (
+    compiling,
+    not_compiled,
+    top_not_compiled,
+    transforms_aside,
+    within_compiled,
+)
 from ..tracing.user_hooks import hooks_of, user_hooks
 from ..utils import quiet
 from .calls import calls
@@ -29,8 +36,8 @@ from .user_call import begin, end, remember
 
 
 class ModuleHooks(Hooks):
-    """The two hooks of one module. Those of the user's that were there before see what the
-    forward's own code sees."""
+    """The two hooks of one module. Those of the user's that were there before see what
+    the forward's own code sees."""
 
     def __init__(self, context: Context, path: ModulePath, owners: Owners):
         self.context, self.path, self.owners = context, path, owners
@@ -47,8 +54,8 @@ class ModuleHooks(Hooks):
         self.context.hooks.append(self)
 
     def take(self, programs: dict[ModulePath, Program]) -> None:
-        """Note what programs say of this module, so that torch.compile need guard no names: blocks
-        that are alike then share what it compiles."""
+        """Note what programs say of this module, so that torch.compile need guard no
+        names: blocks that are alike then share what it compiles."""
         paths = self.context.paths
         self.program = programs.get(self.path)
         self.reached = paths is None or paths.reached(self.path, programs)
@@ -56,14 +63,16 @@ class ModuleHooks(Hooks):
 
     @top_not_compiled
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
-        """Choose the programs for a call that the user makes; show the module the local tensors of
-        its parameters, and apply the actions on its inputs. A forward that is recomputed in a
-        backward keeps the programs that it had."""
+        """Choose the programs for a call that the user makes; show the module the local
+        tensors of its parameters, and apply the actions on its inputs. A forward that
+        is recomputed in a backward keeps the programs that it had."""
         if torch.compiler.is_compiling() or not within_compiled():
             return self.enter(module, args, kwargs)
         return not_compiled(self.enter, module, args, kwargs, within=True)
 
-    def enter(self, module: nn.Module, args: tuple, kwargs: dict, within: bool = False) -> Any:
+    def enter(
+        self, module: nn.Module, args: tuple, kwargs: dict, within: bool = False
+    ) -> Any:
         context = self.context
         compiled = compiling(context)
         self.choose_program(module, args, kwargs, compiled, within)
@@ -71,9 +80,13 @@ class ModuleHooks(Hooks):
         shown: list[Shown] = []
         if program is not None and sum(map(len, hooks_of(module))) != self.count:
             self.check(module, program)
-        counted = bool(calls.frames) or program is not None and program.names is not None
+        counted = (
+            bool(calls.frames) or program is not None and program.names is not None
+        )
         kept: list | None = [] if compiled else None
-        context.running.append(Running(self, program, shown, counted, kept, compiled or within))
+        context.running.append(
+            Running(self, program, shown, counted, kept, compiled or within)
+        )
         if compiled:
             context.compiled = True
         else:
@@ -107,19 +120,26 @@ class ModuleHooks(Hooks):
             calls.change(context, Starts(self.path, module), what)
 
     def check(self, module: nn.Module, program: Program) -> None:
-        """Refuse hooks that the user added since, where they would see shards. Those that the model
-        adds while it runs are its own affair."""
+        """Refuse hooks that the user added since, where they would see shards. Those
+        that the model adds while it runs are its own affair."""
         quieten(module)
         self.known |= {k for k in user_hooks(module) if k >= self.context.first_hook}
         new = user_hooks(module).keys() - self.known
-        if self.context.mesh is not None and new and self.would_see_shards(module, program, new):
+        if (
+            self.context.mesh is not None
+            and new
+            and self.would_see_shards(module, program, new)
+        ):
             raise RuntimeError(
-                f"{self.path or 'the model'}: a hook was added to it since the model was split, and"
-                " would see this rank's shards: register it before apply_tensor_parallel, which"
-                " then keeps whole what it sees, or on a module further out"
+                f"{self.path or 'the model'}: a hook was added to it since the model"
+                " was split, and would see this rank's shards: register it before"
+                " apply_tensor_parallel, which then keeps whole what it sees, or on a"
+                " module further out"
             )
 
-    def would_see_shards(self, module: nn.Module, program: Program, new: set[int]) -> bool:
+    def would_see_shards(
+        self, module: nn.Module, program: Program, new: set[int]
+    ) -> bool:
         if program.inside:
             return True
         # Torch calls view_as for hooks on gradients.
@@ -129,7 +149,8 @@ class ModuleHooks(Hooks):
 
     @top_not_compiled
     def after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        """Undo what `before` did, also after an exception, and apply the actions on the outputs."""
+        """Undo what `before` did, also after an exception, and apply the actions on the
+        outputs."""
         if torch.compiler.is_compiling() or not within_compiled():
             return self.leave(module, args, kwargs, output)
         return not_compiled(self.leave, module, args, kwargs, output)

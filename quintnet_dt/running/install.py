@@ -36,8 +36,12 @@ def hook(module: Any, context: Any, path: Any, owners: Any) -> None:
 def unhook(module: Any) -> None:
     """Take the hooks of one module off."""
     h = hooks_on(module)
-    for hooks in (module._forward_pre_hooks, module._forward_hooks) if h is not None else ():
-        for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is h]:
+    for hooks in (
+        (module._forward_pre_hooks, module._forward_hooks) if h is not None else ()
+    ):
+        for key in [
+            key for key, hook in hooks.items() if getattr(hook, "__self__", None) is h
+        ]:
             del hooks[key]
 
 

@@ -1,8 +1,8 @@
-"""What a call was shown right for, beside the shapes of its tensors: which arguments are there, and
-what they choose.
+"""What a call was shown right for, beside the shapes of its tensors: which arguments
+are there, and what they choose.
 
-An attribute that is set later (class weights, a dim, dropout) changes a call that is made under the
-same name.
+An attribute that is set later (class weights, a dim, dropout) changes a call that is
+made under the same name.
 """
 
 import inspect
@@ -33,7 +33,8 @@ class Pinned(NamedTuple):
 
 
 class Parameter(NamedTuple):
-    """A parameter of a function that is written in Python: what it was given, or left to be."""
+    """A parameter of a function that is written in Python: what it was given, or left
+    to be."""
 
     name: str
     kind: Any
@@ -42,10 +43,10 @@ class Parameter(NamedTuple):
 
 @dataclass(frozen=True)
 class CallKind:
-    """`arguments`: the kinds of (args, kwargs), as `kinds` gives them. `dims`: the numbers among
-    them that name dims. `named`: of a function that is written in Python, its parameters: so
-    torch.compile sees such a call, as the user wrote it; a torch-function mode sees it as the
-    function passes it on."""
+    """`arguments`: the kinds of (args, kwargs), as `kinds` gives them. `dims`: the
+    numbers among them that name dims. `named`: of a function that is written in Python,
+    its parameters: so torch.compile sees such a call, as the user wrote it; a
+    torch-function mode sees it as the function passes it on."""
 
     arguments: tuple
     dims: tuple[Pinned, ...]
@@ -73,8 +74,11 @@ class CallKind:
         return True
 
 
-def call_kind(func: Callable, args: tuple, kwargs: dict, dims: Iterable[ArgPath]) -> CallKind:
-    """The CallKind of a call, with the paths in (args, kwargs) of the numbers that name dims."""
+def call_kind(
+    func: Callable, args: tuple, kwargs: dict, dims: Iterable[ArgPath]
+) -> CallKind:
+    """The CallKind of a call, with the paths in (args, kwargs) of the numbers that name
+    dims."""
     pinned = tuple(Pinned(path, lookup((args, kwargs), path)) for path in dims)
     return CallKind(kinds(args, kwargs), pinned, _named(func, args, kwargs, pinned))
 
@@ -82,14 +86,18 @@ def call_kind(func: Callable, args: tuple, kwargs: dict, dims: Iterable[ArgPath]
 def _named(
     func: Callable, args: tuple, kwargs: dict, pinned: tuple[Pinned, ...]
 ) -> tuple[Parameter, ...]:
-    """The parameters of a function that is written in Python, where each may be given by name."""
+    """The parameters of a function that is written in Python, where each may be given
+    by name."""
     if not isinstance(func, FunctionType):
         return ()
     takes = inspect.signature(func, follow_wrapped=False).parameters
     if any(p.kind is not p.POSITIONAL_OR_KEYWORD for p in takes.values()):
         return ()
     given = {**dict(zip(takes, args)), **kwargs}
-    names: dict[int | str, str] = {**dict(enumerate(takes)), **{name: name for name in takes}}
+    names: dict[int | str, str] = {
+        **dict(enumerate(takes)),
+        **{name: name for name in takes},
+    }
     # An argument that is a dim itself, and not a list of them.
     dims = {names[path[1]]: Dim(number) for path, number in pinned if len(path) == 2}
     found = []
@@ -108,8 +116,8 @@ def kinds(args: tuple, kwargs: dict) -> tuple:
 
 
 def kind(x: Any) -> Any:
-    """What an argument is: of a tensor that it is one, of a number whether it is zero, of other
-    constants their value."""
+    """What an argument is: of a tensor that it is one, of a number whether it is zero,
+    of other constants their value."""
     return _KINDS.get(type(x), _other)(x)
 
 

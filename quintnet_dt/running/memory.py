@@ -1,17 +1,19 @@
-"""How a tensor lies in memory: random numbers are drawn in that order, so a mask depends on it."""
+"""How a tensor lies in memory: random numbers are drawn in that order, so a mask
+depends on it."""
 
 from typing import Any
 
 
 def dims_in_memory(shape: tuple[int, ...], strides: Any) -> Any:
-    """The dims that are longer than 1 of a tensor of this shape, outermost in memory first."""
+    """The dims that are longer than 1 of a tensor of this shape, outermost in memory
+    first."""
     longer = [d for d, size in enumerate(shape) if size > 1]
     return tuple(sorted(longer, key=lambda d: strides[d], reverse=True))
 
 
 def is_contiguous(shape: tuple[int, ...], strides: Any) -> bool:
-    """Whether a tensor's elements lie in memory in the order of its dims, with nothing between
-    them."""
+    """Whether a tensor's elements lie in memory in the order of its dims, with nothing
+    between them."""
     expected = 1
     for size, stride in zip(shape[::-1], strides[::-1]):
         if size > 1 and stride != expected:
@@ -21,8 +23,8 @@ def is_contiguous(shape: tuple[int, ...], strides: Any) -> bool:
 
 
 def laid_out(x: Any, order: tuple[int, ...]) -> Any:
-    """The same tensor, dense, with its dims in this order in memory; those that are not named lie
-    innermost."""
+    """The same tensor, dense, with its dims in this order in memory; those that are not
+    named lie innermost."""
     dims = [*order, *(d for d in range(x.dim()) if d not in order)]
     back = [dims.index(d) for d in range(x.dim())]
     return x.permute(dims).contiguous().permute(back)

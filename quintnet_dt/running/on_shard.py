@@ -1,5 +1,5 @@
-"""What is run instead of calls that cannot run on a shard: dropout, a lookup of rows, cross entropy
-over classes."""
+"""What is run instead of calls that cannot run on a shard: dropout, a lookup of rows,
+cross entropy over classes."""
 
 from typing import Any, Callable
 
@@ -19,8 +19,8 @@ def on_shard(
     kwargs: dict,
     order: tuple[int, ...] | None = None,
 ) -> Any:
-    """Run a call on this rank's shard, which lies in the whole as `action` says. `order`: of its
-    dims in memory in the whole model, where that differs."""
+    """Run a call on this rank's shard, which lies in the whole as `action` says.
+    `order`: of its dims in memory in the whole model, where that differs."""
     if action.call == "dropout":
         return _drop_out(context, action, order, func, *args, **kwargs)
     return _INSTEAD[action.call](context, action, func, *args, **kwargs)
@@ -35,13 +35,15 @@ def _drop_out(
     *rest: Any,
     **kwargs: Any,
 ) -> Any:
-    """This rank's part of the whole tensor's mask: results and random states are those of the whole
-    model."""
+    """This rank's part of the whole tensor's mask: results and random states are those
+    of the whole model."""
     with torch.no_grad():
         sizes = chunk_sizes(action.split.units, group_size(context.group))
         shape = list(x.shape)
         shape[action.split.dim] = (
-            shape[action.split.dim] // sizes[group_rank(context.group)] * action.split.units
+            shape[action.split.dim]
+            // sizes[group_rank(context.group)]
+            * action.split.units
         )
         # A mask is drawn in the order of memory.
         if order is None:
@@ -56,8 +58,8 @@ def _drop_out(
 
 
 def _mine(context: Any, action: OnShard, ids: Any) -> Any:
-    """Which of the ids in [0, action.split.units) are elsewhere, and this rank's counted from its first
-    (others are 0)."""
+    """Which of the ids in [0, action.split.units) are elsewhere, and this rank's
+    counted from its first (others are 0)."""
     sizes = chunk_sizes(action.split.units, group_size(context.group))
     rank = group_rank(context.group)
     ids = ids - sum(sizes[:rank])
@@ -75,18 +77,23 @@ def _look_up(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """An embedding of which this rank has some rows: zeros for the others, so that the ranks'
-    results sum to the whole.
+    """An embedding of which this rank has some rows: zeros for the others, so that the
+    ranks' results sum to the whole.
 
-    input: ids of any shape, in [0, rows); weight: (this rank's rows, d); returns (*input.shape, d).
+    input: ids of any shape, in [0, rows); weight: (this rank's rows, d); returns
+    (*input.shape, d).
     """
     absent, ids, count = _mine(context, action, input)
     if padding_idx is not None:
-        elsewhere, at, _ = _mine(context, action, torch.tensor(padding_idx % action.split.units))
+        elsewhere, at, _ = _mine(
+            context, action, torch.tensor(padding_idx % action.split.units)
+        )
         padding_idx = None if elsewhere else int(at)
     if count == 0:  # no row to look up: one of zeros, which gets no gradient
         weight = F.pad(weight, (0, 0, 0, 1))
-    return func(ids, weight, padding_idx, *args, **kwargs).masked_fill(absent.unsqueeze(-1), 0)
+    return func(ids, weight, padding_idx, *args, **kwargs).masked_fill(
+        absent.unsqueeze(-1), 0
+    )
 
 
 def _cross_entropy(
@@ -102,12 +109,12 @@ def _cross_entropy(
     reduction: Any = "mean",
     label_smoothing: Any = 0.0,
 ) -> Any:
-    """The cross entropy of logits of which this rank has some classes (Megatron-LM, arXiv
-    1909.08053, section 3): the ranks exchange a maximum, a sum of exponentials and the target's
-    logit for each row, and not the logits.
+    """The cross entropy of logits of which this rank has some classes (Megatron-LM,
+    arXiv 1909.08053, section 3): the ranks exchange a maximum, a sum of exponentials
+    and the target's logit for each row, and not the logits.
 
-    input: (N, this rank's classes, ...) or (this rank's classes); target: (N, ...) or (), class
-    indices.
+    input: (N, this rank's classes, ...) or (this rank's classes); target: (N, ...) or
+    (), class indices.
     """
     x = input.movedim(min(1, input.dim() - 1), -1)
     x = x.float() if x.dtype.itemsize < 4 else x
@@ -117,9 +124,9 @@ def _cross_entropy(
     ignored = target == ignore_index
     absent, ids, _ = _mine(context, action, target.masked_fill(ignored, 0))
     own = x.gather(-1, ids.unsqueeze(-1)).squeeze(-1).masked_fill(absent, 0)
-    total, own = comm_ops.all_reduce(x.exp().sum(-1), context.group), comm_ops.all_reduce(
-        own, context.group
-    )
+    total, own = comm_ops.all_reduce(
+        x.exp().sum(-1), context.group
+    ), comm_ops.all_reduce(own, context.group)
     loss = total.log() - own
     if label_smoothing:
         mean = comm_ops.all_reduce(x.sum(-1), context.group) / action.split.units

@@ -34,8 +34,9 @@ class Params:
         ]
 
     def show(self, shown: list[Shown]) -> None:
-        """Show the module, and whoever looks while it runs, the local tensors. A parameter that a
-        module around it shows too is shown as this one's program says, until it ends."""
+        """Show the module, and whoever looks while it runs, the local tensors. A
+        parameter that a module around it shows too is shown as this one's program says,
+        until it ends."""
         for place, actions, written in self.places:
             owner, attr = place
             if attr not in owner._parameters:  # pruned, say
@@ -47,16 +48,24 @@ class Params:
                     shown.append(one)
 
     def shown(
-        self, place: Place, before: torch.Tensor, actions: tuple[Action, ...], written: bool
+        self,
+        place: Place,
+        before: torch.Tensor,
+        actions: tuple[Action, ...],
+        written: bool,
     ) -> Shown | None:
-        """One parameter as it is to be shown; None where it is another tensor than was split, as it
-        may be."""
-        around = None if isinstance(before, DTensor) else self.shown_around(place, before)
+        """One parameter as it is to be shown; None where it is another tensor than was
+        split, as it may be."""
+        around = (
+            None if isinstance(before, DTensor) else self.shown_around(place, before)
+        )
         if around is not None:
             param, local = around.param, around.local
             if written:
                 keep_data(param, local)
-        elif isinstance(before, DTensor) or is_local(before) or self.context.mesh is None:
+        elif (
+            isinstance(before, DTensor) or is_local(before) or self.context.mesh is None
+        ):
             param, local = before, self.local(place, before, written)
         else:
             self.refuse_replaced(place, before)
@@ -76,7 +85,11 @@ class Params:
         for running in reversed(self.context.running):
             for one in running.shown:
                 there = one.place
-                if there.owner is place.owner and there.attr == place.attr and one.tensor is tensor:
+                if (
+                    there.owner is place.owner
+                    and there.attr == place.attr
+                    and one.tensor is tensor
+                ):
                     return one
         return None
 
@@ -86,22 +99,23 @@ class Params:
             return p
         if p.device_mesh.ndim > 1:
             raise RuntimeError(
-                f"{self.name_of(place)}: it is read while FSDP holds it sharded, outside of"
-                " the module that fully_shard was called on: call fully_shard on a module that"
-                " holds all that read it"
+                f"{self.name_of(place)}: it is read while FSDP holds it sharded,"
+                " outside of the module that fully_shard was called on: call"
+                " fully_shard on a module that holds all that read it"
             )
         local = p.to_local()
         return writable(local) if written else local
 
     def refuse_replaced(self, place: Place, p: object) -> None:
-        """A parameter is another tensor than the one that was split. Within a forward that replaces
-        it for some runs of this module only (torch.func.functional_call), this is one of those."""
+        """A parameter is another tensor than the one that was split. Within a forward
+        that replaces it for some runs of this module only (torch.func.functional_call),
+        this is one of those."""
         name = self.name_of(place)
         if self.program is None or name not in self.program.optional:
             raise RuntimeError(
                 f"{name}: expected the DTensor that apply_tensor_parallel made, found a"
-                f" {type(p).__name__} (replaced, pruned, or loaded with assign=True?): copy values"
-                " into the DTensor, or change the model before it is split"
+                f" {type(p).__name__} (replaced, pruned, or loaded with assign=True?):"
+                " copy values into the DTensor, or change the model before it is split"
             )
 
     def name_of(self, place: Place) -> ParamName:

@@ -1,5 +1,5 @@
-"""What the hooks of one module do: to its parameters, inputs and outputs, and to single calls
-within it. Pure data."""
+"""What the hooks of one module do: to its parameters, inputs and outputs, and to single
+calls within it. Pure data."""
 
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -15,8 +15,8 @@ Actions: TypeAlias = tuple[Action, ...]  # on one tensor, in order
 
 @dataclass(frozen=True)
 class Bound:
-    """A number with which a call indexes a sharded dim: as the code gives it, and what it is on a
-    shard."""
+    """A number with which a call indexes a sharded dim: as the code gives it, and what
+    it is on a shard."""
 
     given: int
     local: int
@@ -24,14 +24,15 @@ class Bound:
 
 @dataclass
 class CallProgram:
-    """What is done around a call: actions on its arguments and outputs, sizes replaced, what is run
-    instead."""
+    """What is done around a call: actions on its arguments and outputs, sizes replaced,
+    what is run instead."""
 
     inputs: dict[ArgPath, Actions] = field(default_factory=dict)
     outputs: dict[ArgPath, Actions] = field(default_factory=dict)
     # Those inputs that no later call writes to.
     unwritten: set[ArgPath] = field(default_factory=set)
-    # Sizes to divide by the number of ranks, and to multiply: computed from a shard's own size.
+    # Sizes to divide by the number of ranks, and to multiply: computed from a shard's
+    # own size.
     divided: list[ArgPath] = field(default_factory=list)
     multiplied: list[ArgPath] = field(default_factory=list)
     # The numbers that index a sharded dim.
@@ -54,21 +55,25 @@ class Forward:
     changes: list[tuple[ModulePath, str]] = field(default_factory=list)
     # What was decided of its lines, as Layout has it.
     dear: dict = field(default_factory=dict)
-    # Path of an object in (args, kwargs, output) -> {place: Action} of the shards that it keeps.
+    # Path of an object in (args, kwargs, output) -> {place: Action} of the shards that
+    # it keeps.
     shards: dict[ArgPath, dict[Any, Action]] = field(default_factory=dict)
 
 
 @dataclass
 class Program:
-    """One module's program. Paths lead into (args, kwargs) for inputs and into the output for
-    outputs."""
+    """One module's program. Paths lead into (args, kwargs) for inputs and into the
+    output for outputs."""
 
-    params: dict[ParamName, Actions] = field(default_factory=dict)  # on its local tensor
+    params: dict[ParamName, Actions] = field(
+        default_factory=dict
+    )  # on its local tensor
     inputs: dict[ArgPath, Actions] = field(default_factory=dict)
     outputs: dict[ArgPath, Actions] = field(default_factory=dict)
     calls: dict[CallNumber, CallProgram] = field(default_factory=dict)
     names: list[str] | None = None  # of all its calls, where they are counted
-    # What a call was shown right for, where it works on shards or may draw random numbers.
+    # What a call was shown right for, where it works on shards or may draw random
+    # numbers.
     kinds: dict[CallNumber, CallKind] = field(default_factory=dict)
 
     # What runs of the module may differ in.
@@ -82,7 +87,9 @@ class Program:
     optional: set[ParamName] = field(default_factory=set, compare=False)
     # Those inputs that no later call writes to.
     unwritten: set[ArgPath] = field(default_factory=set, compare=False)
-    aside: bool = field(default=False, compare=False)  # its calls are numbered by its callers
+    aside: bool = field(
+        default=False, compare=False
+    )  # its calls are numbered by its callers
     # Whether hooks would see shards or partial results at its border.
     inside: bool = field(default=False, compare=False)
     forward: Forward = field(default_factory=Forward, compare=False)

@@ -1,4 +1,5 @@
-"""What is noted while a forward runs: the modules in it, and what has happened so far."""
+"""What is noted while a forward runs: the modules in it, and what has happened so
+far."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -8,8 +9,8 @@ from .program import CallProgram, Program
 
 
 class UserCall(NamedTuple):
-    """A call that the user makes, of the model that was split or of a part of it. `owners`: as
-    parameter_owners gives them; `compiled`: by torch.compile."""
+    """A call that the user makes, of the model that was split or of a part of it.
+    `owners`: as parameter_owners gives them; `compiled`: by torch.compile."""
 
     path: str
     owners: Owners
@@ -29,10 +30,12 @@ class Frame:
 
     context: Any
     program: Program
-    # what has its path, which is read for errors alone: torch.compile would make each block's code
-    # its own
+    # what has its path, which is read for errors alone: torch.compile would make each
+    # block's code its own
     of: Any
-    compiled: bool = False  # its Python code runs within a function given to torch.compile
+    compiled: bool = (
+        False  # its Python code runs within a function given to torch.compile
+    )
     number: int = 0  # of the call that comes next
 
     @property
@@ -48,7 +51,9 @@ class Running:
     program: Program | None
     shown: list  # Shown of each parameter
     counted: bool  # whether it has a Frame
-    kept: list | None  # what actions made, in compiled code, which has no tensors to keep it with
+    kept: (
+        list | None
+    )  # what actions made, in compiled code, which has no tensors to keep it with
     compiled: bool
 
 
@@ -102,8 +107,8 @@ class Ends:
 
 
 def watching(frames: list[Frame]) -> Frame | None:
-    """The Frame in which a call is counted: of the innermost module whose calls are its own, if
-    they are watched."""
+    """The Frame in which a call is counted: of the innermost module whose calls are its
+    own, if they are watched."""
     for frame in reversed(frames):
         if not frame.program.aside:
             return frame if frame.program.names is not None else None

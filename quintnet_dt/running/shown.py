@@ -1,4 +1,5 @@
-"""Parameters whose local tensors are shown while a forward runs, by whatever way they are read."""
+"""Parameters whose local tensors are shown while a forward runs, by whatever way they
+are read."""
 
 import contextlib
 from typing import Any, NamedTuple
@@ -11,8 +12,8 @@ from ..utils import quiet
 
 
 class _Writable(torch.autograd.Function):
-    """y = x, in the same memory, which may be written to: autograd refuses that of a view made by a
-    Function."""
+    """y = x, in the same memory, which may be written to: autograd refuses that of a
+    view made by a Function."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> Any:
@@ -30,8 +31,8 @@ def writable(x: torch.Tensor) -> Any:
 
 
 class Shown(NamedTuple):
-    """A parameter that is shown: what was there before, and the tensor; the DTensor, and its local
-    tensor that it is made of."""
+    """A parameter that is shown: what was there before, and the tensor; the DTensor,
+    and its local tensor that it is made of."""
 
     place: Place
     before: torch.Tensor
@@ -43,8 +44,8 @@ class Shown(NamedTuple):
 
 
 def hide(shown: Shown) -> None:
-    """Put back what was there before. What the forward assigned to the `.data` of the tensor is the
-    parameter's."""
+    """Put back what was there before. What the forward assigned to the `.data` of the
+    tensor is the parameter's."""
     (owner, attr), before, tensor = shown.place, shown.before, shown.tensor
     if shown.written:
         keep_data(shown.param, shown.local)
@@ -53,17 +54,18 @@ def hide(shown: Shown) -> None:
 
 
 def keep_data(param: torch.Tensor, local: torch.Tensor) -> None:
-    """What a forward assigned to the `.data` of a parameter's local tensor is the parameter's
-    own."""
+    """What a forward assigned to the `.data` of a parameter's local tensor is the
+    parameter's own."""
     with quiet():
         kept = param.to_local() if isinstance(param, DTensor) else param
         if _place(kept) == _place(local):
             return
         if (kept.shape, kept.dtype) != (local.shape, local.dtype):
             raise RuntimeError(
-                f"expected `.data` of a parameter to stay {tuple(kept.shape)}, {kept.dtype} in a"
-                f" forward that assigns it, found {tuple(local.shape)}, {local.dtype}: write to it"
-                " in place, or use another tensor"
+                f"expected `.data` of a parameter to stay {tuple(kept.shape)},"
+                f" {kept.dtype} in a forward that assigns it, found"
+                f" {tuple(local.shape)}, {local.dtype}: write to it in place, or use"
+                " another tensor"
             )
         kept.data.copy_(local.detach())
 
@@ -75,8 +77,8 @@ def _place(tensor: torch.Tensor) -> Any:
 
 @contextlib.contextmanager
 def put_back(context: Any) -> Any:
-    """While a forward runs, for as long as something looks at the model itself: its parameters as
-    they are between forwards."""
+    """While a forward runs, for as long as something looks at the model itself: its
+    parameters as they are between forwards."""
     shown = [s for running in context.running for s in running.shown]
     for s in reversed(shown):
         hide(s)

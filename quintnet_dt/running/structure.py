@@ -1,4 +1,5 @@
-"""Whether a split model still has the modules that were split, and which it was given since."""
+"""Whether a split model still has the modules that were split, and which it was given
+since."""
 
 from typing import Any
 
@@ -12,8 +13,8 @@ from ..tracing.user_hooks import PASSED
 
 
 class Hooks:
-    """What is known of one module that was split: its `path` then, and where the model's parameters
-    are."""
+    """What is known of one module that was split: its `path` then, and where the
+    model's parameters are."""
 
     context: Any  # the Context of the model
     path: ModulePath
@@ -23,8 +24,8 @@ class Hooks:
 
 
 class _Registrations:
-    """How many modules have become another's in this process: where it is the same, no model has
-    changed."""
+    """How many modules have become another's in this process: where it is the same, no
+    model has changed."""
 
     def __init__(self) -> None:
         self.count, self.handle = 0, None
@@ -46,9 +47,12 @@ def hooks_on(module: nn.Module) -> Any:
     return next((h for h in mine if isinstance(h, Hooks)), None)
 
 
-def changed_modules(module: nn.Module, context: Any, prefix: ModulePath = "") -> list[ModulePath]:
-    """Paths of the modules that were added, removed or replaced since the split, in a model or its
-    part at `prefix`. One that was moved, into a wrapper say, is still there."""
+def changed_modules(
+    module: nn.Module, context: Any, prefix: ModulePath = ""
+) -> list[ModulePath]:
+    """Paths of the modules that were added, removed or replaced since the split, in a
+    model or its part at `prefix`. One that was moved, into a wrapper say, is still
+    there."""
     now = {path: hooks_on(m) for path, m in module.named_modules(prefix=prefix)}
     changed = [path for path, h in now.items() if h is None or h.context is not context]
     there = set(map(id, now.values()))
@@ -66,8 +70,8 @@ def structure_of(module: nn.Module, prefix: ModulePath = "") -> tuple:
 
 
 class Structures:
-    """The modules of a split model and of those of its parts that were called, as its calls were
-    shown right with."""
+    """The modules of a split model and of those of its parts that were called, as its
+    calls were shown right with."""
 
     def __init__(self, model: nn.Module):
         registrations.watch()
@@ -76,8 +80,8 @@ class Structures:
         self.known = {"": structure_of(model)}
 
     def check(self, module: nn.Module, context: Any, prefix: ModulePath) -> None:
-        """Before a call of the user's: if modules have become others' since the last, each kind of
-        call is shown right anew before it runs."""
+        """Before a call of the user's: if modules have become others' since the last,
+        each kind of call is shown right anew before it runs."""
         if self.looked_at.get(prefix, self.split_at) == registrations.count:
             return
         self.looked_at[prefix] = registrations.count
@@ -86,17 +90,19 @@ class Structures:
             self.known[prefix] = now
             context.paths.forget_all()
 
-    def changed(self, module: nn.Module, context: Any, prefix: ModulePath) -> list[ModulePath]:
-        """Paths of the modules that were changed since the last `check`: within a forward, or taken
-        off unseen."""
+    def changed(
+        self, module: nn.Module, context: Any, prefix: ModulePath
+    ) -> list[ModulePath]:
+        """Paths of the modules that were changed since the last `check`: within a
+        forward, or taken off unseen."""
         if structure_of(module, prefix) == self.known.get(prefix):
             return []
         return changed_modules(module, context, prefix)
 
 
 def pass_added(module: nn.Module) -> None:
-    """Mark the modules that were added since the split and have no hooks: what they call is their
-    caller's."""
+    """Mark the modules that were added since the split and have no hooks: what they
+    call is their caller's."""
     for m in modules(module):
         if hooks_on(m) is None:
             vars(m)[PASSED] = True

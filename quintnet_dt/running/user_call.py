@@ -1,5 +1,6 @@
-"""The outermost run of a split model: what the user called. Before it, the programs for such a call
-are chosen; after it, it is seen whether the model is still the one that was split."""
+"""The outermost run of a split model: what the user called. Before it, the programs for
+such a call are chosen; after it, it is seen whether the model is still the one that was
+split."""
 
 import sys
 from functools import partial
@@ -20,7 +21,9 @@ from .record import UserCall
 from .structure import Hooks
 
 
-def begin(hooks: Hooks, module: nn.Module, args: tuple, kwargs: dict, compiled: bool) -> None:
+def begin(
+    hooks: Hooks, module: nn.Module, args: tuple, kwargs: dict, compiled: bool
+) -> None:
     """Choose the programs for a call that the user makes."""
     context = hooks.context
     context.check_hooks()
@@ -57,8 +60,11 @@ def _check_weights(context: Context) -> None:
         context.weights.check_shared()
 
 
-def end(hooks: Hooks, module: nn.Module, program: Program | None, objects: tuple) -> None:
-    """A call that the user made is over, or failed. `objects`: (args, kwargs, output)."""
+def end(
+    hooks: Hooks, module: nn.Module, program: Program | None, objects: tuple
+) -> None:
+    """A call that the user made is over, or failed. `objects`: (args, kwargs,
+    output)."""
     context = hooks.context
     context.call = None
     _mark_shards(context.programs.get(hooks.path), objects)
@@ -67,16 +73,19 @@ def end(hooks: Hooks, module: nn.Module, program: Program | None, objects: tuple
 
 
 def _mark_shards(program: Program | None, objects: tuple) -> None:
-    """Tell objects such as a key-value cache which of the tensors that they keep are shards."""
+    """Tell objects such as a key-value cache which of the tensors that they keep are
+    shards."""
     for path, shards in program.forward.shards.items() if program is not None else ():
         if (holder := lookup(objects, path)) is not None:
             vars(holder)[SHARDS] = shards
 
 
-def _check_modules(hooks: Hooks, module: nn.Module, program: Program | None, failed: bool) -> None:
-    """Refuse modules that were added, removed or replaced since the split: what was done at their
-    borders would be missing. They are looked at where another number of them ran than in the
-    forward that was shown, or something failed."""
+def _check_modules(
+    hooks: Hooks, module: nn.Module, program: Program | None, failed: bool
+) -> None:
+    """Refuse modules that were added, removed or replaced since the split: what was
+    done at their borders would be missing. They are looked at where another number of
+    them ran than in the forward that was shown, or something failed."""
     context = hooks.context
     error = sys.exc_info()[1] if failed else None
     if error is not None:
@@ -89,18 +98,21 @@ def _check_modules(hooks: Hooks, module: nn.Module, program: Program | None, fai
     changed = context.structures.changed(module, context, hooks.path)
     if changed:
         text = (
-            f"{', '.join(changed[:5])}: expected the modules that were split, found others or"
-            f" none: {AGAIN}"
+            f"{', '.join(changed[:5])}: expected the modules that were split, found"
+            f" others or none: {AGAIN}"
         )
         if error is None:
             raise RuntimeError(text)
-        error.__notes__ = [*getattr(error, "__notes__", []), text]  # add_note, since Python 3.11
+        error.__notes__ = [
+            *getattr(error, "__notes__", []),
+            text,
+        ]  # add_note, since Python 3.11
     context.counts.add(context.ran)
 
 
 def remember(context: Context, output: Any) -> None:
-    """A checkpoint in this forward, which a backward will run again, is to find the programs of
-    this forward."""
+    """A checkpoint in this forward, which a backward will run again, is to find the
+    programs of this forward."""
     if in_backward():
         return
     resume = partial(context.resume, context.programs)

@@ -1,2 +1,2 @@
-"""A model's state, saved, loaded and started: checkpoints, safetensors files, models on the meta
-device."""
+"""A model's state, saved, loaded and started: checkpoints, safetensors files, models on
+the meta device."""

@@ -1,21 +1,23 @@
-"""Sharded checkpoints of a training run: each rank writes and reads its own part, any layout loads
-what any other saved.
+"""Sharded checkpoints of a training run: each rank writes and reads its own part, any
+layout loads what any other saved.
 
-A checkpoint is a folder (see folder.py) of what torch.distributed.checkpoint writes (`*.distcp`,
-`.metadata`; it can load them too), and `state.pt` for all that is no tensor of the model or the
-optimizer.
+A checkpoint is a folder (see folder.py) of what torch.distributed.checkpoint writes
+(`*.distcp`, `.metadata`; it can load them too), and `state.pt` for all that is no
+tensor of the model or the optimizer.
 """
 
 import io
 import os
 import secrets
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ..agreement import random_state, set_random_state
@@ -31,37 +33,52 @@ from .contents import (
     plain,
 )
 from .dcp import Blocks, Reader
-from .folder import INDEX, STATE, begin, checksum, finish, marked, remove, saving, write_file
+from .folder import (
+    INDEX,
+    STATE,
+    begin,
+    checksums,
+    finish,
+    marked,
+    remove,
+    saving,
+    write_file,
+)
 from .given import check_model, check_optimizer, path_of
 from .index import faults, read_index
 from .opened import opened
 
 
-def save_checkpoint(path, model, optimizer=None, *, extra=None, async_=False):
+def save_checkpoint(
+    path: str | os.PathLike,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    extra: Any = None,
+    async_: bool = False,
+) -> Future | None:
     """Save a model, its optimizer and the ranks' random state; called on every rank.
 
-    Atomic: killed at any moment, `load_checkpoint(path)` finds this checkpoint or the one before
-    it. All ranks must see the same file system.
+    Atomic: killed at any moment, `load_checkpoint(path)` finds this checkpoint or the
+    one before it. All ranks must see the same file system.
 
     Args:
-        path: the checkpoint's folder, or a link to one. A checkpoint that is there is replaced
-        (files that you put into
-            it stay there); anything else is left alone, with an error.
-        model: sharded by `apply_tensor_parallel`, by FSDP2 on top of it, or plain. What its
-        `state_dict` holds is
-            saved.
+        path: the checkpoint's folder, or a link to one. A checkpoint that is there is
+            replaced (files that you put into it stay there); anything else is left
+            alone, with an error.
+        model: sharded by `apply_tensor_parallel`, by FSDP2 on top of it, or plain. What
+            its `state_dict` holds is saved.
         optimizer: a torch.optim.Optimizer of the model's parameters.
-        extra: what else the run needs, the same on every rank (rank 0's is saved): numbers,
-        strings, tensors, in lists
-            and dicts, such as the step and the `state_dict` of a scheduler.
-        async_: copy everything now, and write while training goes on; call the result's `result()`
-        before the next
-            save.
+        extra: what else the run needs, the same on every rank (rank 0's is saved):
+            numbers, strings, tensors, in lists and dicts, such as the step and the
+            `state_dict` of a scheduler.
+        async_: copy everything now, and write while training goes on; call the result's
+            `result()` before the next save.
 
-    Returns: None, or with `async_` a concurrent.futures.Future, whose `result()` raises what went
-    wrong.
-    Raises: ValueError, TypeError, OSError, RuntimeError, on every rank, also when only one failed;
-    what was there before is then as it was.
+    Returns: None, or with `async_` a concurrent.futures.Future, whose `result()` raises
+    what went wrong.
+    Raises: ValueError, TypeError, OSError, RuntimeError, on every rank, also when only
+    one failed; what was there before is then as it was.
     """
     group = None
     with together(group):
@@ -69,7 +86,9 @@ def save_checkpoint(path, model, optimizer=None, *, extra=None, async_=False):
         items, state = collect(model, optimizer)
         state["extra"] = extra
     mine = _dp_leader(model), random_state(torch.cuda.is_initialized())
-    state["random"] = dict(reversed(gather(mine)))  # by tp group, that of its first rank
+    state["random"] = dict(
+        reversed(gather(mine))
+    )  # by tp group, that of its first rank
     if not async_:
         return _write(path, items, state, group)
     with together(group):
@@ -85,21 +104,27 @@ def save_checkpoint(path, model, optimizer=None, *, extra=None, async_=False):
     return future
 
 
-def load_checkpoint(path, model, optimizer=None):
-    """Load what `save_checkpoint` saved, in this or any other layout, bit for bit; called on every
-    rank.
+def load_checkpoint(
+    path: str | os.PathLike,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> Any:
+    """Load what `save_checkpoint` saved, in this or any other layout, bit for bit;
+    called on every rank.
 
-    Everything is checked before anything is changed: the files against their checksums, names,
-    shapes and dtypes against the model's. No code that a checkpoint may hold is run. The random
-    state is restored too: each rank gets that of the ranks with its data-parallel index.
+    Everything is checked before anything is changed: the files against their checksums,
+    names, shapes and dtypes against the model's. No code that a checkpoint may hold is
+    run. The random state is restored too: each rank gets that of the ranks with its
+    data-parallel index.
 
-    A save that runs meanwhile does no harm: what is loaded is one checkpoint, or an error is
-    raised.
+    A save that runs meanwhile does no harm: what is loaded is one checkpoint, or an
+    error is raised.
 
-    Args: as for `save_checkpoint`. The optimizer may be new, its groups hold the same parameters.
+    Args: as for `save_checkpoint`. The optimizer may be new, its groups hold the same
+    parameters.
     Returns: `extra`.
-    Raises: FileNotFoundError, TypeError, ValueError, RuntimeError, on every rank, also when only
-    one failed.
+    Raises: FileNotFoundError, TypeError, ValueError, RuntimeError, on every rank, also
+    when only one failed.
     """
     with together():
         path = _checked(path, model, optimizer)
@@ -119,7 +144,8 @@ def _checked(path, model, optimizer):
 
 
 def _dp_leader(model):
-    """The first rank of this rank's tp group: what is random is the same in all of it."""
+    """The first rank of this rank's tp group: what is random is the same in all of
+    it."""
     mesh = getattr(plain(model), "tensor_parallel_mesh", None)
     return (
         int(mesh.mesh.min())
@@ -131,7 +157,9 @@ def _dp_leader(model):
 def _restore_random(model, saved):
     """Ranks take the state of those that had their place among the tp groups."""
     leaders = sorted(set(gather(_dp_leader(model))))
-    set_random_state(saved[sorted(saved)[leaders.index(_dp_leader(model)) % len(saved)]])
+    set_random_state(
+        saved[sorted(saved)[leaders.index(_dp_leader(model)) % len(saved)]]
+    )
 
 
 # ---- writing
@@ -149,8 +177,8 @@ def _write(path, items, state, group):
         with together(group):
             if not marked(temporary, path, token):
                 raise FileNotFoundError(
-                    f"{temporary}: expected the folder that rank 0 made, found none: all ranks must"
-                    " save to one file system, by the same path"
+                    f"{temporary}: expected the folder that rank 0 made, found none:"
+                    " all ranks must save to one file system, by the same path"
                 )
         _dcp(
             dcp.save,
@@ -159,10 +187,13 @@ def _write(path, items, state, group):
             process_group=group,
         )
         with together(group):
-            sums = _sums(
-                [*temporary.glob(f"__{rank}_*")] + [temporary / STATE, temporary / INDEX] * first
+            sums = checksums(
+                [*temporary.glob(f"__{rank}_*")]
+                + [temporary / STATE, temporary / INDEX] * first
             )
-        files = {name: found for sums in gather(sums, group) for name, found in sums.items()}
+        files = {
+            name: found for sums in gather(sums, group) for name, found in sums.items()
+        }
         with together(group):
             if first:
                 finish(path, token, files)
@@ -175,18 +206,9 @@ def _write(path, items, state, group):
             dist.destroy_process_group(group)
 
 
-def _sums(files):
-    """{name: [size, CRC-32]} of files."""
-    found = {}
-    for path in files:
-        with open(path, "rb") as file:
-            found[path.name] = checksum(file)
-    return found
-
-
 def _dcp(function, *args, **kwargs):
-    """Call torch.distributed.checkpoint. Its exception is no Exception, and is raised on every rank
-    with the ranks'."""
+    """Call torch.distributed.checkpoint. Its exception is no Exception, and is raised
+    on every rank with the ranks'."""
     alone = not dist.is_initialized()
     try:
         with warnings.catch_warnings():
@@ -195,11 +217,12 @@ def _dcp(function, *args, **kwargs):
             function(*args, no_dist=alone, **kwargs)
     except CheckpointException as e:
         failed = "; ".join(
-            f"rank {rank}: {type(x).__name__}: {x}" for rank, (x, _) in e.failures.items()
+            f"rank {rank}: {type(x).__name__}: {x}"
+            for rank, (x, _) in e.failures.items()
         )
-        raise RuntimeError(f"the checkpoint failed: {failed}") from next(iter(e.failures.values()))[
-            0
-        ]
+        raise RuntimeError(f"the checkpoint failed: {failed}") from next(
+            iter(e.failures.values())
+        )[0]
 
 
 # ---- reading
@@ -211,15 +234,25 @@ def _load(checkpoint, model, optimizer):
     with together():  # only now: what a damaged file is read as, is no matter
         index, state = _index(checkpoint), _state(checkpoint)
         saved, path = index.state_dict_metadata, checkpoint.path
-        items = {name_of(("model", k)): Blocks.of(t) for k, t in model_state(model)[0].items()}
+        items = {
+            name_of(("model", k)): Blocks.of(t)
+            for k, t in model_state(model)[0].items()
+        }
         check_fit(path, items, saved, {n for n in saved if n.startswith("model.")})
         if optimizer is not None:
-            filled = optimizer_to_fill(path, model, optimizer, saved, state["optimizer"])
+            filled = optimizer_to_fill(
+                path, model, optimizer, saved, state["optimizer"]
+            )
             items |= filled.blocks
-        if wrong := [found for n in items if (found := faults(index, n, checkpoint.files))]:
+        if wrong := [
+            found for n in items if (found := faults(index, n, checkpoint.files))
+        ]:
             raise ValueError(
                 "\n  ".join(
-                    [f"{path / INDEX}: {len(wrong)} of its tensors are not whole:", *wrong[:20]]
+                    [
+                        f"{path / INDEX}: {len(wrong)} of its tensors are not whole:",
+                        *wrong[:20],
+                    ]
                 )
             )
     _dcp(dcp.load, items, storage_reader=Reader(checkpoint, index))
@@ -250,7 +283,8 @@ def _state(checkpoint):
         state = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
     except Exception as e:
         raise ValueError(
-            f"{path}: expected what save_checkpoint writes, cannot be read: {type(e).__name__}: {e}"
+            f"{path}: expected what save_checkpoint writes, cannot be read:"
+            f" {type(e).__name__}: {e}"
         ) from e
     if not isinstance(state, dict) or _PARTS - state.keys():
         raise ValueError(f"{path}: expected {sorted(_PARTS)}, found something else")

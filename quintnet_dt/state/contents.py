@@ -1,4 +1,5 @@
-"""What a checkpoint holds of a model and its optimizer, and whether those to fill are alike."""
+"""What a checkpoint holds of a model and its optimizer, and whether those to fill are
+alike."""
 
 import io
 from pickle import UnpicklingError
@@ -22,14 +23,14 @@ def plain(model):
 
 
 def model_state(model):
-    """(tensors, other objects) by name. FSDP2 reshards here, so that the model's parameters are
-    then its shards."""
+    """(tensors, other objects) by name. FSDP2 reshards here, so that the model's
+    parameters are then its shards."""
     state = plain(model).state_dict()
     found = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
     if meta := [k for k, v in found.items() if v.device.type == "meta"]:
         raise ValueError(
-            f"{', '.join(meta[:5])}: expected storage, found the meta device: materialize the model"
-            " first"
+            f"{', '.join(meta[:5])}: expected storage, found the meta device:"
+            " materialize the model first"
         )
     return found, {k: v for k, v in state.items() if k not in found}
 
@@ -46,10 +47,13 @@ def collect(model, optimizer):
             name = names[id(p)]
             _check_shapes(optimizer, name, p, values)
             held = {k: v for k, v in values.items() if isinstance(v, torch.Tensor)}
-            blocks |= {("optimizer", "state", name, k): Blocks.of(v) for k, v in held.items()}
+            blocks |= {
+                ("optimizer", "state", name, k): Blocks.of(v) for k, v in held.items()
+            }
             state[name] = values | dict.fromkeys(held)
         groups = [
-            {**g, "params": [names[id(p)] for p in g["params"]]} for g in optimizer.param_groups
+            {**g, "params": [names[id(p)] for p in g["params"]]}
+            for g in optimizer.param_groups
         ]
         rest["optimizer"] = {"state": state, "groups": groups}
     return blocks, rest
@@ -60,8 +64,9 @@ def _check_shapes(optimizer, name, p, values):
     for k, v in values.items():
         if isinstance(v, DTensor) and v.shape != p.shape:
             raise ValueError(
-                f"{type(optimizer).__name__}: expected a state of the parameter's shape, found"
-                f" {k} of shape {tuple(v.shape)} for {name} of shape {tuple(p.shape)}"
+                f"{type(optimizer).__name__}: expected a state of the parameter's"
+                f" shape, found {k} of shape {tuple(v.shape)} for {name} of shape"
+                f" {tuple(p.shape)}"
             )
 
 
@@ -80,10 +85,12 @@ def names_of(model, optimizer):
     """id of each parameter of an optimizer -> its name in the model."""
     names = {id(p): name for name, p in plain(model).named_parameters()}
     if any(id(p) not in names for g in optimizer.param_groups for p in g["params"]):
-        expected = "expected an optimizer of the model's parameters, found one with others"
+        expected = (
+            "expected an optimizer of the model's parameters, found one with others"
+        )
         raise ValueError(
-            f"{type(optimizer).__name__}: {expected}: make it after apply_tensor_parallel and"
-            " fully_shard"
+            f"{type(optimizer).__name__}: {expected}: make it after"
+            " apply_tensor_parallel and fully_shard"
         )
     return names
 
@@ -92,8 +99,8 @@ def packed(state):
     """`state` as bytes that torch.load reads without running code."""
     if any(isinstance(t, DTensor) for _, t in tensors(state["extra"])):
         raise TypeError(
-            "extra: expected whole tensors, found a DTensor: save what is sharded in a checkpoint"
-            " of its own"
+            "extra: expected whole tensors, found a DTensor: save what is sharded in a"
+            " checkpoint of its own"
         )
     buffer = io.BytesIO()
     torch.save(state, buffer)
@@ -101,8 +108,8 @@ def packed(state):
         torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
     except UnpicklingError as e:
         raise TypeError(
-            "extra, or the state of a module or optimizer: expected numbers, strings, tensors,"
-            f" lists and dicts, found something else: {e}"
+            "extra, or the state of a module or optimizer: expected numbers, strings,"
+            f" tensors, lists and dicts, found something else: {e}"
         ) from e
     return buffer.getvalue()
 
@@ -122,7 +129,9 @@ def check_fit(path, items, saved, names):
                 wrong.append(f"{n}: expected {tuple(a)} {b}, found {tuple(c)} {d}")
     if wrong:
         more = [f"and {len(wrong) - 20} more"] if len(wrong) > 20 else []
-        raise ValueError("\n  ".join([f"{path} does not fit the model:", *wrong[:20], *more]))
+        raise ValueError(
+            "\n  ".join([f"{path} does not fit the model:", *wrong[:20], *more])
+        )
 
 
 def _size_of(entry):
@@ -133,8 +142,8 @@ def _size_of(entry):
 
 
 class ToFill(NamedTuple):
-    """What is read for an optimizer: the tensors by their names in the checkpoint, the state that
-    holds them, and the options of each group."""
+    """What is read for an optimizer: the tensors by their names in the checkpoint, the
+    state that holds them, and the options of each group."""
 
     blocks: dict[str, Blocks]
     state: dict[torch.Tensor, dict]
@@ -142,16 +151,21 @@ class ToFill(NamedTuple):
 
 
 def optimizer_to_fill(path, model, optimizer, saved, kept) -> ToFill:
-    """What an optimizer gets from a checkpoint. `kept`: of its state what is no tensor."""
+    """What an optimizer gets from a checkpoint. `kept`: of its state what is no
+    tensor."""
     if kept is None:
-        raise ValueError(f"{path}: expected a checkpoint with an optimizer, found one without")
-    names, options = names_of(model, optimizer), {n: g for g in kept["groups"] for n in g["params"]}
+        raise ValueError(
+            f"{path}: expected a checkpoint with an optimizer, found one without"
+        )
+    names, options = names_of(model, optimizer), {
+        n: g for g in kept["groups"] for n in g["params"]
+    }
     mine = {names[id(p)] for g in optimizer.param_groups for p in g["params"]}
     if mine != options.keys():
         differ = ", ".join(sorted(mine ^ options.keys())[:5])
         raise ValueError(
-            f"{path}: expected an optimizer of the same parameters, found one that differs in"
-            f" {differ}"
+            f"{path}: expected an optimizer of the same parameters, found one that"
+            f" differs in {differ}"
         )
     made = ToFill({}, {}, [])
     for group in optimizer.param_groups:
@@ -167,8 +181,8 @@ def _options_of(path, groups):
     found = [{k: v for k, v in group.items() if k != "params"} for group in groups]
     if any(options != found[0] for options in found):
         raise ValueError(
-            f"{path}: expected the parameters of one group to have been in groups alike:"
-            f" {found[0]}"
+            f"{path}: expected the parameters of one group to have been in groups"
+            f" alike: {found[0]}"
         )
     return found[0] if found else {}
 
@@ -184,8 +198,8 @@ def _fill_state(made, p, name, values, saved):
 
 
 def _empty(p, key, like, options):
-    """A tensor of a parameter's state, to be filled: laid out as the parameter, or a scalar where
-    torch.optim keeps it."""
+    """A tensor of a parameter's state, to be filled: laid out as the parameter, or a
+    scalar where torch.optim keeps it."""
     dtype = like.properties.dtype
     if like.size == p.shape and key != "step":
         return torch.zeros_like(p, dtype=dtype, requires_grad=False)

@@ -1,10 +1,11 @@
-"""torch.distributed.checkpoint on chunks: it writes and reads the blocks of a tensor that a rank
-holds.
+"""torch.distributed.checkpoint on chunks: it writes and reads the blocks of a tensor
+that a rank holds.
 
-It does not place fused pieces (`_StridedShard`) by itself, unpickles a checkpoint's index with
-nothing barred, and opens files by their path, whatever was put there meanwhile; that is mended here
-and in index.py, at its points of extension: tensors that know their blocks, and a storage reader.
-What is written is its own format: `torch.distributed.checkpoint.load` reads it.
+It does not place fused pieces (`_StridedShard`) by itself, unpickles a checkpoint's
+index with nothing barred, and opens files by their path, whatever was put there
+meanwhile; that is mended here and in index.py, at its points of extension: tensors that
+know their blocks, and a storage reader. What is written is its own format:
+`torch.distributed.checkpoint.load` reads it.
 """
 
 import contextlib
@@ -19,14 +20,19 @@ from torch.distributed.checkpoint.metadata import (
     StorageMeta,
     TensorProperties,
 )
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import (
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
 
 from .chunks import Chunk, chunks
 
 
 class Blocks(torch.Tensor):
-    """A tensor of one element's memory, which knows the blocks of it that this rank holds, whatever its
-    layout. The default planners of torch.distributed.checkpoint ask it, as they ask a DTensor."""
+    """A tensor of one element's memory, which knows the blocks of it that this rank
+    holds, whatever its layout. The default planners of torch.distributed.checkpoint ask
+    it, as they ask a DTensor."""
 
     chunks: list[Chunk]
 
@@ -49,7 +55,10 @@ class Blocks(torch.Tensor):
         return Blocks.held(self, copies)
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [ChunkStorageMetadata(torch.Size(c.offsets), c.tensor.shape) for c in self.chunks]
+        return [
+            ChunkStorageMetadata(torch.Size(c.offsets), c.tensor.shape)
+            for c in self.chunks
+        ]
 
     def __create_write_items__(self, fqn: str, object: object) -> list[WriteItem]:
         properties = TensorProperties(dtype=self.dtype)
@@ -82,7 +91,12 @@ class Reader(FileSystemReader):
     def prepare_local_plan(self, plan):
         """Before any rank has read: this one has all files that it will."""
         self.checkpoint.keep(
-            sorted({self.storage_data[item.storage_index].relative_path for item in plan.items})
+            sorted(
+                {
+                    self.storage_data[item.storage_index].relative_path
+                    for item in plan.items
+                }
+            )
         )
         return plan
 

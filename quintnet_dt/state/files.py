@@ -1,8 +1,8 @@
-"""Files of safetensors: what is in those of a source, how one is laid out, and which blocks of
-tensors are read and written at a time.
+"""Files of safetensors: what is in those of a source, how one is laid out, and which
+blocks of tensors are read and written at a time.
 
-The format (https://github.com/huggingface/safetensors#format): the length of the header in 8 bytes,
-the header as JSON, {name: {dtype, shape, data_offsets}}, the bytes.
+The format (https://github.com/huggingface/safetensors#format): the length of the header
+in 8 bytes, the header as JSON, {name: {dtype, shape, data_offsets}}, the bytes.
 """
 
 import contextlib
@@ -58,8 +58,9 @@ class Entry:
 
 
 def open_file(path: Path) -> Any:
-    """The safetensors package's view of a file, to be used in a `with`. It maps the file to memory:
-    what was read of it counts as this process's memory until it is closed."""
+    """The safetensors package's view of a file, to be used in a `with`. It maps the
+    file to memory: what was read of it counts as this process's memory until it is
+    closed."""
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as e:
@@ -70,7 +71,8 @@ def open_file(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except SafetensorError as e:
         raise ValueError(
-            f"{path}: expected a whole safetensors file, found another, or a part of one: {e}"
+            f"{path}: expected a whole safetensors file, found another, or a part of"
+            f" one: {e}"
         ) from e
 
 
@@ -79,42 +81,51 @@ def entries_of(source: Path) -> dict[str, Entry]:
     path = _the_one_in(source) if source.is_dir() else source
     if not path.is_file():
         raise FileNotFoundError(
-            f"expected a safetensors file, an index of such, or a folder with one: no {path}"
+            "expected a safetensors file, an index of such, or a folder with one: no"
+            f" {path}"
         )
     return _entries_of_index(path) if path.suffix == ".json" else _entries_of_file(path)
 
 
 def _the_one_in(folder: Path) -> Path:
-    """The file or index in a folder that is meant: those that transformers looks for come first."""
+    """The file or index in a folder that is meant: those that transformers looks for
+    come first."""
     for pattern in (SINGLE, INDEX, "*.safetensors.index.json", "*.safetensors"):
         found = list(folder.glob(pattern))
         if found:
             break
     if len(found) != 1:
         raise FileNotFoundError(
-            f"expected {SINGLE}, {INDEX}, or one other .safetensors file or index in {folder},"
-            f" found {sorted(f.name for f in found) or 'none'}"
+            f"expected {SINGLE}, {INDEX}, or one other .safetensors file or index in"
+            f" {folder}, found {sorted(f.name for f in found) or 'none'}"
         )
     return found[0]
 
 
 def _entries_of_file(path: Path) -> dict[str, Entry]:
     with open_file(path) as file:
-        return {n: Entry(path, n, tuple(file.get_slice(n).get_shape())) for n in file.keys()}
+        return {
+            n: Entry(path, n, tuple(file.get_slice(n).get_shape())) for n in file.keys()
+        }
 
 
 def _entries_of_index(path: Path) -> dict[str, Entry]:
     try:
         index = dict(json.loads(path.read_text())["weight_map"])
-        files = {file: _entries_of_file(path.parent / file) for file in sorted({*index.values()})}
+        files = {
+            file: _entries_of_file(path.parent / file)
+            for file in sorted({*index.values()})
+        }
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(
-            f"{path}: expected an index of safetensors files, found something else: {e!r}"
+            f"{path}: expected an index of safetensors files, found something else:"
+            f" {e!r}"
         ) from e
     absent = [name for name, file in index.items() if name not in files[file]]
     if absent:
         raise ValueError(
-            f"{path}: expected what it lists in its files, found none of {', '.join(absent)}"
+            f"{path}: expected what it lists in its files, found none of"
+            f" {', '.join(absent)}"
         )
     return {name: files[file][name] for name, file in index.items()}
 
@@ -123,11 +134,12 @@ def _entries_of_index(path: Path) -> dict[str, Entry]:
 
 
 def layout_of(tensors: Mapping[str, Tensor]) -> tuple[bytes, dict[str, int], int]:
-    """(the header of the file that has these tensors, the byte at which each begins, the size of
-    the file): the same on every rank."""
+    """(the header of the file that has these tensors, the byte at which each begins,
+    the size of the file): the same on every rank."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    # The widest dtypes first: else some tensors begin at odd bytes, which readers refuse.
+    # The widest dtypes first: else some tensors begin at odd bytes, which readers
+    # refuse.
     for name, t in sorted(tensors.items(), key=lambda x: -x[1].dtype.itemsize):
         start, end = end, end + t.nbytes
         header[name] = {
@@ -146,8 +158,9 @@ def layout_of(tensors: Mapping[str, Tensor]) -> tuple[bytes, dict[str, int], int
 
 
 def read(wanted: Mapping[Tensor, Entry], total: int, bar: Any) -> None:
-    """Read this rank's blocks of tensors, `total` bytes in all. What is read of a file counts as
-    this rank's memory until the file is closed: it is opened anew after a fiftieth of the total."""
+    """Read this rank's blocks of tensors, `total` bytes in all. What is read of a file
+    counts as this rank's memory until the file is closed: it is opened anew after a
+    fiftieth of the total."""
     parts = (
         (entry, offsets, part)
         for t, entry in wanted.items()
@@ -180,9 +193,12 @@ def write(file: BinaryIO, t: Tensor, start: int, bar: Any) -> None:
             bar.update(part.nbytes)
 
 
-def _pieces(shape: tuple[int, ...], chunk: Chunk) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-    """Yield (offsets, view) of blocks which are a chunk of a tensor together. Of each, the first
-    and the last element are at most 1 MB apart: of some columns, all of a row is between them."""
+def _pieces(
+    shape: tuple[int, ...], chunk: Chunk
+) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    """Yield (offsets, view) of blocks which are a chunk of a tensor together. Of each,
+    the first and the last element are at most 1 MB apart: of some columns, all of a row
+    is between them."""
     offsets, block = chunk.offsets, chunk.tensor
     dim = next((d for d, n in enumerate(block.shape) if n > 1), len(shape))
     size = block.dtype.itemsize * prod((*block.shape[dim : dim + 1], *shape[dim + 1 :]))
@@ -198,10 +214,12 @@ def _pieces(shape: tuple[int, ...], chunk: Chunk) -> Iterator[tuple[tuple[int, .
 def _runs(
     shape: tuple[int, ...], offsets: tuple[int, ...], block: tuple[int, ...]
 ) -> tuple[Iterable[int], int]:
-    """(where each contiguous run of a block begins in a tensor, in the block's order; their
-    length), in elements."""
+    """(where each contiguous run of a block begins in a tensor, in the block's order;
+    their length), in elements."""
     last = max((d for d, n in enumerate(shape) if block[d] != n), default=0)
     strides = [prod(shape[d + 1 :]) for d in range(len(shape))]
-    ranges = [range(o * s, (o + n) * s, s) for o, s, n in zip(offsets, strides, block[:last])]
+    ranges = [
+        range(o * s, (o + n) * s, s) for o, s, n in zip(offsets, strides, block[:last])
+    ]
     base = sum(o * s for o, s in zip(offsets[last:], strides[last:]))
     return (base + sum(at) for at in product(*ranges)), prod(block[last:])

@@ -1,9 +1,9 @@
 """The folder of a checkpoint: complete or not there.
 
-It is written beside its place, as `<name>.saving-<token>`, and renamed when all is in it; what was
-there before is `<name>.old-<token>` for that moment. Both hold a file that says so: a folder
-without it is the user's, whatever its name, and is neither read nor touched. `manifest.json` holds
-the size and checksum of every other file.
+It is written beside its place, as `<name>.saving-<token>`, and renamed when all is in
+it; what was there before is `<name>.old-<token>` for that moment. Both hold a file that
+says so: a folder without it is the user's, whatever its name, and is neither read nor
+touched. `manifest.json` holds the size and checksum of every other file.
 """
 
 import contextlib
@@ -13,7 +13,8 @@ import re
 import zlib
 
 MANIFEST, STATE, INDEX = "manifest.json", "state.pt", ".metadata"
-# which checkpoint a folder belongs to, and the token of the save that made or set it aside
+# which checkpoint a folder belongs to, and the token of the save that made or set it
+# aside
 MARK = ".quintnet_dt.json"
 BLOCK = 1 << 24  # bytes read at once for a checksum
 TRIES = 3  # of a reader that comes between the two renames of a save
@@ -35,14 +36,19 @@ def aside(path, token):
 
 def mark(folder, path, token):
     """Note that a folder is this library's."""
-    write_file(folder / MARK, json.dumps({"checkpoint": path.name, "save": token}).encode())
+    write_file(
+        folder / MARK, json.dumps({"checkpoint": path.name, "save": token}).encode()
+    )
 
 
 def marked(folder, path, token):
-    """Whether a folder is one that this library made, for the checkpoint at a path, in the save of
-    a token."""
+    """Whether a folder is one that this library made, for the checkpoint at a path, in
+    the save of a token."""
     try:
-        return json.loads((folder / MARK).read_bytes()) == {"checkpoint": path.name, "save": token}
+        return json.loads((folder / MARK).read_bytes()) == {
+            "checkpoint": path.name,
+            "save": token,
+        }
     except (OSError, ValueError):
         return False
 
@@ -71,7 +77,8 @@ def check_replaceable(path):
         files_of((path / MANIFEST).read_bytes())
     except (OSError, ValueError) as e:
         raise FileExistsError(
-            f"{path}: expected a checkpoint or nothing, found something else: choose another place"
+            f"{path}: expected a checkpoint or nothing, found something else: choose"
+            " another place"
         ) from e
 
 
@@ -79,10 +86,13 @@ def finish(path, token, files):
     """All is written: note its checksums, and put it in its place."""
     temporary, old = saving(path, token), aside(path, token)
     for name, (size, _) in files.items():
-        if not (temporary / name).is_file() or (temporary / name).stat().st_size != size:
+        if (
+            not (temporary / name).is_file()
+            or (temporary / name).stat().st_size != size
+        ):
             raise FileNotFoundError(
-                f"{temporary / name}: expected a file of {size} bytes that another rank wrote,"
-                " found none: all ranks must save to one file system"
+                f"{temporary / name}: expected a file of {size} bytes that another rank"
+                " wrote, found none: all ranks must save to one file system"
             )
     manifest = {"version": 1, "save": token, "files": files}
     write_file(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
@@ -126,10 +136,13 @@ def remove(folder):
 
 
 def retire(old, path):
-    """Remove what a save replaced. Files that somebody else put into it move to its successor."""
+    """Remove what a save replaced. Files that somebody else put into it move to its
+    successor."""
     with contextlib.suppress(OSError):
         for entry in list(old.iterdir()):
-            if not _OURS.fullmatch(entry.name) and not os.path.lexists(path / entry.name):
+            if not _OURS.fullmatch(entry.name) and not os.path.lexists(
+                path / entry.name
+            ):
                 entry.rename(path / entry.name)
     remove(old)
 
@@ -138,7 +151,11 @@ def _tokens(path):
     """Of the saves that have left something beside a path."""
     name = re.compile(re.escape(path.name) + r"\.(?:saving|old)-([0-9a-f]{16})")
     return sorted(
-        {found[1] for entry in path.parent.iterdir() if (found := name.fullmatch(entry.name))}
+        {
+            found[1]
+            for entry in path.parent.iterdir()
+            if (found := name.fullmatch(entry.name))
+        }
     )
 
 
@@ -165,20 +182,34 @@ def checksum(file):
     return [size, crc]
 
 
+def checksums(files):
+    """{name: [size, CRC-32]} of files."""
+    found = {}
+    for path in files:
+        with open(path, "rb") as file:
+            found[path.name] = checksum(file)
+    return found
+
+
 # ---- reading
 
 
 def complete(path):
-    """The complete checkpoint at a path: there, or still beside it where a save was killed as it
-    put it there."""
+    """The complete checkpoint at a path: there, or still beside it where a save was
+    killed as it put it there."""
     if path.exists():
         return path
     for token in _tokens(path) if path.parent.is_dir() else ():
         temporary, old = saving(path, token), aside(path, token)
-        if marked(temporary, path, token) and marked(old, path, token) and _complete(temporary):
+        if (
+            marked(temporary, path, token)
+            and marked(old, path, token)
+            and _complete(temporary)
+        ):
             return temporary
     raise FileNotFoundError(
-        f"{path}: expected a checkpoint that save_checkpoint made, found nothing{_beside(path)}"
+        f"{path}: expected a checkpoint that save_checkpoint made, found"
+        f" nothing{_beside(path)}"
     )
 
 
@@ -188,8 +219,16 @@ def _complete(folder):
 
 def _beside(path):
     """What a user may have expected to be loaded."""
-    names = sorted(entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else []
-    half = [f"; {n} is a half-written one" for n in names if n.startswith(f"{path.name}.saving")]
+    names = (
+        sorted(entry.name for entry in path.parent.iterdir())
+        if path.parent.is_dir()
+        else []
+    )
+    half = [
+        f"; {n} is a half-written one"
+        for n in names
+        if n.startswith(f"{path.name}.saving")
+    ]
     old = [
         f"; {n} is there, load it by its own name"
         for n in names
@@ -204,8 +243,15 @@ def files_of(manifest):
         manifest = json.loads(manifest)
         files = manifest["files"]
         strange = [n for n in files if not _OURS.fullmatch(n)]
-        numbers = all(isinstance(x, int) for size, crc in files.values() for x in (size, crc))
-        if manifest["version"] != 1 or {STATE, INDEX} - files.keys() or strange or not numbers:
+        numbers = all(
+            isinstance(x, int) for size, crc in files.values() for x in (size, crc)
+        )
+        if (
+            manifest["version"] != 1
+            or {STATE, INDEX} - files.keys()
+            or strange
+            or not numbers
+        ):
             raise ValueError("its entries are others")
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"one that cannot be read ({e!r})") from e

@@ -1,5 +1,5 @@
-"""What the functions of state are given: checked before anything else, with what was expected and
-what was found."""
+"""What the functions of state are given: checked before anything else, with what was
+expected and what was found."""
 
 import os
 from pathlib import Path
@@ -16,7 +16,8 @@ def check_model(model):
 def check_optimizer(optimizer):
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
-            f"optimizer: expected a torch.optim.Optimizer or None, found {_what(optimizer)}"
+            "optimizer: expected a torch.optim.Optimizer or None, found"
+            f" {_what(optimizer)}"
         )
 
 
@@ -30,7 +31,9 @@ def check_device(device):
     try:
         return None if device is None else torch.device(device)
     except (RuntimeError, TypeError) as e:
-        raise ValueError(f"device: expected a torch.device or its name, found {device!r}") from e
+        raise ValueError(
+            f"device: expected a torch.device or its name, found {device!r}"
+        ) from e
 
 
 def path_of(name, given):

@@ -1,5 +1,5 @@
-"""The index of a checkpoint (`.metadata`): read without running any code that it may hold, and
-checked to lead to every element of what is to be loaded, exactly once."""
+"""The index of a checkpoint (`.metadata`): read without running any code that it may
+hold, and checked to lead to every element of what is to be loaded, exactly once."""
 
 import io
 import pickle
@@ -7,7 +7,11 @@ from math import prod
 
 import torch
 from torch.distributed.checkpoint import metadata as dcp_metadata
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 
 
 def read_index(data):
@@ -15,7 +19,9 @@ def read_index(data):
     try:
         index = _Unpickler(io.BytesIO(data)).load()
         if not isinstance(index, Metadata) or index.storage_data is None:
-            raise TypeError(f"expected Metadata with storage_data, found {type(index).__name__}")
+            raise TypeError(
+                f"expected Metadata with storage_data, found {type(index).__name__}"
+            )
     except Exception as e:
         raise ValueError(f"cannot be read: {type(e).__name__}: {e}") from e
     return index
@@ -28,7 +34,11 @@ class _Unpickler(pickle.Unpickler):
         known = module == "torch" and (
             name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)
         )
-        of_index = getattr(dcp_metadata, name, None) if module == dcp_metadata.__name__ else None
+        of_index = (
+            getattr(dcp_metadata, name, None)
+            if module == dcp_metadata.__name__
+            else None
+        )
         known = known or isinstance(of_index, type) and of_index.__module__ == module
         known = (
             known
@@ -49,34 +59,44 @@ _OTHERS = {
 
 
 def faults(index, name, files):
-    """What is wrong with a tensor in an index, None where every element of it is in one of the
-    files, once."""
+    """What is wrong with a tensor in an index, None where every element of it is in one
+    of the files, once."""
     saved = index.state_dict_metadata.get(name)
     if not isinstance(saved, TensorStorageMetadata):
         return f"{name}: expected a tensor, found {type(saved).__name__}"
     blocks = [(tuple(c.offsets), tuple(c.sizes)) for c in saved.chunks]
     if wrong := not_exact(tuple(saved.size), blocks):
-        return f"{name}: expected blocks that are {tuple(saved.size)} together, found {wrong}"
+        return (
+            f"{name}: expected blocks that are {tuple(saved.size)} together, found"
+            f" {wrong}"
+        )
     for offsets, _ in blocks:
         place = index.storage_data.get(MetadataIndex(name, torch.Size(offsets)))
         if place is None or place.relative_path not in files:
             return (
-                f"{name}: expected its block at {offsets} in a file of the checkpoint, found it in"
-                " none"
+                f"{name}: expected its block at {offsets} in a file of the checkpoint,"
+                " found it in none"
             )
-        if not 0 <= place.offset <= place.offset + place.length <= files[place.relative_path][0]:
+        if (
+            not 0
+            <= place.offset
+            <= place.offset + place.length
+            <= files[place.relative_path][0]
+        ):
             return (
-                f"{name}: expected its block at {offsets} within {place.relative_path}, found it"
-                " beyond its end"
+                f"{name}: expected its block at {offsets} within {place.relative_path},"
+                " found it beyond its end"
             )
     return None
 
 
 def not_exact(shape, blocks):
-    """Why blocks [(offsets, sizes), ...] are not a tensor of a shape together, each element in one
-    of them; else None."""
+    """Why blocks [(offsets, sizes), ...] are not a tensor of a shape together, each
+    element in one of them; else None."""
     for offsets, sizes in blocks:
-        inside = all(o >= 0 and s >= 0 and o + s <= n for o, s, n in zip(offsets, sizes, shape))
+        inside = all(
+            o >= 0 and s >= 0 and o + s <= n for o, s, n in zip(offsets, sizes, shape)
+        )
         if not inside or not len(offsets) == len(sizes) == len(shape):
             return f"one of {sizes} at {offsets}"
     full = sorted((offsets, sizes) for offsets, sizes in blocks if prod(sizes))
@@ -87,10 +107,12 @@ def not_exact(shape, blocks):
 
 
 def _overlap(blocks):
-    """The offsets of two blocks that overlap. Each is compared with those that reach as far along
-    the dim on which they begin at most places."""
+    """The offsets of two blocks that overlap. Each is compared with those that reach as
+    far along the dim on which they begin at most places."""
     dims = range(len(blocks[0][0])) if blocks else ()
-    dim = max(dims, key=lambda d: len({offsets[d] for offsets, _ in blocks}), default=None)
+    dim = max(
+        dims, key=lambda d: len({offsets[d] for offsets, _ in blocks}), default=None
+    )
     if dim is None:
         return (blocks[0][0], blocks[1][0]) if len(blocks) > 1 else None
     reaching = []

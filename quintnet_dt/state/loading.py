@@ -1,5 +1,5 @@
-"""`load_state_dict` of a split model: whole tensors are placed as its parameters are, each rank
-taking its share."""
+"""`load_state_dict` of a split model: whole tensors are placed as its parameters are,
+each rank taking its share."""
 
 import torch
 from torch import nn
@@ -11,29 +11,43 @@ from ..running.structure import hooks_on
 from .chunks import chunks
 
 ELSEWHERE = (
-    "what torch.save(model.state_dict()) writes is one rank's own part: load each rank's own file"
-    " in the same layout, or use save_checkpoint, or export_safetensors for the whole model"
+    "what torch.save(model.state_dict()) writes is one rank's own part: load each"
+    " rank's own file in the same layout, or use save_checkpoint, or export_safetensors"
+    " for the whole model"
 )
 
 
 def place_on_load(module):
-    """Register what lets `load_state_dict` take whole tensors for the DTensors of one module."""
-    there = (getattr(hook, "hook", hook) for hook in module._load_state_dict_pre_hooks.values())
+    """Register what lets `load_state_dict` take whole tensors for the DTensors of one
+    module."""
+    there = (
+        getattr(hook, "hook", hook)
+        for hook in module._load_state_dict_pre_hooks.values()
+    )
     if _place not in there:
         module.register_load_state_dict_pre_hook(_place)
 
 
-def _place(module, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
-    """Replace whole tensors in a state dict by DTensors, for the parameters that a module itself
-    holds. Shapes that differ are left to torch, which reports them with their keys."""
+def _place(
+    module, state_dict, prefix, local_metadata, strict, missing, unexpected, errors
+):
+    """Replace whole tensors in a state dict by DTensors, for the parameters that a
+    module itself holds. Shapes that differ are left to torch, which reports them with
+    their keys."""
     for hook in module._load_state_dict_pre_hooks.values():
-        if is_fsdp(hook):  # it comes after this one: what a forward left gathered is sharded again
+        if is_fsdp(
+            hook
+        ):  # it comes after this one: what a forward left gathered is sharded again
             hook()
     params = {
-        prefix + name: (name, p) for name, p in module._parameters.items() if isinstance(p, DTensor)
+        prefix + name: (name, p)
+        for name, p in module._parameters.items()
+        if isinstance(p, DTensor)
     }
     given = {
-        key: state_dict[key] for key in params if isinstance(state_dict.get(key), torch.Tensor)
+        key: state_dict[key]
+        for key in params
+        if isinstance(state_dict.get(key), torch.Tensor)
     }
     _refuse_broadcast(given, params)
     assign = local_metadata.get("assign_to_params_buffers", False)
@@ -63,23 +77,30 @@ def _share(value, p, assign):
 
 
 def placed(whole, like, own_dtype=False):
-    """This rank's share of a whole tensor, as a DTensor that is laid out like another one; of the
-    whole's dtype, or of the other's."""
+    """This rank's share of a whole tensor, as a DTensor that is laid out like another
+    one; of the whole's dtype, or of the other's."""
     device = like.device_mesh.device_type if like.is_meta and own_dtype else like.device
     dtype = whole.dtype if own_dtype else like.dtype
     share = torch.empty_like(like.detach(), dtype=dtype, device=device)
     if not share.is_meta:
         for block in chunks(share):
-            at = tuple(slice(o, o + n) for o, n in zip(block.offsets, block.tensor.shape))
+            at = tuple(
+                slice(o, o + n) for o, n in zip(block.offsets, block.tensor.shape)
+            )
             block.tensor.copy_(whole.detach()[at])
     return share
 
 
 def _assign(module, name, value):
-    """Make a tensor the parameter, in all places that hold the one of now: ties stay ties."""
+    """Make a tensor the parameter, in all places that hold the one of now: ties stay
+    ties."""
     old, hooks = module._parameters[name], hooks_on(module)
     new = nn.Parameter(value, requires_grad=old.requires_grad)
-    tied = [at for at in hooks.owners.values() if (module, name) in at] if hooks is not None else []
+    tied = (
+        [at for at in hooks.owners.values() if (module, name) in at]
+        if hooks is not None
+        else []
+    )
     for owner, attr in tied[0] if tied else ():
         if owner._parameters.get(attr) is old:
             owner._parameters[attr] = new
@@ -87,7 +108,8 @@ def _assign(module, name, value):
 
 
 def _misplaced(value, p, assign):
-    """What is wrong with a DTensor that is given for a parameter, None where nothing is."""
+    """What is wrong with a DTensor that is given for a parameter, None where nothing
+    is."""
     mesh, own = value.device_mesh, p.device_mesh
     if mesh == own and mesh.get_coordinate() != own.get_coordinate():
         expected = f"expected this rank's part, at {own.get_coordinate()} of its mesh"
@@ -99,13 +121,15 @@ def _misplaced(value, p, assign):
 
 
 def _refuse_broadcast(given, params):
-    """torch fills `_StridedShard` parameters wrongly from a broadcast and tells nobody."""
+    """torch fills `_StridedShard` parameters wrongly from a broadcast and tells
+    nobody."""
     fused = [
         k for k in given if isinstance(params[k][1].placements[-1], _StridedShard)
     ]  # FSDP2's own are not the last
     if fused and broadcasting():
         raise RuntimeError(
-            f"set_model_state_dict(broadcast_from_rank0=True) has filled {', '.join(fused[:5])}"
-            " wrongly: torch cannot place fused pieces; use load_checkpoint or load_safetensors,"
-            " leave broadcast_from_rank0 out, or give apply_tensor_parallel contiguous=True"
+            "set_model_state_dict(broadcast_from_rank0=True) has filled"
+            f" {', '.join(fused[:5])} wrongly: torch cannot place fused pieces; use"
+            " load_checkpoint or load_safetensors, leave broadcast_from_rank0 out, or"
+            " give apply_tensor_parallel contiguous=True"
         )

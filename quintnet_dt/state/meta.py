@@ -1,5 +1,7 @@
-"""Start a model that was built on the meta device: each rank makes its shards only, with the values
-of the whole model."""
+"""Start a model that was built on the meta device: each rank makes its shards only,
+with the values of the whole model."""
+
+from typing import Callable
 
 import torch
 import torch.distributed as dist
@@ -15,36 +17,42 @@ from .chunks import chunks
 from .given import check_device, check_function, check_model
 
 
-def materialize(model, init=None, *, device=None):
-    """Give every parameter and buffer of a model that is on the meta device its memory and its
-    first values, in place.
+def materialize(
+    model: nn.Module,
+    init: Callable[[nn.Module], object] | None = None,
+    *,
+    device: torch.device | str | None = None,
+) -> nn.Module:
+    """Give every parameter and buffer of a model that is on the meta device its memory
+    and its first values, in place.
 
-    `init(module)` is called on each module, children first, as `model.apply(init)` does. It sees
-    the model's tensors
-    whole: those that it touches are whole for that long, then each rank keeps its shards. So the
-    values are, bit for bit, those of the whole model, started by
-    `whole.to_empty(device=...).apply(init)` from rank 0's random state (which every rank is given
-    first), and the memory at its peak is the shards and the largest module. Tensors that are not on
-    meta keep their values. Ties stay ties. It works under FSDP2 too.
+    `init(module)` is called on each module, children first, as `model.apply(init)`
+    does. It sees the model's tensors
+    whole: those that it touches are whole for that long, then each rank keeps its
+    shards. So the values are, bit for bit, those of the whole model, started by
+    `whole.to_empty(device=...).apply(init)` from rank 0's random state (which every
+    rank is given first), and the memory at its peak is the shards and the largest
+    module. Tensors that are not on meta keep their values. Ties stay ties. It works
+    under FSDP2 too.
 
         with torch.device("meta"):
             model = MyModel()
         materialize(apply_tensor_parallel(model, tp_size=4))
 
     Args:
-        model: an nn.Module, before or after apply_tensor_parallel and fully_shard. Every rank of
-        the world must make
-            the call.
-        init: by default the `_init_weights` of the module or of the nearest one around it (that of
-        transformers'
-            models, with its order), and where there is none or it leaves the module's own tensors
-            alone, the module's `reset_parameters()`.
+        model: an nn.Module, before or after apply_tensor_parallel and fully_shard.
+            Every rank of the world must make the call.
+        init: by default the `_init_weights` of the module or of the nearest one around
+            it (that of transformers' models, with its order), and where there is none
+            or it leaves the module's own tensors alone, the module's
+            `reset_parameters()`.
         device: of the values; that of the mesh, or the CPU, by default.
 
     Returns: the model. Its parameters are new objects: make optimizers afterwards.
-    Raises: TypeError, ValueError for what is no model, function or device, or is on meta on some
-    ranks only; RuntimeError that lists the parameters and buffers that `init` did not write. What
-    `init` raises on one rank, raises on all. The model is then as it was.
+    Raises: TypeError, ValueError for what is no model, function or device, or is on
+    meta on some ranks only; RuntimeError that lists the parameters and buffers that
+    `init` did not write. What `init` raises on one rank, raises on all. The model is
+    then as it was.
     """
     with together():
         check_model(model)
@@ -52,14 +60,17 @@ def materialize(model, init=None, *, device=None):
         places = Places(model)
         device = check_device(device) or torch.device(places.device())
         holders = {
-            m for m in model.modules() if any(t.is_meta for t in (*m.parameters(), *m.buffers()))
+            m
+            for m in model.modules()
+            if any(t.is_meta for t in (*m.parameters(), *m.buffers()))
         }
     started = gather(bool(holders))
     if not all(started):
         if any(started):
             ranks = [rank for rank, meta in enumerate(started) if not meta]
             raise ValueError(
-                f"model: expected one on the meta device on every rank, found none on ranks {ranks}"
+                "model: expected one on the meta device on every rank, found none on"
+                f" ranks {ranks}"
             )
         return model
     _same_random_state(device)
@@ -73,8 +84,8 @@ def materialize(model, init=None, *, device=None):
 
 
 def _start(model, init, holders, whole):
-    """Call `init` on each module that holds something on meta, and keep this rank's shards of what
-    it writes."""
+    """Call `init` on each module that holds something on meta, and keep this rank's
+    shards of what it writes."""
     start = init or _own_init(model, whole)
 
     def step(module):
@@ -89,14 +100,14 @@ def _start(model, init, holders, whole):
     if left:
         raise RuntimeError(
             "expected init to write every element of every parameter and buffer, found"
-            f" {len(left)} that it did not: {', '.join(left)}; give an init(module) that"
-            " does"
+            f" {len(left)} that it did not: {', '.join(left)}; give an init(module)"
+            " that does"
         )
 
 
 class Places:
-    """The parameters and buffers of a model, and the modules that hold each, so that ties stay
-    ties."""
+    """The parameters and buffers of a model, and the modules that hold each, so that
+    ties stay ties."""
 
     def __init__(self, model):
         self.tensors, self.at = (
@@ -110,15 +121,20 @@ class Places:
                 self.at.setdefault(id(t), []).append((module, name))
 
     def device(self):
-        """The device type of the mesh that the model is on, that of the CPU where it is on none."""
+        """The device type of the mesh that the model is on, that of the CPU where it is
+        on none."""
         return next(
-            (t.device_mesh.device_type for t in self.tensors.values() if isinstance(t, DTensor)),
+            (
+                t.device_mesh.device_type
+                for t in self.tensors.values()
+                if isinstance(t, DTensor)
+            ),
             "cpu",
         )
 
     def fill(self, old, values):
-        """Let `values` take the place of `old`, as a parameter if that is one. Returns what is now
-        there."""
+        """Let `values` take the place of `old`, as a parameter if that is one. Returns
+        what is now there."""
         new = values
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(values, requires_grad=old.requires_grad)
@@ -140,7 +156,8 @@ class Places:
 
 
 def own(module):
-    """[(attribute, tensor), ...] of the parameters and buffers that a module itself holds."""
+    """[(attribute, tensor), ...] of the parameters and buffers that a module itself
+    holds."""
     return [
         (n, t)
         for table in (module._parameters, module._buffers)
@@ -150,23 +167,29 @@ def own(module):
 
 
 class _Whole(TorchFunctionMode):
-    """Within it, torch's functions see a model's tensors whole; `keep` then stores what was written
-    to those on meta."""
+    """Within it, torch's functions see a model's tensors whole; `keep` then stores what
+    was written to those on meta."""
 
     def __init__(self, places, device):
         super().__init__()
         self.places, self.device = places, device
-        self.seen = {}  # id of a tensor of the model -> (it, the whole, the whole's version then)
-        # The shards come first, as what is whole for a moment would leave holes between them.
+        self.seen = (
+            {}
+        )  # id of a tensor of the model -> (it, the whole, the whole's version then)
+        # The shards come first, as what is whole for a moment would leave holes between
+        # them.
         meta = {id(t): t for t in places.tensors.values() if t.is_meta}.values()
-        new = [places.fill(t, torch.empty_like(t.detach(), device=device)) for t in meta]
+        new = [
+            places.fill(t, torch.empty_like(t.detach(), device=device)) for t in meta
+        ]
         self.ours = {id(t) for t in new}
         self.unset = {id(t) for t in new if t.numel()}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         given = args, kwargs or {}
         args, kwargs = replace(
-            given, {p: self.whole(t) for p, t in tensors(given) if id(t) in self.places.at}
+            given,
+            {p: self.whole(t) for p, t in tensors(given) if id(t) in self.places.at},
         )
         return func(*args, **kwargs)
 
@@ -202,10 +225,13 @@ class _Whole(TorchFunctionMode):
                 if now is not t:  # init put another tensor in its place
                     setattr(m, name, t)
                     if now.shape != t.shape:
-                        found = f"expected the shape {tuple(t.shape)}, found {tuple(now.shape)}"
+                        found = (
+                            f"expected the shape {tuple(t.shape)}, found"
+                            f" {tuple(now.shape)}"
+                        )
                         raise ValueError(
-                            f"init put another tensor in the place of {type(m).__name__}.{name}:"
-                            f" {found}"
+                            "init put another tensor in the place of"
+                            f" {type(m).__name__}.{name}: {found}"
                         )
                     self.seen[id(t)] = t, now.detach().to(self.device, t.dtype), -1
         for t, whole, _ in self.seen.values():
@@ -213,7 +239,12 @@ class _Whole(TorchFunctionMode):
                 self.unset.discard(id(t))
                 for c in chunks(t):
                     c.tensor.copy_(
-                        whole[tuple(slice(o, o + n) for o, n in zip(c.offsets, c.tensor.shape))]
+                        whole[
+                            tuple(
+                                slice(o, o + n)
+                                for o, n in zip(c.offsets, c.tensor.shape)
+                            )
+                        ]
                     )
         self.seen.clear()
 
@@ -241,7 +272,11 @@ def _own_init(model, whole):
         if init_weights is not None:
             init_weights(module)
         mine = [t for _, t in own(module) if id(t) in whole.ours]
-        if mine and not any(map(whole.written, mine)) and hasattr(module, "reset_parameters"):
+        if (
+            mine
+            and not any(map(whole.written, mine))
+            and hasattr(module, "reset_parameters")
+        ):
             module.reset_parameters()
 
     find(model, None)

@@ -1,5 +1,5 @@
-"""A checkpoint that is being read: held open, so that all that is read of it is of one save,
-whatever a save that runs beside puts in its place meanwhile."""
+"""A checkpoint that is being read: held open, so that all that is read of it is of one
+save, whatever a save that runs beside puts in its place meanwhile."""
 
 import contextlib
 import functools
@@ -49,8 +49,8 @@ class Opened:
 
     def _expected(self, found):
         return (
-            f"{self.path}: expected a checkpoint with a {MANIFEST}, as save_checkpoint makes, found"
-            f" {found}"
+            f"{self.path}: expected a checkpoint with a {MANIFEST}, as save_checkpoint"
+            f" makes, found {found}"
         )
 
     def _open(self, name):
@@ -66,12 +66,13 @@ class Opened:
             return self._open(name)
         except FileNotFoundError as e:
             raise FileNotFoundError(
-                f"{self.path / name}: expected a file of the checkpoint, found none: it was"
-                " damaged, or replaced by a save while it was read"
+                f"{self.path / name}: expected a file of the checkpoint, found none: it"
+                " was damaged, or replaced by a save while it was read"
             ) from e
 
     def keep(self, names):
-        """Hold files open that will be read, so that they are there even if a save removes them."""
+        """Hold files open that will be read, so that they are there even if a save
+        removes them."""
         for name in [n for n in names if n not in self.kept][: KEPT - len(self.kept)]:
             self.kept[name] = self.open(name)
 
@@ -84,16 +85,24 @@ class Opened:
 
     def verify(self):
         """Every file is as it was written. The ranks share the work."""
-        rank, n = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        rank, n = (
+            (dist.get_rank(), dist.get_world_size())
+            if dist.is_initialized()
+            else (0, 1)
+        )
         for name in sorted(self.files)[rank::n]:
             with self.open(name) as file:
                 self._same(name, checksum(file))
 
     def _same(self, name, found):
         if found != self.files[name]:
-            expected = "expected {} bytes with checksum {:08x}".format(*self.files[name])
+            expected = "expected {} bytes with checksum {:08x}".format(
+                *self.files[name]
+            )
             found = "found {} with {:08x}".format(*found)
-            raise ValueError(f"{self.path / name}: {expected}, {found}: the file is damaged")
+            raise ValueError(
+                f"{self.path / name}: {expected}, {found}: the file is damaged"
+            )
 
     def close(self):
         for file in self.kept.values():
@@ -103,8 +112,8 @@ class Opened:
 
 @contextlib.contextmanager
 def opened(path):
-    """Around what reads the checkpoint at a path, on every rank: the same save's on all of them, as
-    an `Opened`."""
+    """Around what reads the checkpoint at a path, on every rank: the same save's on all
+    of them, as an `Opened`."""
     for _ in range(TRIES):
         with together():
             found = _open(path)
@@ -116,13 +125,14 @@ def opened(path):
         finally:
             found.close()
     raise RuntimeError(
-        f"{path}: expected one checkpoint on all ranks, found that they read different ones: it is"
-        " being saved again and again, or ranks see different file systems"
+        f"{path}: expected one checkpoint on all ranks, found that they read different"
+        " ones: it is being saved again and again, or ranks see different file systems"
     )
 
 
 def _open(path):
-    """The complete checkpoint at a path. A save may rename it between a look and the next."""
+    """The complete checkpoint at a path. A save may rename it between a look and the
+    next."""
     for left in reversed(range(TRIES)):
         try:
             return Opened(complete(path))

@@ -1,6 +1,8 @@
-"""A split model as it looked whole, for code that changes it by the shapes of its parameters."""
+"""A split model as it looked whole, for code that changes it by the shapes of its
+parameters."""
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -12,13 +14,14 @@ from .given import check_model
 
 
 @contextlib.contextmanager
-def whole_shapes(model):
-    """Within it, plain parameters of the whole shapes (with no memory and no values: all NaN) stand
-    for the DTensors of a split model.
+def whole_shapes(model: nn.Module) -> Iterator[nn.Module]:
+    """Within it, plain parameters of the whole shapes (with no memory and no values:
+    all NaN) stand for the DTensors of a split model.
 
-    For libraries that add modules to it: peft makes adapters for the local shape where it finds a
-    DTensor in a Linear. Afterwards the DTensors are back, wherever their stand-ins have been moved,
-    with the stand-ins' requires_grad; apply_tensor_parallel then splits what was added.
+    For libraries that add modules to it: peft makes adapters for the local shape where
+    it finds a DTensor in a Linear. Afterwards the DTensors are back, wherever their
+    stand-ins have been moved, with the stand-ins' requires_grad; apply_tensor_parallel
+    then splits what was added.
 
         with whole_shapes(model):
             model = peft.get_peft_model(model, config)

@@ -1,4 +1,5 @@
-"""Attention as torch.nn.functional computes it, in calls of which each can be sharded."""
+"""Attention as torch.nn.functional computes it, in calls of which each can be
+sharded."""
 
 import torch
 import torch.nn.functional as F
@@ -20,31 +21,38 @@ def attention(
     enable_gqa=False,
     safe=True,
 ):
-    """F.scaled_dot_product_attention, and its weights, with a dropout that is a call of its own:
-    each rank takes its part of the whole mask.
+    """F.scaled_dot_product_attention, and its weights, with a dropout that is a call of
+    its own: each rank takes its part of the whole mask.
 
-    query: (..., heads, L, d); key, value: (..., heads, S, d); attn_mask broadcasts to (..., heads,
-    L, S). `safe`: zeros where all is masked, not NaN.
+    query: (..., heads, L, d); key, value: (..., heads, S, d); attn_mask broadcasts to
+    (..., heads, L, S). `safe`: zeros where all is masked, not NaN.
     """
     if enable_gqa:
         group = query.shape[-3] // key.shape[-3]
         wide = [-1] * (query.dim() - 2)
         key, value = (
-            x.unsqueeze(-3).expand(*wide, group, -1, -1).flatten(-4, -3) for x in (key, value)
+            x.unsqueeze(-3).expand(*wide, group, -1, -1).flatten(-4, -3)
+            for x in (key, value)
         )
-    scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-2, -1)
+    scores = (
+        query * (query.shape[-1] ** -0.5 if scale is None else scale)
+    ) @ key.transpose(-2, -1)
     if is_causal and attn_mask is not None:
         raise RuntimeError(
             "scaled_dot_product_attention: expected attn_mask or is_causal, found both"
         )
     if is_causal:
-        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
+        attn_mask = torch.ones(
+            scores.shape[-2:], dtype=torch.bool, device=query.device
+        ).tril()
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         scores = scores.masked_fill(~attn_mask, -INF)
     elif attn_mask is not None:
         scores = scores + attn_mask
     exact = torch.promote_types(scores.dtype, torch.float32)
-    weights = safe_softmax(scores, -1, exact).to(value.dtype) if safe else scores.softmax(-1)
+    weights = (
+        safe_softmax(scores, -1, exact).to(value.dtype) if safe else scores.softmax(-1)
+    )
     if dropout_p:
         weights = F.dropout(weights, dropout_p)
     return weights @ value, weights
@@ -66,9 +74,10 @@ def multi_head_attention(
     out_bias,
     **options,
 ):
-    """F.multi_head_attention_forward: query (L, batch, E) or (L, E), key and value (S, ...), packed
-    weight [q | k | v] (3 E, E), masks that are True, or -inf, where nothing is attended to; returns
-    (output like query, weights or None). Torch gives the `options` by keyword, all of them.
+    """F.multi_head_attention_forward: query (L, batch, E) or (L, E), key and value (S,
+    ...), packed weight [q | k | v] (3 E, E), masks that are True, or -inf, where
+    nothing is attended to; returns (output like query, weights or None). Torch gives
+    the `options` by keyword, all of them.
     """
     one_tensor, batched = query is key is value, query.dim() == 3
     padding = options["key_padding_mask"]
@@ -100,8 +109,8 @@ def _heads(
     features: int,
     options: dict,
 ) -> list[Tensor]:
-    """q, k and v as (batch, heads, length, features); keys and values that are given static are
-    taken as they are."""
+    """q, k and v as (batch, heads, length, features); keys and values that are given
+    static are taken as they are."""
     q, k, v = states
     batch = q.shape[1]
     if bias_k is not None and bias_v is not None:
@@ -126,8 +135,8 @@ def _attend(
     mask_dtype: torch.dtype,
     options: dict,
 ) -> tuple[Tensor, Tensor | None]:
-    """The heads' outputs, and their weights if they are asked for. `source`: how many keys the masks
-    are for."""
+    """The heads' outputs, and their weights if they are asked for. `source`: how many
+    keys the masks are for."""
     need_weights, mask = options["need_weights"], options["attn_mask"]
     # Else the mask says it.
     causal = options["is_causal"] and padding is None and not need_weights
@@ -177,19 +186,24 @@ def _fit(
 
 def _expected(query, key, value, width, heads, mask, padding) -> str:
     return (
-        f"multi_head_attention_forward: expected a query (L, batch, {width}), key and value (S,"
-        f" batch, ...), {heads} heads that divide the features, attn_mask (L, S) or (batch *"
-        " heads, L, S), not None if is_causal, key_padding_mask (batch, S); found"
-        f" {[tuple(x.shape) for x in (query, key, value)]}, attn_mask"
+        f"multi_head_attention_forward: expected a query (L, batch, {width}), key and"
+        f" value (S, batch, ...), {heads} heads that divide the features, attn_mask (L,"
+        " S) or (batch * heads, L, S), not None if is_causal, key_padding_mask (batch,"
+        f" S); found {[tuple(x.shape) for x in (query, key, value)]}, attn_mask"
         f" {mask if mask is None else tuple(mask.shape)}, key_padding_mask"
         f" {padding if padding is None else tuple(padding.shape)}"
     )
 
 
 def _scores_mask(
-    mask: Tensor | None, padding: Tensor | None, dtype: torch.dtype, batch: int, appended: int
+    mask: Tensor | None,
+    padding: Tensor | None,
+    dtype: torch.dtype,
+    batch: int,
+    appended: int,
 ) -> Tensor | None:
-    """What is added to the scores. `appended`: keys beyond those that the masks are for."""
+    """What is added to the scores. `appended`: keys beyond those that the masks are
+    for."""
     mask, padding = _as_addend(mask, dtype), _as_addend(padding, dtype)
     if mask is not None and mask.dim() == 3:
         mask = mask.unflatten(0, (batch, -1))

@@ -1,5 +1,5 @@
-"""What a model's code keeps by functools.lru_cache: no fake tensor must stay there, and no copy
-share it."""
+"""What a model's code keeps by functools.lru_cache: no fake tensor must stay there, and
+no copy share it."""
 
 import contextlib
 import functools
@@ -13,8 +13,8 @@ _Cache = type(functools.lru_cache(lambda: None))
 
 
 def unshare(model, copied):
-    """Methods with a cache that a deep copy's modules share with the original's: made its own,
-    without a cache."""
+    """Methods with a cache that a deep copy's modules share with the original's: made
+    its own, without a cache."""
     for module, twin in zip(modules(model), modules(copied)):
         for name, cached in vars(module).items():
             if isinstance(cached, _Cache) and inspect.ismethod(cached.__wrapped__):
@@ -23,7 +23,8 @@ def unshare(model, copied):
 
 @contextlib.contextmanager
 def forgotten(model):
-    """What runs inside adds nothing to the caches in the code of the model's classes and their
+    """What runs inside adds nothing to the caches in the code of the model's classes
+    and their
     files: those that it adds to are cleared."""
     before = {cache: cache.cache_info().misses for cache in _caches(model)}
     try:
@@ -35,15 +36,19 @@ def forgotten(model):
 
 
 def _caches(model):
-    """The caches in the code of a model's classes and of their files: functions with one, methods,
-    and what functions close over."""
+    """The caches in the code of a model's classes and of their files: functions with
+    one, methods, and what functions close over."""
     classes = {
         base
         for kind in {type(m) for m in modules(model)}
         for base in kind.__mro__
         if not base.__module__.startswith("torch.") and base is not object
     }
-    files = {id(f): f for f in (sys.modules.get(c.__module__) for c in classes) if f is not None}
+    files = {
+        id(f): f
+        for f in (sys.modules.get(c.__module__) for c in classes)
+        if f is not None
+    }
     for owner in (*classes, *files.values()):
         for x in list(vars(owner).values()):
             yield from _caches_of(x)
@@ -55,5 +60,7 @@ def _caches_of(x):
     if isinstance(x, _Cache):
         yield x
     elif inspect.isfunction(x):
-        cells = (cell.cell_contents for cell in x.__closure__ or () if cell != CellType())
+        cells = (
+            cell.cell_contents for cell in x.__closure__ or () if cell != CellType()
+        )
         yield from (c for c in cells if isinstance(c, _Cache))

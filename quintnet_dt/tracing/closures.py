@@ -1,9 +1,9 @@
-"""Functions that a model keeps, and that reach its modules by other ways than `self`: of a copy of
-the model they must reach the copy's.
+"""Functions that a model keeps, and that reach its modules by other ways than `self`:
+of a copy of the model they must reach the copy's.
 
-`copy.deepcopy` takes a function as it is, with the live modules in its closure (minGPT keeps a
-lambda over its MLP's layers), in its defaults (`lambda x, m=m: ...`) or among its globals (a
-script's own `model`).
+`copy.deepcopy` takes a function as it is, with the live modules in its closure (minGPT
+keeps a lambda over its MLP's layers), in its defaults (`lambda x, m=m: ...`) or among
+its globals (a script's own `model`).
 """
 
 import copy
@@ -17,8 +17,8 @@ from ..utils import leaves, opaque
 
 
 def rebind(model, copied, memo):
-    """Give the copy of a model functions of its own wherever its modules, or what they keep, have
-    one that reaches the model. `memo`: of the deepcopy that made it."""
+    """Give the copy of a model functions of its own wherever its modules, or what they
+    keep, have one that reaches the model. `memo`: of the deepcopy that made it."""
     copies = _Copies(model, memo)
     for module in modules(copied):
         copies.within(vars(module))
@@ -32,11 +32,14 @@ class _Copies:
         self.seen = set()  # ids of the containers that were looked through
 
     def within(self, container):
-        """Replace functions in a dict or list, in what it holds, and in the objects there."""
+        """Replace functions in a dict or list, in what it holds, and in the objects
+        there."""
         if id(container) in self.seen:
             return
         self.seen.add(id(container))
-        items = container.items() if isinstance(container, dict) else enumerate(container)
+        items = (
+            container.items() if isinstance(container, dict) else enumerate(container)
+        )
         for key, x in list(items):
             if isinstance(x, (dict, list)):
                 self.within(x)
@@ -47,8 +50,9 @@ class _Copies:
                 self.within(vars(x))
 
     def reaches(self, x, seen):
-        """Whether a value is a module of the model, or holds one, or is a function that does.
-        `seen`: ids of the functions that were asked, which may hold each other."""
+        """Whether a value is a module of the model, or holds one, or is a function that
+        does. `seen`: ids of the functions that were asked, which may hold each
+        other."""
         if isinstance(x, nn.Module):
             return id(x) in self.modules
         if isinstance(x, MethodType):
@@ -82,7 +86,11 @@ class _Copies:
         return copy.deepcopy(x, self.memo)
 
     def function(self, f):
-        read = {name: f.__globals__[name] for name in _names(f.__code__) if name in f.__globals__}
+        read = {
+            name: f.__globals__[name]
+            for name in _names(f.__code__)
+            if name in f.__globals__
+        }
         read = {name: x for name, x in read.items() if self.reaches(x, set())}
         scope = {**f.__globals__} if read else f.__globals__
         new = FunctionType(
@@ -113,8 +121,8 @@ class _Copies:
 
 
 def _read(f):
-    """What a function reads beside its arguments: its cells, defaults, and globals that are
-    modules."""
+    """What a function reads beside its arguments: its cells, defaults, and globals that
+    are modules."""
     cells = [cell.cell_contents for cell in f.__closure__ or () if cell != CellType()]
     defaults = [*(f.__defaults__ or ()), *(f.__kwdefaults__ or {}).values()]
     found = (f.__globals__.get(name) for name in _names(f.__code__))
@@ -122,8 +130,8 @@ def _read(f):
 
 
 def _names(code):
-    """The names of globals (and attributes) in a function's code and in that of functions within
-    it."""
+    """The names of globals (and attributes) in a function's code and in that of
+    functions within it."""
     yield from code.co_names
     for inner in code.co_consts:
         if isinstance(inner, CodeType):
@@ -131,4 +139,7 @@ def _names(code):
 
 
 def _torch(x):
-    return type(x).__module__.partition(".")[0] in ("torch", __package__.partition(".")[0])
+    return type(x).__module__.partition(".")[0] in (
+        "torch",
+        __package__.partition(".")[0],
+    )

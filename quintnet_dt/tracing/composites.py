@@ -1,8 +1,9 @@
 """What torch.nn computes in one piece, said again in pieces that can be sharded.
 
-A torch-function mode sees `F.multi_head_attention_forward` as one call, in which no head can be
-split. Our modes run what is here instead, with themselves on, so that the calls within are the
-model's: in the trace, in the proof, and at run time where a module is watched.
+A torch-function mode sees `F.multi_head_attention_forward` as one call, in which no
+head can be split. Our modes run what is here instead, with themselves on, so that the
+calls within are the model's: in the trace, in the proof, and at run time where a module
+is watched.
 """
 
 import warnings
@@ -18,7 +19,8 @@ from .attention import attention, multi_head_attention
 
 
 def restated(func, args, kwargs):
-    """What to run in place of a function that is many calls in one; None for any other."""
+    """What to run in place of a function that is many calls in one; None for any
+    other."""
     if func is F.scaled_dot_product_attention and not (
         kwargs.get("dropout_p") or len(args) > 4 and args[4]
     ):
@@ -28,13 +30,16 @@ def restated(func, args, kwargs):
 
 RESTATED = {
     F.multi_head_attention_forward: multi_head_attention,
-    F.scaled_dot_product_attention: lambda *args, **kwargs: attention(*args, **kwargs)[0],
+    F.scaled_dot_product_attention: lambda *args, **kwargs: attention(*args, **kwargs)[
+        0
+    ],
 }
 
 
 def plain(module):
-    """Turn off what an nn.TransformerEncoder does beside calls that can be sharded: without
-    gradients it packs what is not padding in nested tensors. Returns whether it was on."""
+    """Turn off what an nn.TransformerEncoder does beside calls that can be sharded:
+    without gradients it packs what is not padding in nested tensors. Returns whether it
+    was on."""
     packs = isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor
     if packs:
         module.use_nested_tensor = False
@@ -50,8 +55,8 @@ def adapt(model):
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
             module.sparse = False
             warnings.warn(
-                f"{path or 'the model'}: sparse=True is now False: gradients of a DTensor cannot be"
-                " sparse"
+                f"{path or 'the model'}: sparse=True is now False: gradients of a"
+                " DTensor cannot be sparse"
             )
 
 
@@ -68,6 +73,8 @@ def _zero_padding(encoder, layer, args, kwargs, output):
         return None
     with quiet():
         shown = mask == 0
-        if encoder.mask_check and (shown[:, 1:] > shown[:, :-1]).any():  # not padded on the right
+        if (
+            encoder.mask_check and (shown[:, 1:] > shown[:, :-1]).any()
+        ):  # not padded on the right
             return None
         return output.masked_fill(~shown.unsqueeze(-1), 0.0)

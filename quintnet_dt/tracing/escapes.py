@@ -1,5 +1,5 @@
-"""Tensors that a forward leaves where others look: in a list of the user's, an object, a variable
-of a file.
+"""Tensors that a forward leaves where others look: in a list of the user's, an object,
+a variable of a file.
 
 What is traced is let go of, and what is alive then is kept by someone.
 """
@@ -12,11 +12,11 @@ import torch
 
 
 def let_go(tensors):
-    """Empty a list of the tensors that a forward made, of which nothing else of this library's
-    holds one any more.
+    """Empty a list of the tensors that a forward made, of which nothing else of this
+    library's holds one any more.
 
-    Returns the indices of those that something still holds. Lists, sets and dicts of the user's are
-    rid of them: they are no tensors that a call of the user's made.
+    Returns the indices of those that something still holds. Lists, sets and dicts of
+    the user's are rid of them: they are no tensors that a call of the user's made.
     """
     left = [weakref.ref(t) for t in tensors]
     tensors.clear()
@@ -24,7 +24,11 @@ def let_go(tensors):
         return []
     gc.collect()  # cycles of Python objects
     alive = {id(ref()): ref() for ref in left if ref() is not None}
-    holders = [h for h in gc.get_referrers(*alive.values()) if h is not alive] if alive else []
+    holders = (
+        [h for h in gc.get_referrers(*alive.values()) if h is not alive]
+        if alive
+        else []
+    )
     kept = {id(x) for h in holders for x in gc.get_referents(h) if id(x) in alive}
     for holder in holders:
         _rid(holder, alive)

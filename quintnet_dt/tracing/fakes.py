@@ -9,9 +9,10 @@ from ..utils import held, leaves, opaque, replace, shard_kept, tensors
 
 
 def fake_inputs(fake_mode, args, kwargs, known=None):
-    """The inputs with a fake tensor for each tensor, and copies of objects that hold tensors (a
-    cache, which the forward may fill). With `known`, which is told the real tensor behind each fake
-    one, a shard that an object keeps gets its whole shape; else it stays one.
+    """The inputs with a fake tensor for each tensor, and copies of objects that hold
+    tensors (a cache, which the forward may fill). With `known`, which is told the real
+    tensor behind each fake one, a shard that an object keeps gets its whole shape; else
+    it stays one.
     """
     memo = {}
     for _, holder, place, t in held((args, kwargs)) if known is not None else ():
@@ -21,7 +22,9 @@ def fake_inputs(fake_mode, args, kwargs, known=None):
             with fake_mode:
                 memo[id(t)] = torch.empty(shape, dtype=t.dtype, device=t.device)
 
-    given = {id(t): t for _, t in tensors((args, kwargs))}  # one that is given twice stays one
+    given = {
+        id(t): t for _, t in tensors((args, kwargs))
+    }  # one that is given twice stays one
     fakes = {
         i: fake_mode.from_tensor(t.detach()).requires_grad_(t.requires_grad)
         for i, t in given.items()
@@ -36,11 +39,16 @@ def fake_inputs(fake_mode, args, kwargs, known=None):
 def real_inputs(args, kwargs):
     """Copies of the inputs: a forward that runs on them cannot change the user's."""
     given = {id(t): t for _, t in tensors((args, kwargs))}
-    copies = {i: t.detach().clone().requires_grad_(t.requires_grad) for i, t in given.items()}
+    copies = {
+        i: t.detach().clone().requires_grad_(t.requires_grad) for i, t in given.items()
+    }
     return _instead((tuple(args), dict(kwargs)), copies)
 
 
 def _instead(obj, copies, memo=None):
-    """A nested argument with the copies of its tensors, by id, and with copies of objects."""
+    """A nested argument with the copies of its tensors, by id, and with copies of
+    objects."""
     changes = {p: copies[id(t)] for p, t in tensors(obj)}
-    return replace(obj, changes | {p: copy.deepcopy(x, memo) for p, x in leaves(obj) if opaque(x)})
+    return replace(
+        obj, changes | {p: copy.deepcopy(x, memo) for p, x in leaves(obj) if opaque(x)}
+    )

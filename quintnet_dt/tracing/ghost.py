@@ -1,4 +1,5 @@
-"""A copy of a model that owns no memory, to plan on while the model itself stays untouched."""
+"""A copy of a model that owns no memory, to plan on while the model itself stays
+untouched."""
 
 import copy
 from collections import Counter
@@ -17,16 +18,16 @@ from .user_hooks import is_ours, strip
 
 
 class StrayParameter(ValueError):
-    """Something other than its module holds a parameter, and would keep the old one when the model
-    is split."""
+    """Something other than its module holds a parameter, and would keep the old one
+    when the model is split."""
 
     def __init__(self, names):
         super().__init__(
-            f"{', '.join(names)}: expected every parameter to be read as an attribute of its"
-            " module, found one that something else holds (a list, a partial, a lambda, an"
-            " optimizer kept in the model; a global, or an object elsewhere, that holds its"
-            " module), which would keep the old one: read it as self.name, and make optimizers"
-            " afterwards"
+            f"{', '.join(names)}: expected every parameter to be read as an attribute"
+            " of its module, found one that something else holds (a list, a partial, a"
+            " lambda, an optimizer kept in the model; a global, or an object"
+            " elsewhere, that holds its module), which would keep the old one: read it"
+            " as self.name, and make optimizers afterwards"
         )
 
 
@@ -36,9 +37,9 @@ class SplitWithin(RuntimeError):
     def __init__(self, module, path):
         name = f"{type(module).__name__}{path and f' ({path})'}"
         super().__init__(
-            f"{name}: expected a forward that calls no model which was split by itself, found one:"
-            " make it a submodule and split the whole, or call it outside and pass on what it"
-            " gives"
+            f"{name}: expected a forward that calls no model which was split by itself,"
+            " found one: make it a submodule and split the whole, or call it outside"
+            " and pass on what it gives"
         )
 
 
@@ -55,12 +56,12 @@ class _Memo(dict):
 
 
 def ghost(model, fake_mode=None, local_shape=None, device=None):
-    """A deep copy of `model` that owns no memory: parameters and buffers are fake tensors of
-    `fake_mode`.
+    """A deep copy of `model` that owns no memory: parameters and buffers are fake
+    tensors of `fake_mode`.
 
-    `local_shape(name, param)` gives the shape of a parameter; its whole shape by default. Without
-    `fake_mode` the copy shares the parameters (which a forward does not write to) and copies the
-    buffers, for a forward that must see values.
+    `local_shape(name, param)` gives the shape of a parameter; its whole shape by
+    default. Without `fake_mode` the copy shares the parameters (which a forward does
+    not write to) and copies the buffers, for a forward that must see values.
     """
     memo = _Memo()
     with copyable(model, memo) as dtypes:
@@ -71,8 +72,8 @@ def ghost(model, fake_mode=None, local_shape=None, device=None):
 
 
 class _Ghost:
-    """The making of one copy. `memo`: what a deep copy is to find in the place of what it meets;
-    `dtypes`: of parameters, by id, where the copy's are others."""
+    """The making of one copy. `memo`: what a deep copy is to find in the place of what
+    it meets; `dtypes`: of parameters, by id, where the copy's are others."""
 
     def __init__(self, model, memo, dtypes, fake_mode, local_shape, device):
         self.model, self.memo, self.dtypes = model, memo, dtypes
@@ -106,27 +107,33 @@ class _Ghost:
         if not isinstance(real, DTensor):
             return p.detach()
         if real.device_mesh.ndim > 1:
-            # The ranks of a dp group may be called in different ways, and would wait for each
-            # other.
+            # The ranks of a dp group may be called in different ways, and would wait
+            # for each other.
             raise RuntimeError(
-                "this call takes a path that was not traced before, through a forward that"
-                " reads values; under FSDP it cannot be traced: call the model in this way once"
-                " (same arguments, same mode) before fully_shard"
+                "this call takes a path that was not traced before, through a forward"
+                " that reads values; under FSDP it cannot be traced: call the model in"
+                " this way once (same arguments, same mode) before fully_shard"
             )
         return real.full_tensor().to(self.dtypes.get(id(p), p.dtype))
 
     def copy_what_modules_keep(self):
-        """Buffers, and other tensors that modules keep; what is not to be copied at all."""
+        """Buffers, and other tensors that modules keep; what is not to be copied at
+        all."""
         for module in modules(self.model):
             for _, t in tensors(list(vars(module).values())):
                 if id(t) not in self.memo:
                     fake = self.fake_mode is not None
                     self.memo[id(t)] = self.fake(t) if fake else t.detach().clone()
-            for hook in [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]:
+            for hook in [
+                *module._forward_pre_hooks.values(),
+                *module._forward_hooks.values(),
+            ]:
                 if is_ours(hook):  # to be stripped: not copied, with all that they hold
                     owner = getattr(hook, "__self__", hook)
                     self.memo[id(owner)] = owner
-        for script in scripts(self.model):  # its forward changes nothing of it but buffers
+        for script in scripts(
+            self.model
+        ):  # its forward changes nothing of it but buffers
             self.memo[id(script)] = script
 
     def copied(self):
@@ -136,8 +143,8 @@ class _Ghost:
             rebind(model, copied, self.memo)
         except Exception as e:
             raise RuntimeError(
-                f"{type(model).__name__} cannot be deep-copied, which planning needs so that the"
-                f" model itself stays untouched: {e}"
+                f"{type(model).__name__} cannot be deep-copied, which planning needs so"
+                f" that the model itself stays untouched: {e}"
             ) from e
         if stray := self.stray():
             raise StrayParameter(stray)
@@ -152,7 +159,9 @@ class _Ghost:
             mine = list(map(id, module._parameters.values()))
             own.update(mine)
             if type(module).__setattr__ is not nn.Module.__setattr__:
-                free.difference_update(mine)  # it keeps a list of its own, as nn.LSTM does
+                free.difference_update(
+                    mine
+                )  # it keeps a list of its own, as nn.LSTM does
         met = self.memo.met
         return [
             name

@@ -10,18 +10,24 @@ import torch
 
 
 class Value:
-    """A tensor at one moment: an in-place operator makes a new Value of the same tensor.
+    """A tensor at one moment: an in-place operator makes a new Value of the same
+    tensor.
 
-    `param` is its name if it is a parameter, `producer` the index of the call that made it. Its
-    `tensor` is let go of when the forward is over.
+    `param` is its name if it is a parameter, `producer` the index of the call that made
+    it. Its `tensor` is let go of when the forward is over.
     """
 
     def __init__(self, id, tensor, producer=None, param=None):
         self.id, self.tensor = id, tensor
         self.producer, self.param = producer, param
-        self.shape, self.dtype, self.device = tuple(tensor.shape), tensor.dtype, tensor.device
+        self.shape, self.dtype, self.device = (
+            tuple(tensor.shape),
+            tensor.dtype,
+            tensor.device,
+        )
         self.strides = tensor.stride() if tensor.layout == torch.strided else None
-        # Whether it could ever need a gradient: made from a parameter or an input that could.
+        # Whether it could ever need a gradient: made from a parameter or an input that
+        # could.
         self.trainable = self.differentiable = tensor.requires_grad
         self.memory = self  # the value whose memory it shares, if it is a view
 
@@ -36,7 +42,8 @@ class Value:
 
 @dataclass
 class Node:
-    """One ATen operator. `args` and `kwargs` hold Values where the operator had tensors."""
+    """One ATen operator. `args` and `kwargs` hold Values where the operator had
+    tensors."""
 
     op: Any
     args: tuple
@@ -60,11 +67,12 @@ class Call:
     nodes: list = field(default_factory=list)
     source: str = "?"
     opaque: str = ""  # why it must get whole tensors, with whole gradients
-    # As `utils.callers` counts them; more than its module's: it is run again when that is not
-    # running.
+    # As `utils.callers` counts them; more than its module's: it is run again when that
+    # is not running.
     checkpoints: int = 0
     hidden: bool = (
-        # its operators were called by no torch function that a mode sees: by TorchScript, by a vmap
+        # its operators were called by no torch function that a mode sees: by
+        # TorchScript, by a vmap
         False
     )
 
@@ -73,7 +81,8 @@ class Call:
 
 
 def next_seen(calls, at):
-    """The index of the first call, from `at` on, that a mode sees when the forward runs again."""
+    """The index of the first call, from `at` on, that a mode sees when the forward runs
+    again."""
     while at < len(calls) and calls[at].hidden:
         at += 1
     return at
@@ -81,8 +90,8 @@ def next_seen(calls, at):
 
 @dataclass
 class ModuleCall:
-    """One run of one module's forward. `steady`: the forward is one of torch's own that makes the
-    same calls each time. `watched`: by hooks of the user's."""
+    """One run of one module's forward. `steady`: the forward is one of torch's own that
+    makes the same calls each time. `watched`: by hooks of the user's."""
 
     path: str
     parent: "ModuleCall | None"
@@ -109,19 +118,22 @@ class ModuleCall:
 
 @dataclass
 class Graph:
-    """The record of one forward: values, calls in order, module calls (the root first)."""
+    """The record of one forward: values, calls in order, module calls (the root
+    first)."""
 
     values: list
     calls: list
     modules: list
     params: dict  # parameter name -> Value
-    # What it read of values: (call index, a scalar or the shape of a tensor, whether it follows
-    # from the inputs alone).
+    # What it read of values: (call index, a scalar or the shape of a tensor, whether it
+    # follows from the inputs alone).
     readings: list = field(default_factory=list)
-    stored: list = field(default_factory=list)  # Values that modules keep when the forward is over
-    # Those that objects among the inputs and outputs keep: (path of the object in (args, kwargs,
-    # output), place there, Value); and which of them were shards when they were given: {value id:
-    # Action}.
+    stored: list = field(
+        default_factory=list
+    )  # Values that modules keep when the forward is over
+    # Those that objects among the inputs and outputs keep: (path of the object in
+    # (args, kwargs, output), place there, Value); and which of them were shards when
+    # they were given: {value id: Action}.
     held: list = field(default_factory=list)
     given: dict = field(default_factory=dict)
     random: bool = False  # whether it draws random numbers
@@ -144,18 +156,25 @@ class Graph:
 
     def numbered(self, call, module):
         """Whether a call can be told from others by its number in a module's run."""
-        return id(module) not in self.unsteady and call.checkpoints == module.checkpoints
+        return (
+            id(module) not in self.unsteady and call.checkpoints == module.checkpoints
+        )
 
     @cached_property
     def seen(self):
-        """Values by id that hooks of the user's see, or code with a backward of its own: they are
-        whole."""
-        runs = [m for m in self.modules if m.watched] + [c for c in self.calls if c.opaque]
-        return {v.id: v for x in runs for v in (*x.inputs.values(), *x.outputs.values())}
+        """Values by id that hooks of the user's see, or code with a backward of its
+        own: they are whole."""
+        runs = [m for m in self.modules if m.watched] + [
+            c for c in self.calls if c.opaque
+        ]
+        return {
+            v.id: v for x in runs for v in (*x.inputs.values(), *x.outputs.values())
+        }
 
     @cached_property
     def last_write(self):
-        """Memory (as its first Value's id) -> index of the last call that wrote to it."""
+        """Memory (as its first Value's id) -> index of the last call that wrote to
+        it."""
         return {
             v.memory.id: c.index
             for c in self.calls
@@ -166,14 +185,16 @@ class Graph:
 
     @cached_property
     def made_in_place(self):
-        """Ids of the values that a call made by writing to a tensor that it was given, which the
-        model may go on with whatever the call returns."""
-        return {v.id for c in self.calls for n in c.nodes if n.mutated for v in n.outputs}
+        """Ids of the values that a call made by writing to a tensor that it was given,
+        which the model may go on with whatever the call returns."""
+        return {
+            v.id for c in self.calls for n in c.nodes if n.mutated for v in n.outputs
+        }
 
     @cached_property
     def made_of(self):
-        """Value id -> the parameters that it is made of, if of them (and constants) alone: a weight
-        that is standardised."""
+        """Value id -> the parameters that it is made of, if of them (and constants)
+        alone: a weight that is standardised."""
         given = {v.id for v in self.modules[0].inputs.values()}
         made = {v.id: {name} for name, v in self.params.items()}
         for call in self.calls:
@@ -203,7 +224,7 @@ class Graph:
 
     @cached_property
     def unsteady(self):
-        """Ids of the module runs that read values which do not follow from the inputs alone: their
-        calls may differ from run to run."""
+        """Ids of the module runs that read values which do not follow from the inputs
+        alone: their calls may differ from run to run."""
         at = [i for i, _, known in self.readings if not known and i < len(self.calls)]
         return {id(m) for i in at for m in self.calls[i].module.chain()}

@@ -1,5 +1,5 @@
-"""Operators that are given functions (torch.cond, flex_attention), recorded like any other: one
-without a rule, which needs all its inputs whole."""
+"""Operators that are given functions (torch.cond, flex_attention), recorded like any
+other: one without a rule, which needs all its inputs whole."""
 
 from dataclasses import dataclass, field
 from functools import cache
@@ -24,13 +24,16 @@ class HigherOrder:
     tags: frozenset = field(default=frozenset())
 
     def branches(self, args):
-        """[(function, its arguments)] of torch.cond, whose functions are what it computes."""
-        return [(f, args[3]) for f in args[1:3]] if self.operator.name() == "cond" else []
+        """[(function, its arguments)] of torch.cond, whose functions are what it
+        computes."""
+        return (
+            [(f, args[3]) for f in args[1:3]] if self.operator.name() == "cond" else []
+        )
 
     def shards(self, args):
-        """Whether it may be given shards: flex_attention, whose heads are computed each by itself
-        where no function of the scores is given that could read a head's number, and the mask is
-        one for all."""
+        """Whether it may be given shards: flex_attention, whose heads are computed each
+        by itself where no function of the scores is given that could read a head's
+        number, and the mask is one for all."""
         if (
             self.operator.name() != "flex_attention"
             or getattr(args[3], "__name__", "") != "_identity"

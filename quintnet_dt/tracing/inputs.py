@@ -1,5 +1,5 @@
-"""Example inputs made up for a model that was given none, from its first layer and its forward's
-signature."""
+"""Example inputs made up for a model that was given none, from its first layer and its
+forward's signature."""
 
 import inspect
 
@@ -13,22 +13,22 @@ CONVS = nn.Conv1d, nn.Conv2d, nn.Conv3d
 
 
 def check(example_inputs):
-    """`(args, kwargs)` of a user's example inputs: a tuple is positional, a dict keyword; else
-    TypeError."""
+    """`(args, kwargs)` of a user's example inputs: a tuple is positional, a dict
+    keyword; else TypeError."""
     if isinstance(example_inputs, dict):
         return (), example_inputs
     if isinstance(example_inputs, (tuple, list)):
         return tuple(example_inputs), {}
     raise TypeError(
-        "example_inputs: expected a tuple (positional arguments of the model's forward) or a dict"
-        f" (keyword arguments), found {type(example_inputs).__name__}; for a single tensor x pass"
-        " (x,)"
+        "example_inputs: expected a tuple (positional arguments of the model's"
+        " forward) or a dict (keyword arguments), found"
+        f" {type(example_inputs).__name__}; for a single tensor x pass (x,)"
     )
 
 
 def made_up(model, device):
-    """Yield `(args, kwargs)` that may fit the model's forward, likeliest first: small ids or noise,
-    on `device`."""
+    """Yield `(args, kwargs)` that may fit the model's forward, likeliest first: small
+    ids or noise, on `device`."""
     model = _named(model)
     signature = _Signature(model)
     if signature.first is None:
@@ -41,7 +41,8 @@ def made_up(model, device):
 
 
 def _inputs_of(layer, model, generator):
-    """Tensors that a layer may be given, as the first of its model: ids, images, features."""
+    """Tensors that a layer may be given, as the first of its model: ids, images,
+    features."""
     p = next(layer.parameters())
     if isinstance(layer, nn.Embedding):
         least, most = min(3, layer.num_embeddings - 1), min(layer.num_embeddings, 100)
@@ -63,7 +64,11 @@ class _Signature:
     def __init__(self, model):
         self.takes = inspect.signature(model.forward).parameters
         names = [p.name for p in _named_parameters(model)]
-        required = [name for name in names if self.takes[name].default is inspect.Parameter.empty]
+        required = [
+            name
+            for name in names
+            if self.takes[name].default is inspect.Parameter.empty
+        ]
         first = getattr(model, "main_input_name", None)  # Hugging Face's name for it
         if first not in self.takes:
             first = next(iter(required or names), None)
@@ -90,8 +95,8 @@ def _named_parameters(model):
 
 
 def _named(model):
-    """The model, or, where its forward names no argument and it holds one module alone, which it
-    hands them on to, that one."""
+    """The model, or, where its forward names no argument and it holds one module alone,
+    which it hands them on to, that one."""
     while not _named_parameters(model) and len(children := list(model.children())) == 1:
         if not inspect.signature(model.forward).parameters or model._parameters:
             break
@@ -105,12 +110,14 @@ def _image_sizes(model, layer):
     size = timm.get("input_size") if size is None and isinstance(timm, dict) else size
     size = size[-1] if isinstance(size, (tuple, list)) and size else size
     known = [size] if isinstance(size, int) else []
-    return dict.fromkeys(known + ([64, 224, 32] if isinstance(layer, nn.Conv2d) else [64, 16]))
+    return dict.fromkeys(
+        known + ([64, 224, 32] if isinstance(layer, nn.Conv2d) else [64, 16])
+    )
 
 
 def _first_layers(model, image):
-    """The first embedding, convolution and other layer with a weight, in that model's order
-    (`image`: conv first)."""
+    """The first embedding, convolution and other layer with a weight, in that model's
+    order (`image`: conv first)."""
     found = {}
     for module in modules(model):
         has_weight = module._parameters.get("weight") is not None
@@ -123,4 +130,6 @@ def _first_layers(model, image):
             kind = "conv"
         if kind != "linear" or next(parameters(module), torch.empty(0)).dim() >= 2:
             found.setdefault(kind, module)
-    return [found[kind] for kind in sorted(found, key=lambda kind: image and kind != "conv")]
+    return [
+        found[kind] for kind in sorted(found, key=lambda kind: image and kind != "conv")
+    ]

@@ -1,5 +1,5 @@
-"""What a forward reads of values, and the operators that make them known: on fake tensors, and on
-the real ones behind them where those follow from the inputs."""
+"""What a forward reads of values, and the operators that make them known: on fake
+tensors, and on the real ones behind them where those follow from the inputs."""
 
 import torch
 
@@ -17,7 +17,9 @@ class Reading:
         self._call = None  # the one that runs
         self.fake = False  # whether the forward runs on fake tensors
         self.known = Known()
-        self.asked = None  # the last call that read values which do not follow from the inputs
+        self.asked = (
+            None  # the last call that read values which do not follow from the inputs
+        )
 
     def read(self, func, x, *args):
         """A call that reads values with no operator: `x.tolist()`."""
@@ -37,15 +39,18 @@ class Reading:
             x, w, *rest = (
                 args  # its shape function knows bfloat16 alone, and what that aligns to 16 bytes
             )
-            aligned = all(s == 1 or s * x.dtype.itemsize % 16 == 0 for s in x.stride() + w.stride())
+            aligned = all(
+                s == 1 or s * x.dtype.itemsize % 16 == 0
+                for s in x.stride() + w.stride()
+            )
             if aligned and (x.dim(), w.dim()) == (2, 3):
                 return x.new_empty(x.shape[0], w.shape[-1])
             return func(x.bfloat16(), w.bfloat16(), *rest, **kwargs).to(x.dtype)
         return func(*args, **kwargs)
 
     def know(self, func, args, kwargs, given, written):
-        """Run one operator on the tensors `given`; on the real ones behind fake ones too, where
-        those are known."""
+        """Run one operator on the tensors `given`; on the real ones behind fake ones
+        too, where those are known."""
         reads = reads_values(func, args)
         real = self.known.run(func, args, kwargs, given, written) if self.fake else None
         if reads and real is None:

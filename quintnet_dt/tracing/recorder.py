@@ -1,5 +1,5 @@
-"""What happens in one forward, written down: modules that start and end, calls, operators, what is
-read of values."""
+"""What happens in one forward, written down: modules that start and end, calls,
+operators, what is read of values."""
 
 from functools import partial
 
@@ -17,36 +17,13 @@ from ..utils import (
 )
 from .attributes import attributes, changed
 from .graph import Call, ModuleCall, Node, Value
+from .hidden import HIDDEN, OPAQUE, UNSEEN, hides_gradients, sets_data
 from .higher import HigherOrder
 from .known import Known
 from .module_settings import STEADY, settings_of
 from .operators import aliased, draws, written_by
 from .reading import Reading
 from .user_hooks import passed, put_last, user_hooks, user_hooks_of_all
-
-UNSEEN = {"tolist", "numpy"}  # these read values with no operator
-
-
-# Why a call must get whole tensors.
-OPAQUE = (
-    "it reads tensors or gradients in ways that operators do not show (an autograd.Function, a"
-    " hook, torch.vmap)"
-)
-
-
-HIDDEN = (
-    "its operators are not called by Python code that can be intercepted (TorchScript, torch.vmap)"
-)
-
-
-def sets_data(func):
-    """Whether a call is `x.data = y`."""
-    return getattr(func, "__name__", "") == "__set__"
-
-
-def hides_gradients(name, func):
-    """Whether a call changes what its operators show of gradients."""
-    return sets_data(func) or name in ("register_hook", "retain_grad")
 
 
 class Recorder(Reading):
@@ -63,7 +40,8 @@ class Recorder(Reading):
         return False
 
     def attach(self, model):
-        """Hooks that tell when each module starts and ends; parameters get their names."""
+        """Hooks that tell when each module starts and ends; parameters get their
+        names."""
         self.before = attributes(model)
         for path, module in named_modules(model):
             for name, p in module.named_parameters(path, recurse=False):
@@ -76,7 +54,9 @@ class Recorder(Reading):
             seen = user_hooks(module).keys() - vars(module).get("_tp_later", [])
             watched = bool(seen or user_hooks_of_all())
             module.register_forward_pre_hook(
-                partial(self.enter, path, steady, watched), with_kwargs=True, prepend=True
+                partial(self.enter, path, steady, watched),
+                with_kwargs=True,
+                prepend=True,
             )
             module.register_forward_hook(self.leave, with_kwargs=True, always_call=True)
             put_last(module)
@@ -88,14 +68,19 @@ class Recorder(Reading):
                 self.graph.given[self.value(t).id] = action
 
     def keep(self, model, objects):
-        """Note the values that the forward left in buffers, in attributes, and in objects among its
-        inputs and outputs."""
-        inside = [x for m in modules(model) for x in [*m._buffers.values(), *vars(m).values()]]
+        """Note the values that the forward left in buffers, in attributes, and in
+        objects among its inputs and outputs."""
+        inside = [
+            x for m in modules(model) for x in [*m._buffers.values(), *vars(m).values()]
+        ]
         values = [self._values.get(id(t)) for _, t in tensors(inside)]
-        self.graph.stored = [v for v in values if v is not None and v.producer is not None]
+        self.graph.stored = [
+            v for v in values if v is not None and v.producer is not None
+        ]
         self.graph.changes = changed(self.before, attributes(model))
         self.graph.held = [
-            (path, place, self._values.get(id(t))) for path, _, place, t in held(objects)
+            (path, place, self._values.get(id(t)))
+            for path, _, place, t in held(objects)
         ]
 
     def end(self):
@@ -123,9 +108,9 @@ class Recorder(Reading):
                 or f"an operator such as torch.cond in {self._stack[-1].path or 'the root'}"
             )
             raise RuntimeError(
-                f"{path}: expected a forward that calls its modules itself, found one called within"
-                f" {operator}, which compiles what it is given: choose between modules by a"
-                " Python if"
+                f"{path}: expected a forward that calls its modules itself, found one"
+                f" called within {operator}, which compiles what it is given: choose"
+                " between modules by a Python if"
             )
         parent = self._stack[-1] if self._stack else None
         given, checkpoints = self.values((args, kwargs)), callers()[1]
@@ -173,36 +158,53 @@ class Recorder(Reading):
         if sets_data(call.func):
             written = [call.inputs[0, 0]]
             if written[0].param:  # the parameter is another value from here on
-                self.value(args[0], call.index, new=True).trainable = written[0].trainable
+                self.value(args[0], call.index, new=True).trainable = written[
+                    0
+                ].trainable
         else:
-            written = [v for node in call.nodes for v in node.inputs if v.id in node.mutated]
+            written = [
+                v for node in call.nodes for v in node.inputs if v.id in node.mutated
+            ]
         self.graph.rewritten |= {v.memory.param or v.param for v in written} - {None}
         if self.graph.rewritten and not self.fake:
             raise RuntimeError(
                 f"{call}: expected a forward that reads values to leave"
-                f" {sorted(self.graph.rewritten)} as they are: it is traced on the parameters"
-                " themselves"
+                f" {sorted(self.graph.rewritten)} as they are: it is traced on the"
+                " parameters themselves"
             )
 
     def note_hidden_inputs(self, call):
-        """What a call's operators read that it was not given: through torch.vmap, autograd.grad."""
+        """What a call's operators read that it was not given: through torch.vmap,
+        autograd.grad."""
         known = {v.id for v in call.inputs.values()}
         known |= {v.id for node in call.nodes for v in node.outputs}
         reads = [v for node in call.nodes for v in node.inputs if v.id not in known]
-        hidden = {("hidden", v.id): v for v in reads if v.param or v.producer is not None}
+        hidden = {
+            ("hidden", v.id): v for v in reads if v.param or v.producer is not None
+        }
         if hidden:
             call.inputs |= hidden
             call.opaque = OPAQUE
 
     def hidden_call(self, func):
-        """The Call for an operator that none has called which a mode sees: one for all that follow
-        each other."""
-        calls, run, higher = self.graph.calls, self._stack[-1], isinstance(func, HigherOrder)
+        """The Call for an operator that none has called which a mode sees: one for all
+        that follow each other."""
+        calls, run, higher = (
+            self.graph.calls,
+            self._stack[-1],
+            isinstance(func, HigherOrder),
+        )
         last = calls[-1] if calls and calls[-1].hidden else None
         if last is None or last.module is not run or higher or last.func is not None:
             name = func.operator.name() if higher else "hidden operators"
             made = Call(
-                len(calls), func if higher else None, name, run, ((), {}), {}, source=source_line()
+                len(calls),
+                func if higher else None,
+                name,
+                run,
+                ((), {}),
+                {},
+                source=source_line(),
             )
             made.opaque, made.hidden = HIDDEN, True
             calls.append(made)
@@ -226,10 +228,18 @@ class Recorder(Reading):
             self._call = None
             for node in call.nodes[-1:]:
                 call.inputs.update(
-                    {("hidden", v.id): v for v in node.inputs if v.producer != call.index}
+                    {
+                        ("hidden", v.id): v
+                        for v in node.inputs
+                        if v.producer != call.index
+                    }
                 )
                 call.outputs.update(
-                    {("hidden", v.id): v for v in node.outputs if v.producer == call.index}
+                    {
+                        ("hidden", v.id): v
+                        for v in node.outputs
+                        if v.producer == call.index
+                    }
                 )
 
     def record_node(self, func, args, kwargs):
@@ -249,11 +259,14 @@ class Recorder(Reading):
                 v.memory = memory
         if self._call is not None:
             ins = list(inputs.values())
-            self._call.nodes.append(Node(func, node_args, node_kwargs, ins, made, mutated))
+            self._call.nodes.append(
+                Node(func, node_args, node_kwargs, ins, made, mutated)
+            )
         return out
 
     def results(self, out, given, written):
-        """The Values of what an operator returned, and of what it wrote to: made anew."""
+        """The Values of what an operator returned, and of what it wrote to: made
+        anew."""
         producer = self._call.index if self._call is not None else None
         for t in written:
             memory = self.value(t).memory
@@ -263,5 +276,7 @@ class Recorder(Reading):
             self.value(t, producer, new=id(t) not in known and id(t) in self._values)
             for _, t in tensors(out)
         ]
-        made += [self.value(t) for t in written if not any(self.value(t) is v for v in made)]
+        made += [
+            self.value(t) for t in written if not any(self.value(t) is v for v in made)
+        ]
         return made

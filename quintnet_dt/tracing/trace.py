@@ -1,11 +1,12 @@
-"""A model's forward, recorded: one run on a ghost of the model gives the Graph that all else is
-inferred from.
+"""A model's forward, recorded: one run on a ghost of the model gives the Graph that all
+else is inferred from.
 
-The ghost is a deep copy whose parameters and buffers are fake tensors, so nothing is allocated or
-computed and the user's model, its buffers and its random state stay untouched. Two levels are
-recorded at once: *calls*, the torch functions that Python code called (`F.linear`, `x.view`), which
-are what can be intercepted later; and *nodes*, the ATen operators inside them, few and regular,
-which are what the axis rules read.
+The ghost is a deep copy whose parameters and buffers are fake tensors, so nothing is
+allocated or computed and the user's model, its buffers and its random state stay
+untouched. Two levels are recorded at once: *calls*, the torch functions that Python
+code called (`F.linear`, `x.view`), which are what can be intercepted later; and
+*nodes*, the ATen operators inside them, few and regular, which are what the axis rules
+read.
 """
 
 import contextlib
@@ -38,27 +39,27 @@ from .recorder import Recorder
 
 
 class UnknownValues(RuntimeError):
-    """A forward reads values that depend on parameters, which a model on the meta device does not
-    have."""
+    """A forward reads values that depend on parameters, which a model on the meta
+    device does not have."""
 
     def __init__(self, call):
         super().__init__(
-            "expected a forward that reads no values of its parameters, since the model is on "
-            f"the meta device and has none; found that it does: {call}"
+            "expected a forward that reads no values of its parameters, since the"
+            f" model is on the meta device and has none; found that it does: {call}"
         )
 
 
 def trace(model, args=(), kwargs=None, *, device=None, any_rank=bool):
     """Run the model's forward once on a ghost and record it.
 
-    Args: model, whole (its parameters have their whole shapes); `args`, `kwargs`: example inputs;
-    `device`: where a model on the meta device is imagined to be; `any_rank`: of a model that is
-    split, tells whether what is so here is so on any rank, since real parameters are gathered by
-    all ranks or none. Returns: Graph.
+    Args: model, whole (its parameters have their whole shapes); `args`, `kwargs`:
+    example inputs; `device`: where a model on the meta device is imagined to be;
+    `any_rank`: of a model that is split, tells whether what is so here is so on any
+    rank, since real parameters are gathered by all ranks or none. Returns: Graph.
 
-    What a forward reads of values that follow from its inputs alone (is there padding?) is known.
-    One that reads values which depend on parameters (which expert is hit?), or asks what a fake
-    tensor cannot answer, is run again on the parameters themselves.
+    What a forward reads of values that follow from its inputs alone (is there padding?)
+    is known. One that reads values which depend on parameters (which expert is hit?),
+    or asks what a fake tensor cannot answer, is run again on the parameters themselves.
     """
     kwargs = kwargs or {}
     graph, *alive = _on_fakes(
@@ -76,20 +77,25 @@ def trace(model, args=(), kwargs=None, *, device=None, any_rank=bool):
 
 
 def _on_fakes(model, args, kwargs, device):
-    """The Graph of a forward on fake tensors, and the copies that it ran on; None where it must run
-    on real ones."""
+    """The Graph of a forward on fake tensors, and the copies that it ran on; None where
+    it must run on real ones."""
     fake_mode, recorder = FakeTensorMode(allow_non_fake_inputs=True), Recorder()
     compiles = "torch._dynamo" in sys.modules
     try:
         copied = ghost(model, fake_mode, device=device)
         fakes = fake_inputs(fake_mode, args, kwargs, recorder.known)
-        return record(copied, *fakes, modes=[fake_mode], recorder=recorder), copied, fakes
+        return (
+            record(copied, *fakes, modes=[fake_mode], recorder=recorder),
+            copied,
+            fakes,
+        )
     except (StrayParameter, SplitWithin):
         raise
     except Exception as e:
         on_meta = any(p.device.type == "meta" for p in parameters(model))
         shards = any(
-            shard_kept(holder, place) is not None for _, holder, place, _ in held((args, kwargs))
+            shard_kept(holder, place) is not None
+            for _, holder, place, _ in held((args, kwargs))
         )
         again = (
             not compiles and "torch._dynamo" in sys.modules
@@ -102,22 +108,23 @@ def _on_fakes(model, args, kwargs, device):
 
 
 def _check_hooks(model, graph):
-    """Refuse hooks on the gradients of parameters in a forward that takes such gradients itself:
-    they would run on the DTensor's gradient alone."""
+    """Refuse hooks on the gradients of parameters in a forward that takes such
+    gradients itself: they would run on the DTensor's gradient alone."""
     hooked = {name for name, p in named_parameters(model) if has_hooks(p)}
     for call in graph.calls if hooked else ():
         if call.name == "grad" and (
             taken := sorted({v.param for v in call.inputs.values()} & hooked)
         ):
             raise RuntimeError(
-                f"{', '.join(taken[:5])}: expected no hook (register_hook) on a parameter whose"
-                f" gradient a forward takes itself, found one, and {call}: apply in the forward"
-                " what the hook does"
+                f"{', '.join(taken[:5])}: expected no hook (register_hook) on a"
+                " parameter whose gradient a forward takes itself, found one, and"
+                f" {call}: apply in the forward what the hook does"
             )
 
 
 def let_go_of_graph(graph):
-    """A Graph keeps no tensors; the values that something else keeps are noted as stored."""
+    """A Graph keeps no tensors; the values that something else keeps are noted as
+    stored."""
     given = {id(v.tensor) for v in graph.values if v.producer is None} | {
         id(v.tensor) for _, _, v in graph.held if v
     }
@@ -141,9 +148,9 @@ class _Tracing(threading.local):
 
 
 tracing = _Tracing()
-# The random state, a patch of torch's and the caches of model code are one for all threads. Nothing
-# is communicated in it, so that ranks whose threads come in another order do not wait for each
-# other.
+# The random state, a patch of torch's and the caches of model code are one for all
+# threads. Nothing is communicated in it, so that ranks whose threads come in another
+# order do not wait for each other.
 _one_at_a_time = threading.RLock()
 
 
@@ -160,7 +167,9 @@ def record(model, args, kwargs, modes=(), recorder=None):
         torch.manual_seed(0)  # the same path on every rank
         if saves_by_hooks():  # a checkpoint around us must not see ours
             stack.enter_context(saved_tensors_hooks(lambda t: t, lambda t: t))
-        if "torch._dynamo" in sys.modules:  # what a forward compiles is recorded as it was written
+        if (
+            "torch._dynamo" in sys.modules
+        ):  # what a forward compiles is recorded as it was written
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         modes = (
             tools_aside(),
@@ -186,7 +195,9 @@ class _Calls(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         r, kwargs = self.recorder, kwargs or {}
-        name = call_name(func) if r._stack and r._call is None and not r.paused else None
+        name = (
+            call_name(func) if r._stack and r._call is None and not r.paused else None
+        )
         if name is None:
             return func(*args, **kwargs)
         if (inner := restated(func, args, kwargs)) is not None:

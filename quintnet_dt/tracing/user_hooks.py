@@ -14,7 +14,8 @@ def is_ours(hook):
 
 
 def user_hooks(module):
-    """A module's hooks that are neither torch's nor this library's, by the ids of their handles."""
+    """A module's hooks that are neither torch's nor this library's, by the ids of their
+    handles."""
     found = [item for hooks in hooks_of(module) for item in hooks.items()]
     return {k: h for k, h in found if _is_users(h)}
 
@@ -38,7 +39,8 @@ def hooks_of(module):
 
 
 def strip(model):
-    """Take this library's hooks, and FSDP2's, off a copy of a model that they were applied to."""
+    """Take this library's hooks, and FSDP2's, off a copy of a model that they were
+    applied to."""
     for module in modules(model):
         plain(module)
         module._tp_later = (
@@ -49,9 +51,15 @@ def strip(model):
             ours = [i for i, key in enumerate(keys) if is_ours(hooks[key])]
             later = keys[ours[-1] + 1 :] if ours else []
             module._tp_later += later
-            outside = keys[: ours[-1]] if hooks is module._forward_pre_hooks and ours else later
+            outside = (
+                keys[: ours[-1]]
+                if hooks is module._forward_pre_hooks and ours
+                else later
+            )
             # Of the copy itself the user's go too: they are for its caller.
-            for key in {keys[i] for i in ours} | set(outside if module is model else ()):
+            for key in {keys[i] for i in ours} | set(
+                outside if module is model else ()
+            ):
                 del hooks[key]
     return model
 
@@ -65,8 +73,8 @@ def passed(module):
 
 
 def put_last(module):
-    """A forward hook was registered on a copy, in the place of this library's: what the user added
-    later runs after it."""
+    """A forward hook was registered on a copy, in the place of this library's: what the
+    user added later runs after it."""
     for key in vars(module).get("_tp_later", ()):
         if key in module._forward_hooks:
             module._forward_hooks.move_to_end(key)

@@ -21,9 +21,10 @@ GOOD, WRONG, RAISED, HUNG = "GOOD", "WRONG", "RAISED", "HUNG"
 class Verdict:
     """What came of a program: one of the words above, and what is to be said of it.
 
-    digests: of the gradients of replicated parameters, after each call; they are to be the same on
-    all ranks.
-    placed: whether an error's message names a module, a parameter or a line of the program.
+    digests: of the gradients of replicated parameters, after each call; they are to be
+    the same on all ranks.
+    placed: whether an error's message names a module, a parameter or a line of the
+    program.
     """
 
     word: str
@@ -55,14 +56,21 @@ def judge(program, mesh):
                     for n, e in split.model.tensor_parallel_plan.entries.items()
                     if e.how != "replicated"
                 }
-                return Verdict(WRONG, f"call {i}: {'; '.join(faults[:6])}; {how}", digests)
+                return Verdict(
+                    WRONG, f"call {i}: {'; '.join(faults[:6])}; {how}", digests
+                )
             digests.append(_digest(split.model))
     except Exception as error:
         text = "\n".join(
-            [f"{stage}: {type(error).__name__}: {error}", *getattr(error, "__notes__", [])]
+            [
+                f"{stage}: {type(error).__name__}: {error}",
+                *getattr(error, "__notes__", []),
+            ]
         )
         inside = "".join(traceback.format_exception(error)[-3:])
-        return Verdict(RAISED, f"{text}\n{inside}", digests, _names_a_place(program, text))
+        return Verdict(
+            RAISED, f"{text}\n{inside}", digests, _names_a_place(program, text)
+        )
     return Verdict(GOOD, digests=digests)
 
 
@@ -74,7 +82,9 @@ def differences(expected, found):
         missing = [*(expected.keys() - found.keys()), *(found.keys() - expected.keys())]
         yield f"only one has {sorted(missing)[:3]}"
         return
-    largest = max((_size(x) for what, x in expected.items() if "gradient" in what), default=0.0)
+    largest = max(
+        (_size(x) for what, x in expected.items() if "gradient" in what), default=0.0
+    )
     for what, a in expected.items():
         b = found[what]
         if isinstance(b, DTensor):
@@ -82,7 +92,9 @@ def differences(expected, found):
         elif torch.is_tensor(a) and torch.is_tensor(b) and a.shape != b.shape:
             yield f"{what} has shape {tuple(b.shape)} and not {tuple(a.shape)}"
         elif torch.is_tensor(a) or torch.is_tensor(b):
-            a, b = (torch.zeros_like(y) if x is None else x for x, y in ((a, b), (b, a)))
+            a, b = (
+                torch.zeros_like(y) if x is None else x for x, y in ((a, b), (b, a))
+            )
             scale = max(_size(a), 1e-4 * largest if "gradient" in what else 1e-3)
             error = _size(a.double() - b.double()) / max(
                 scale, 1e-9
@@ -106,14 +118,17 @@ def stable(program):
             p.mul_(
                 1
                 + 1e-13
-                * torch.randn(p.shape, generator=torch.Generator().manual_seed(1), dtype=p.dtype)
+                * torch.randn(
+                    p.shape, generator=torch.Generator().manual_seed(1), dtype=p.dtype
+                )
             )
     for runner in one, other:
         runner.make_optimizer()
     for call in program.calls:
         a, b = one.call(call), other.call(call)
         a, b = (
-            {k: x for k, x in seen.items() if not k.startswith("parameter ")} for seen in (a, b)
+            {k: x for k, x in seen.items() if not k.startswith("parameter ")}
+            for seen in (a, b)
         )
         if any("off by" in d or "shape" in d for d in differences(a, b)):
             return False
@@ -130,11 +145,13 @@ def _digest(model):
 
 
 def _names_a_place(program, text):
-    """Whether an error says where: a line of the program, a module's path or class, or a
-    parameter."""
+    """Whether an error says where: a line of the program, a module's path or class, or
+    a parameter."""
     if program.file in text:
         return True
     model = build(program)
-    names = [n for n, _ in model.named_modules() if n] + [n for n, _ in model.named_parameters()]
+    names = [n for n, _ in model.named_modules() if n] + [
+        n for n, _ in model.named_parameters()
+    ]
     names += [type(m).__name__ for m in model.modules()] + ["the model"]
     return any(re.search(rf"(?<![\w.]){re.escape(name)}(?!\w)", text) for name in names)

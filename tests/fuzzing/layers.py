@@ -1,6 +1,6 @@
-"""Statements of the fuzzer's programs: layers, attention, dropout, modules within modules. Each
-kind is a function of a Scope that writes lines of __init__ and of the forward, numbers in the code;
-what does not run is taken back."""
+"""Statements of the fuzzer's programs: layers, attention, dropout, modules within
+modules. Each kind is a function of a Scope that writes lines of __init__ and of the
+forward, numbers in the code; what does not run is taken back."""
 
 from .scope import Unsuited, fill, kind
 
@@ -20,8 +20,8 @@ def project(g, h, n):
 
 
 def pieces(g, y, p, k):
-    """Source of a list of the p pieces of k features of `y`, in one of the ways that people write
-    it."""
+    """Source of a list of the p pieces of k features of `y`, in one of the ways that
+    people write it."""
     return g.one_of(
         f"[{y}[..., i * {k}:(i + 1) * {k}] for i in range({p})]",
         f"[{y}[..., {k} * i:{k} * i + {k}] for i in range({p})]",
@@ -33,14 +33,21 @@ def pieces(g, y, p, k):
         f"[{y}[..., i::{p}] for i in range({p})]",
         f"{y}.unflatten(-1, ({p}, {k})).unbind(-2)",
         f"[{y}.view(*{y}.shape[:-1], {p}, {k})[..., i, :] for i in range({p})]",
-        f"[{y}.index_select(-1, torch.arange(i * {k}, i * {k} + {k})) for i in range({p})]",
+        f"[{y}.index_select(-1, torch.arange(i * {k}, i * {k} + {k})) for i in"
+        f" range({p})]",
         f"[{', '.join(f'{y}[..., {i * k or str()}:{(i + 1) * k if i < p - 1 else str()}]' for i in range(p))}]",
     )
 
 
 def act(g):
     return g.one_of(
-        "F.gelu", "F.relu", "F.silu", "torch.tanh", "torch.sigmoid", "F.softplus", "torch.sin"
+        "F.gelu",
+        "F.relu",
+        "F.silu",
+        "torch.tanh",
+        "torch.sigmoid",
+        "F.softplus",
+        "torch.sin",
     )
 
 
@@ -81,11 +88,18 @@ def mlp(g):
 def norm(g):
     h = g.pick()
     layer = g.one_of(
-        "nn.LayerNorm({d})", "nn.RMSNorm({d})", "rms", "center", "unit", "group", "batch"
+        "nn.LayerNorm({d})",
+        "nn.RMSNorm({d})",
+        "rms",
+        "center",
+        "unit",
+        "group",
+        "batch",
     )
     if layer == "rms":
         g.let(
-            f"{h} * torch.rsqrt({h}.pow(2).mean(-1, keepdim=True) + 1e-2) * {g.param(h.d, scale=1)}"
+            f"{h} * torch.rsqrt({h}.pow(2).mean(-1, keepdim=True) + 1e-2) *"
+            f" {g.param(h.d, scale=1)}"
         )
     elif layer == "center":
         g.let(f"({h} - {h}.mean(-1, keepdim=True)) / ({h}.std(-1, keepdim=True) + 0.5)")
@@ -95,7 +109,12 @@ def norm(g):
         h = g.seq()
         n = next(n for n in (3, 2, 5, 1) if h.d % n == 0)
         made = g.own(
-            f"nn.GroupNorm({n}, {h.d})" if layer == "group" else f"nn.BatchNorm1d({h.d})", "norm"
+            (
+                f"nn.GroupNorm({n}, {h.d})"
+                if layer == "group"
+                else f"nn.BatchNorm1d({h.d})"
+            ),
+            "norm",
         )
         g.let(f"{made}({h}.transpose(1, 2)).transpose(1, 2)")
     else:
@@ -107,17 +126,25 @@ def shared(g):
     """A layer that was called before, again."""
     layer, d = g.rng.choice(g.layers) if g.layers else (None, 0)
     h = g.pick(lambda h: h.d == d, recent=9)
-    g.let(g.one_of(f"{layer}({h})", f"{layer}({h}.tanh())", f"{layer}({h}) - {layer}(-{h})"))
+    g.let(
+        g.one_of(
+            f"{layer}({h})", f"{layer}({h}.tanh())", f"{layer}({h}) - {layer}(-{h})"
+        )
+    )
 
 
 @kind(1)
 def module_list(g):
     h = g.pick()
     layers = g.own(
-        f"nn.ModuleList([nn.Linear({h.d}, {h.d}) for _ in range({g.one_of(2, 3)})])", "layers"
+        f"nn.ModuleList([nn.Linear({h.d}, {h.d}) for _ in range({g.one_of(2, 3)})])",
+        "layers",
     )
     name = g.new("h")
-    g.run(f"{name} = {h}\nfor layer in {layers}:\n    {name} = {name} + {act(g)}(layer({name}))")
+    g.run(
+        f"{name} = {h}\nfor layer in {layers}:\n    {name} = {name} +"
+        f" {act(g)}(layer({name}))"
+    )
     g.keep(name)
 
 
@@ -149,7 +176,9 @@ def block(g):
     if out.shape == h.shape and g.coin(0.3):
         g.let(f"s.{attr}({out})")
     for inner in child.layers[:1]:
-        g.layers.append((f"s.{attr}.{inner[0][2:]}", inner[1]))  # which the outer one calls too
+        g.layers.append(
+            (f"s.{attr}.{inner[0][2:]}", inner[1])
+        )  # which the outer one calls too
 
 
 @kind(0.7)
@@ -205,11 +234,14 @@ def fused_attention(g):
         f"q, k, v = {y}.split({d}, -1)",
         f"q, k, v = {y}.chunk(3, -1)",
         (
-            f"q, k, v = ({y}[..., i * {y}.shape[-1] // 3:(i + 1) * {y}.shape[-1] // 3] for i in"
-            " range(3))"
+            f"q, k, v = ({y}[..., i * {y}.shape[-1] // 3:(i + 1) * {y}.shape[-1] // 3]"
+            " for i in range(3))"
         ),
         f"q, k, v = (t.flatten(2) for t in {y}.view(B, T, 3, {n}, {k}).unbind(2))",
-        f"q, k, v = (t.flatten(2) for t in {y}.view(B, T, {n}, {3 * k}).split({k}, -1))",
+        (
+            f"q, k, v = (t.flatten(2) for t in {y}.view(B, T, {n}, {3 * k}).split({k},"
+            " -1))"
+        ),
     ]
     g.run(lines[way])
     attend(g, h, *(g.keep(name) for name in "qkv"), n, k)
@@ -221,8 +253,13 @@ def weight_sliced_attention(g):
     d = n * k
     layer = g.linear(h.d, 3 * d, bias=True)
     g.run(f"w, b = {layer}.weight, {layer}.bias")
-    bounds = g.one_of([f":{d}", f"{d}:{2 * d}", f"{2 * d}:"], [f":{d}", f"{d}:-{d}", f"-{d}:"])
-    q, key, v = (g.let(f"F.linear({h}, w[{at}], b[{at}])", stem) for stem, at in zip("qkv", bounds))
+    bounds = g.one_of(
+        [f":{d}", f"{d}:{2 * d}", f"{2 * d}:"], [f":{d}", f"{d}:-{d}", f"-{d}:"]
+    )
+    q, key, v = (
+        g.let(f"F.linear({h}, w[{at}], b[{at}])", stem)
+        for stem, at in zip("qkv", bounds)
+    )
     attend(g, h, q, key, v, n, k)
 
 
@@ -236,27 +273,32 @@ def grouped_attention(g):
     line = g.one_of(
         f"q, k, v = {y}.split([{n * k}, {m * k}, {m * k}], -1)",
         f"q, k, v = {y}[..., :{a}], {y}[..., {a}:{b}], {y}[..., {b}:]",
-        f"q, k, v = {y}.narrow(-1, 0, {a}), {y}.narrow(-1, {a}, {m * k}), {y}.narrow(-1, {b},"
-        f" {m * k})",
+        f"q, k, v = {y}.narrow(-1, 0, {a}), {y}.narrow(-1, {a}, {m * k}),"
+        f" {y}.narrow(-1, {b}, {m * k})",
     )
     g.run(line)
     g.run(f"q, k, v = (t.view(B, T, -1, {k}).transpose(1, 2) for t in (q, k, v))")
     g.run(f"k, v = (t.repeat_interleave({n // m}, 1) for t in (k, v))")
     g.run(
-        "a = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B,"
-        " T, -1)"
+        "a = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1,"
+        " 2).reshape(B, T, -1)"
     )
     g.let(g.one_of("a", f"{g.linear(n * k, h.d)}(a)"))
 
 
 def attend(g, h, q, key, v, n, k):
     d = n * k
-    way = g.one_of("view", "view", "minus", "loop", "chunks", "einsum", "scores", "biased")
+    way = g.one_of(
+        "view", "view", "minus", "loop", "chunks", "einsum", "scores", "biased"
+    )
     if way == "loop":
-        head = f"({q}[..., at] @ {key}[..., at].mT / {k} ** 0.5).softmax(-1) @ {v}[..., at]"
+        head = (
+            f"({q}[..., at] @ {key}[..., at].mT / {k} ** 0.5).softmax(-1) @"
+            f" {v}[..., at]"
+        )
         g.run(
-            f"out = []\nfor i in range({n}):\n    at = slice(i * {k}, i * {k} + {k})\n   "
-            f" out.append({head})"
+            f"out = []\nfor i in range({n}):\n    at = slice(i * {k}, i * {k} + {k})\n "
+            f"   out.append({head})"
         )
         a = "torch.cat(out, -1)"
     elif way == "chunks":
@@ -264,7 +306,10 @@ def attend(g, h, q, key, v, n, k):
         a = f"torch.cat([(a @ b.mT).softmax(-1) @ c for a, b, c in {heads}], -1)"
     else:
         shape = f"B, T, {n}, -1" if way == "minus" else f"B, T, {n}, {k}"
-        g.run(f"{q}, {key}, {v} = (t.reshape({shape}).transpose(1, 2) for t in ({q}, {key}, {v}))")
+        g.run(
+            f"{q}, {key}, {v} = (t.reshape({shape}).transpose(1, 2) for t in ({q},"
+            f" {key}, {v}))"
+        )
         a = f"F.scaled_dot_product_attention({q}, {key}, {v}, is_causal={g.coin()})"
         if way == "einsum":
             a = (
@@ -273,7 +318,10 @@ def attend(g, h, q, key, v, n, k):
             )
         if way == "scores":
             mask = "torch.ones(T, T).tril() == 0"
-            a = f"({q} @ {key}.mT * {k} ** -0.5).masked_fill({mask}, -1e4).softmax(-1) @ {v}"
+            a = (
+                f"({q} @ {key}.mT * {k} ** -0.5).masked_fill({mask}, -1e4).softmax(-1)"
+                f" @ {v}"
+            )
         if way == "biased":
             a = f"({q} @ {key}.mT + {g.param(n, 1, 1)}).softmax(-1) @ {v}"
         a = (
@@ -323,7 +371,10 @@ def dropout_of_a_transposed(g):
     way = g.one_of("sum", "conv", "heads", "einsum")
     if way == "sum":
         y = g.let(inner)
-        g.let(f"{drop}({g.linear(n, g.size())}({y}.relu().transpose(0, 1)).transpose(0, 1))")
+        g.let(
+            f"{drop}({g.linear(n, g.size())}({y}.relu().transpose(0,"
+            " 1)).transpose(0, 1))"
+        )
     elif way == "conv":
         g.let(
             f"{drop}({g.own(f'nn.Conv1d({h.d}, {n}, 1)', 'conv')}({h}.transpose(1,"
@@ -332,10 +383,14 @@ def dropout_of_a_transposed(g):
     elif way == "heads":
         k = g.one_of(2, 3, 4)
         y = g.let(project(g, h, 4 * k))
-        g.let(f"{drop}({y}.view(B, T, 4, {k}).transpose(1, 2)).transpose(1, 2).flatten(2)")
+        g.let(
+            f"{drop}({y}.view(B, T, 4, {k}).transpose(1, 2)).transpose(1, 2).flatten(2)"
+        )
     else:
         p, q = g.param(6, h.d, 2), g.param(6, 6)
         q1 = g.let(f"torch.einsum('btd,hde->bhte', {h}, {p})", "q")
-        a = g.let(f"torch.einsum('bhqk,gh->bgqk', ({q1} @ {q1}.mT).softmax(-1), {q})", "a")
+        a = g.let(
+            f"torch.einsum('bhqk,gh->bgqk', ({q1} @ {q1}.mT).softmax(-1), {q})", "a"
+        )
         g.vars = [v for v in g.vars if v not in (q1, a)]
         g.let(f"{drop}({a}).mean(-1).transpose(1, 2)")

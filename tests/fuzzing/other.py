@@ -1,5 +1,5 @@
-"""Statements of the fuzzer's programs: buffers, vocabularies, losses, branches, what is kept,
-gradients within."""
+"""Statements of the fuzzer's programs: buffers, vocabularies, losses, branches, what is
+kept, gradients within."""
 
 from .layers import act, project
 from .scope import Unsuited, kind
@@ -27,7 +27,8 @@ def buffered(g):
         return
     b = g.buffer(f"torch.zeros({h.d})")
     new = g.one_of(
-        f"{h}.detach().flatten(0, -2).mean(0)", f"{h}.detach().abs().flatten(0, -2).amax(0)"
+        f"{h}.detach().flatten(0, -2).mean(0)",
+        f"{h}.detach().abs().flatten(0, -2).amax(0)",
     )
     update = g.one_of(
         f"{b}.mul_(0.9).add_(0.1 * {new})",
@@ -70,15 +71,22 @@ def vocabulary(g):
         if h.d == 1:
             raise Unsuited
         table = g.own(f"nn.Embedding({v}, {h.d})", "emb")
-        which = g.let(f"{h} + {table}((({h}.mean(-1) * 7).long() % {v}))") if g.coin(0.3) else h
+        which = (
+            g.let(f"{h} + {table}((({h}.mean(-1) * 7).long() % {v}))")
+            if g.coin(0.3)
+            else h
+        )
         logits = g.let(
             g.one_of(
-                f"{g.linear(h.d, v, bias=g.coin(0.4))}({which})", f"{which} @ {table}.weight.t()"
+                f"{g.linear(h.d, v, bias=g.coin(0.4))}({which})",
+                f"{which} @ {table}.weight.t()",
             ),
             "logits",
         )
     if g.coin(0.65):
-        real = g.one_of(v - g.rng.randint(1, v // 2), v - 2, v - 4, v - 8, v // 4 * 3, v // 2)
+        real = g.one_of(
+            v - g.rng.randint(1, v // 2), v - 2, v - 4, v - 8, v // 4 * 3, v // 2
+        )
         value = g.one_of(-1e2, -50.0, 0.0)
         g.run(
             g.one_of(
@@ -100,7 +108,9 @@ def loss_of_targets(g):
 
 def loss(g, logits, ids):
     bound = {"target": 12, "ids": 30}.get(ids[0], 99) if ids else 1
-    index = f"{ids[0]}.flatten()" if ids else f"{logits}.detach().flatten(0, -2).argmax(-1)"
+    index = (
+        f"{ids[0]}.flatten()" if ids else f"{logits}.detach().flatten(0, -2).argmax(-1)"
+    )
     index = f"{index} % {logits.d}" if bound > logits.d else index
     options, flat = "", f"{logits}.flatten(0, -2)"
     if g.coin(0.4):
@@ -108,10 +118,13 @@ def loss(g, logits, ids):
         g.init.append(f"s.{name} = None")
         setattr(g.holder, name, None)
         g.later += [
-            f"m.{g.path}{name} = torch.linspace(0.1, 3, {logits.d}, dtype=torch.float64)"
+            f"m.{g.path}{name} = torch.linspace(0.1, 3, {logits.d},"
+            " dtype=torch.float64)"
         ] * 2
         options = f", weight=s.{name}"
-    options += g.one_of("", "", ", label_smoothing=0.1", ", reduction='sum'", ", ignore_index=0")
+    options += g.one_of(
+        "", "", ", label_smoothing=0.1", ", reduction='sum'", ", ignore_index=0"
+    )
     g.let(
         g.one_of(
             f"F.cross_entropy({flat}, {index}{options})",
@@ -154,7 +167,8 @@ def branch(g):
 
 @kind(1)
 def kept(g):
-    """A tensor that is kept: in a list on the module, in one of the file, on an object."""
+    """A tensor that is kept: in a list on the module, in one of the file, on an
+    object."""
     h = g.let(project(g, g.pick(), g.size()))
     h = g.let(f"{h}.{g.one_of('tanh()', 'softmax(-1)')}") if g.coin() else h
     value = f"{h}{'.detach()' if g.coin() else ''}"
@@ -180,7 +194,9 @@ def gradient_within(g):
     lines = ["with torch.enable_grad():", f"    z = {h}.detach().requires_grad_()"]
     fc = g.linear(h.d, 4)
     name = g.new("h")
-    lines += [f"    {name}, = torch.autograd.grad({fc}(z).tanh().sum(), z, create_graph=True)"]
+    lines += [
+        f"    {name}, = torch.autograd.grad({fc}(z).tanh().sum(), z, create_graph=True)"
+    ]
     g.run("\n".join(lines))
     g.keep(name)
     g.vars.insert(0, y)

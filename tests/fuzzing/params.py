@@ -1,4 +1,5 @@
-"""Statements of the fuzzer's programs: parameters as tensors, by whatever way they are read."""
+"""Statements of the fuzzer's programs: parameters as tensors, by whatever way they are
+read."""
 
 from .layers import act
 from .scope import Unsuited, kind
@@ -19,12 +20,14 @@ def weight_made(g):
         g.let(f"{h} @ torch.cat([{g.param(d, n)}, {g.param(d, k)}], 1)")
     elif way == 2:
         w = g.param(n, d)
-        g.let(f"F.linear({h}, {w}[:{i}]) * F.linear({h}, {w}[{i}:]).sum(-1, keepdim=True)")
+        g.let(
+            f"F.linear({h}, {w}[:{i}]) * F.linear({h}, {w}[{i}:]).sum(-1, keepdim=True)"
+        )
     elif way == 3:
         w = g.param(p * k, d)
         g.let(
-            f"{g.one_of('sum', 'torch.stack')}([F.linear({h}, {w}[i * {k}:(i + 1) * {k}]) for i in"
-            f" range({p})])",
+            f"{g.one_of('sum', 'torch.stack')}([F.linear({h}, {w}[i * {k}:(i + 1) *"
+            f" {k}]) for i in range({p})])",
             "z",
         )
         z = g.vars[-1]
@@ -34,14 +37,19 @@ def weight_made(g):
     elif way == 4:
         w = g.param(p * k, d)
         g.let(
-            f"torch.einsum('...d,pkd->...pk', {h}, {w}.view({p}, {k}, {d})).softmax(-1).flatten(-2)"
+            f"torch.einsum('...d,pkd->...pk', {h}, {w}.view({p}, {k},"
+            f" {d})).softmax(-1).flatten(-2)"
         )
     elif way == 5:
         w = g.param(n, d)
-        g.let(f"F.linear({h}, {w} / {w}.norm(dim=1, keepdim=True) * {g.param(n, 1, scale=1)})")
+        g.let(
+            f"F.linear({h}, {w} / {w}.norm(dim=1, keepdim=True) *"
+            f" {g.param(n, 1, scale=1)})"
+        )
     elif way == 6:
         g.let(
-            f"F.linear({h}, {g.param(n, d)} * {g.buffer(f'(torch.rand({n}, {d}) > 0.3).double()')})"
+            f"F.linear({h}, {g.param(n, d)} *"
+            f" {g.buffer(f'(torch.rand({n}, {d}) > 0.3).double()')})"
         )
     elif way == 7:
         g.let(f"F.linear({h}, {g.param(n, 3)} @ {g.param(3, d)} + {g.param(n, d)})")
@@ -56,7 +64,9 @@ def weight_made(g):
         g.let(f"F.linear(F.linear({h}, {w}.t()).relu(), {w})")
     elif way == 10:
         w = g.param(p, d, k)
-        g.let(f"{g.one_of('sum', 'torch.stack')}([{h} @ {w}[i] for i in range({p})])", "z")
+        g.let(
+            f"{g.one_of('sum', 'torch.stack')}([{h} @ {w}[i] for i in range({p})])", "z"
+        )
         z = g.vars[-1]
         if len(z.shape) > len(h.shape):
             g.vars.remove(z)
@@ -64,7 +74,8 @@ def weight_made(g):
     elif way == 11:
         a, b = g.linear(d, n, bias=True), g.linear(d, k, bias=True)
         g.let(
-            f"F.linear({h}, torch.cat([{a}.weight, {b}.weight]), torch.cat([{a}.bias, {b}.bias]))"
+            f"F.linear({h}, torch.cat([{a}.weight, {b}.weight]), torch.cat([{a}.bias,"
+            f" {b}.bias]))"
         )
     elif way == 12:
         layer = g.linear(d, n, bias=True)
@@ -77,10 +88,14 @@ def weight_made(g):
         g.let(f"F.linear({h}, {v} @ {w})")
     else:
         w = g.own(
-            f"nn.ParameterList([nn.Parameter(torch.randn({k}, {d}) * 0.3) for _ in range({p})])",
+            f"nn.ParameterList([nn.Parameter(torch.randn({k}, {d}) * 0.3) for _ in"
+            f" range({p})])",
             "ws",
         )
-        g.let(f"torch.cat([F.linear({h}, w).{g.one_of('tanh()', 'softmax(-1)')} for w in {w}], -1)")
+        g.let(
+            f"torch.cat([F.linear({h}, w).{g.one_of('tanh()', 'softmax(-1)')} for w in"
+            f" {w}], -1)"
+        )
 
 
 @kind(1.5)
@@ -106,10 +121,14 @@ def experts(g):
     r = g.let(f"{router}({h}).softmax(-1)", "r")
     way = g.one_of("stack", "einsum", "loop", "top")
     if way == "stack":
-        layers = g.own(f"nn.ModuleList([nn.Linear({h.d}, {n}) for _ in range({e})])", "experts")
+        layers = g.own(
+            f"nn.ModuleList([nn.Linear({h.d}, {n}) for _ in range({e})])", "experts"
+        )
         g.let(f"(torch.stack([f({h}) for f in {layers}], -2) * {r}[..., None]).sum(-2)")
     elif way == "loop":
-        layers = g.own(f"nn.ModuleList([nn.Linear({h.d}, {n}) for _ in range({e})])", "experts")
+        layers = g.own(
+            f"nn.ModuleList([nn.Linear({h.d}, {n}) for _ in range({e})])", "experts"
+        )
         g.let(f"sum({r}[..., i:i + 1] * f({h}) for i, f in enumerate({layers}))")
     elif way == "einsum":
         g.let(f"torch.einsum('...d,edn,...e->...n', {h}, {g.param(e, h.d, n)}, {r})")
@@ -156,50 +175,62 @@ def read_by_other_ways(g):
     h, n = g.pick(), g.size()
     fc = g.linear(h.d, n, bias=True)
     net = g.own(
-        f"nn.Sequential(nn.Linear({h.d}, {n}), nn.Tanh(), nn.Linear({n}, {g.size()}))", "net"
+        f"nn.Sequential(nn.Linear({h.d}, {n}), nn.Tanh(), nn.Linear({n}, {g.size()}))",
+        "net",
     )
     way = g.rng.randrange(11)
     name = g.new("h")
     if way == 0:
         g.run(f"w, b = {fc}.parameters()\n{name} = F.linear({h}, w, b)")
     elif way == 1:
-        g.run(f"p = dict({fc}.named_parameters())\n{name} = F.linear({h}, p['weight'], p['bias'])")
+        g.run(
+            f"p = dict({fc}.named_parameters())\n{name} = F.linear({h}, p['weight'],"
+            " p['bias'])"
+        )
     elif way == 2:
         g.run(f"{name} = F.linear({h}, {fc}._parameters['weight'])")
     elif way == 3:
         g.run(
-            f"d = {fc}.state_dict(keep_vars=True)\n{name} = F.linear({h}, d['weight'], d['bias'])"
+            f"d = {fc}.state_dict(keep_vars=True)\n{name} = F.linear({h}, d['weight'],"
+            " d['bias'])"
         )
     elif way == 4:
         g.run(f"{name} = F.linear({h}, {net}.get_parameter('0.weight'))")
     elif way == 5:
         g.run(
-            f"{name} = functional_call({fc}, {{k: v * 2 for k, v in {fc}.named_parameters()}},"
-            f" ({h},))"
+            f"{name} = functional_call({fc}, {{k: v * 2 for k, v in"
+            f" {fc}.named_parameters()}}, ({h},))"
         )
     elif way == 6:
         g.run(
-            f"{name} = functional_call({net}, {{k: v + 0.1 for k, v in {net}.named_parameters()}},"
-            f" ({h},))"
+            f"{name} = functional_call({net}, {{k: v + 0.1 for k, v in"
+            f" {net}.named_parameters()}}, ({h},))"
         )
     elif way == 7:
-        g.run(f"{name} = functional_call({net}, dict({net}.named_parameters()), ({h},))")
+        g.run(
+            f"{name} = functional_call({net}, dict({net}.named_parameters()), ({h},))"
+        )
     elif way == 8:
         w, b = g.param(n, h.d), g.param(n)
-        g.run(f"{name} = functional_call({fc}, {{'weight': {w} * 1, 'bias': {b} * 1}}, ({h},))")
+        g.run(
+            f"{name} = functional_call({fc}, {{'weight': {w} * 1, 'bias': {b} * 1}},"
+            f" ({h},))"
+        )
     elif way == 9:
         lines = [
             f"p = dict({fc}.named_parameters())",
             f"loss = functional_call({fc}, p, ({h},)).pow(2).mean()",
             "grads = torch.autograd.grad(loss, list(p.values()), create_graph=True)",
             (
-                f"{name} = functional_call({fc}, {{k: v - 0.1 * d for (k, v), d in zip(p.items(),"
-                f" grads)}}, ({h},))"
+                f"{name} = functional_call({fc}, {{k: v - 0.1 * d for (k, v), d in"
+                f" zip(p.items(), grads)}}, ({h},))"
             ),
         ]
         g.run("\n".join(lines))
     else:
-        g.run(f"w = next({net}.parameters())\n{name} = {h}.to(w.device, w.dtype) @ w.t()")
+        g.run(
+            f"w = next({net}.parameters())\n{name} = {h}.to(w.device, w.dtype) @ w.t()"
+        )
     g.keep(name)
     if g.coin():
         g.let(f"{g.one_of(net, fc)}({h})")
@@ -214,12 +245,15 @@ def penalty(g):
         "sum(p.pow(2).sum() for p in s.parameters())",
         "sum(p.norm() for n, p in s.named_parameters() if 'weight' in n or 'w' in n)",
         "torch.cat([p.flatten() for p in s.parameters()]).abs().mean()",
-        "sum(p.abs().mean() for m in s.modules() for p in m._parameters.values() if p is not None)",
+        "sum(p.abs().mean() for m in s.modules() for p in m._parameters.values() if p"
+        " is not None)",
         "torch.stack([p.pow(2).mean() for p in s.parameters()]).sum()",
     )
     h = g.pick()
     g.let(
         g.one_of(
-            f"{h} + 0.01 * ({total})", f"0.01 * ({total})", f"{h}.pow(2).mean() + 0.01 * ({total})"
+            f"{h} + 0.01 * ({total})",
+            f"0.01 * ({total})",
+            f"{h}.pow(2).mean() + 0.01 * ({total})",
         )
     )

@@ -1,5 +1,5 @@
-"""The processes of the fuzzer: one that makes programs, and a set of ranks that outlives the
-programs it judges."""
+"""The processes of the fuzzer: one that makes programs, and a set of ranks that
+outlives the programs it judges."""
 
 import faulthandler
 import multiprocessing
@@ -33,7 +33,9 @@ class Worker:
         self.pipe, inner = FORK.Pipe()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
-            self.process = FORK.Process(target=_serve, args=(serve, inner, *args), daemon=True)
+            self.process = FORK.Process(
+                target=_serve, args=(serve, inner, *args), daemon=True
+            )
             self.process.start()
         inner.close()
 
@@ -73,11 +75,15 @@ def make_programs(pipe):
 
 
 def _rank(pipe, rank, n, folder):
-    faulthandler.register(signal.SIGUSR1, file=open(f"{folder}/stack{rank}", "w"), all_threads=True)
+    faulthandler.register(
+        signal.SIGUSR1, file=open(f"{folder}/stack{rank}", "w"), all_threads=True
+    )
     if os.path.exists("/sys/class/net/lo"):
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     store, patience = f"file://{folder}/store", timedelta(seconds=300)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=n, timeout=patience)
+    dist.init_process_group(
+        "gloo", init_method=store, rank=rank, world_size=n, timeout=patience
+    )
     mesh = init_device_mesh("cpu", (n,), mesh_dim_names=("tp",))
     while True:
         (program,) = pipe.recv()
@@ -85,7 +91,8 @@ def _rank(pipe, rank, n, folder):
 
 
 class Ranks:
-    """n ranks that judge programs; started anew after one that left them apart, and now and then.
+    """n ranks that judge programs; started anew after one that left them apart, and now
+    and then.
 
     Args:
         n: number of ranks.
@@ -93,14 +100,22 @@ class Ranks:
     """
 
     def __init__(self, n, timeout=20):
-        self.n, self.timeout, self.workers, self.judged, self.sent = n, timeout, [], 0, None
+        self.n, self.timeout, self.workers, self.judged, self.sent = (
+            n,
+            timeout,
+            [],
+            0,
+            None,
+        )
 
     def ask(self, program):
         if self.judged >= LIFE:
             self.stop()
         if not self.workers:
             self.folder, self.judged = tempfile.TemporaryDirectory(), 0
-            self.workers = [Worker(_rank, rank, self.n, self.folder.name) for rank in range(self.n)]
+            self.workers = [
+                Worker(_rank, rank, self.n, self.folder.name) for rank in range(self.n)
+            ]
         self.judged += 1
         for worker in self.workers:
             worker.ask(program)
@@ -125,9 +140,11 @@ class Ranks:
         self.workers = []
 
     def _collect(self):
-        """[Verdict of each rank], None where it gave none in time, "died" where its process
-        ended."""
-        found, at = [None] * self.n, {worker.pipe: rank for rank, worker in enumerate(self.workers)}
+        """[Verdict of each rank], None where it gave none in time, "died" where its
+        process ended."""
+        found, at = [None] * self.n, {
+            worker.pipe: rank for rank, worker in enumerate(self.workers)
+        }
         patience, extended = self.timeout, 0
         while at:
             used, ready = self._seconds_computed(), wait(list(at), patience)
@@ -153,14 +170,19 @@ class Ranks:
         for worker in self.workers:
             try:
                 with open(f"/proc/{worker.process.pid}/stat") as file:
-                    ticks += sum(int(n) for n in file.read().rsplit(")", 1)[1].split()[11:13])
+                    ticks += sum(
+                        int(n) for n in file.read().rsplit(")", 1)[1].split()[11:13]
+                    )
             except OSError:  # it ended, or this is no Linux
                 continue
         return ticks / os.sysconf("SC_CLK_TCK")
 
     def _together(self, verdicts):
         if any(v is None or v == "died" for v in verdicts):
-            lines = [f"rank {rank}: {self._last_seen(rank, v)}" for rank, v in enumerate(verdicts)]
+            lines = [
+                f"rank {rank}: {self._last_seen(rank, v)}"
+                for rank, v in enumerate(verdicts)
+            ]
             return Verdict(HUNG, "\n".join(lines), placed=False)
         for word in WRONG, RAISED:
             if bad := [v for v in verdicts if v.word == word]:
@@ -168,7 +190,9 @@ class Ranks:
                     return Verdict(HUNG, f"only some ranks raised: {bad[0].text}")
                 return bad[0]
         if len({tuple(v.digests) for v in verdicts}) > 1:
-            return Verdict(WRONG, "gradients of replicated parameters differ between ranks")
+            return Verdict(
+                WRONG, "gradients of replicated parameters differ between ranks"
+            )
         return verdicts[0]
 
     def _last_seen(self, rank, verdict):
@@ -189,8 +213,8 @@ class Outcome:
 
 
 def run(seeds, n, timeout=20, only=(), without=()):
-    """Yields the Outcome of each seed's program over n ranks. Programs are made while ranks judge
-    the one before."""
+    """Yields the Outcome of each seed's program over n ranks. Programs are made while
+    ranks judge the one before."""
     maker, ranks = Worker(make_programs), Ranks(n, timeout)
     try:
         waiting = iter(seeds)

@@ -1,8 +1,8 @@
-"""What the fuzzer runs: a module as source code, its inputs, and a list of calls; one call of it,
-whole or split.
+"""What the fuzzer runs: a module as source code, its inputs, and a list of calls; one
+call of it, whole or split.
 
-A Program is text and numbers only, so that one that fails can be printed, pasted, shrunk and sent
-between processes.
+A Program is text and numbers only, so that one that fails can be printed, pasted,
+shrunk and sent between processes.
 """
 
 import linecache
@@ -16,12 +16,18 @@ from torch.utils.checkpoint import checkpoint
 
 from quintnet_dt.utils import leaves
 
-NAMES = {"torch": torch, "nn": nn, "F": F, "functional_call": torch.func.functional_call}
+NAMES = {
+    "torch": torch,
+    "nn": nn,
+    "F": F,
+    "functional_call": torch.func.functional_call,
+}
 
 
 @dataclass
 class Input:
-    """A tensor that is given to a forward: dims are numbers, or "B" and "T", which calls change."""
+    """A tensor that is given to a forward: dims are numbers, or "B" and "T", which
+    calls change."""
 
     name: str
     shape: tuple
@@ -39,10 +45,10 @@ class Input:
 class Call:
     """One call of the model, and what is done around it.
 
-    how: "backward"; "no_grad"; "inference"; "checkpoint" (not reentrant); "second" (the backward of
-    a penalty on the gradients' norm); "step" (backward, then the optimizer); "refill" (without
-    gradients, inputs are the tensors of the refill before, written anew in the way that `detail`
-    says).
+    how: "backward"; "no_grad"; "inference"; "checkpoint" (not reentrant); "second" (the
+    backward of a penalty on the gradients' norm); "step" (backward, then the
+    optimizer); "refill" (without gradients, inputs are the tensors of the refill
+    before, written anew in the way that `detail` says).
     """
 
     how: str = "backward"
@@ -54,7 +60,8 @@ class Call:
 
 @dataclass
 class Program:
-    """Source code of modules, of which `Net` is the outermost, and what is done with it."""
+    """Source code of modules, of which `Net` is the outermost, and what is done with
+    it."""
 
     seed: int
     source: str
@@ -119,29 +126,38 @@ def full(x):
 
 
 def loss_of(output):
-    """A scalar in which each element of each floating output has a weight of its own."""
+    """A scalar in which each element of each floating output has a weight of its
+    own."""
     generator, total = torch.Generator().manual_seed(2), 0.0
     for _, x in leaves(output):
         if torch.is_tensor(x) and x.is_floating_point():
             total = (
-                total + (x * torch.randn(x.shape, generator=generator, dtype=torch.float64)).sum()
+                total
+                + (
+                    x * torch.randn(x.shape, generator=generator, dtype=torch.float64)
+                ).sum()
             )
     return total
 
 
 class Runner:
-    """Makes the calls of a program on one model, whole or split; keeps what lives from call to
-    call."""
+    """Makes the calls of a program on one model, whole or split; keeps what lives from
+    call to call."""
 
     def __init__(self, program, model):
-        self.program, self.model, self.optimizer, self.static = program, model, None, None
+        self.program, self.model, self.optimizer, self.static = (
+            program,
+            model,
+            None,
+            None,
+        )
 
     def make_optimizer(self):
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
 
     def call(self, call):
-        """{what: tensor or other value} that a call made: all of it is to be alike for whole and
-        split."""
+        """{what: tensor or other value} that a call made: all of it is to be alike for
+        whole and split."""
         if call.before:
             exec(call.before, {**NAMES, "m": self.model})
         self.model.zero_grad()
@@ -163,8 +179,16 @@ class Runner:
             {"kept in the file": x for x in kept[-1:]}
         )  # what came before may be of a trace
         for name, m in self.model.named_modules():
-            seen.update({f"kept {name}{path}": x for path, x in leaves(getattr(m, "kept", None))})
-        return {what: x.detach().clone() if torch.is_tensor(x) else x for what, x in seen.items()}
+            seen.update(
+                {
+                    f"kept {name}{path}": x
+                    for path, x in leaves(getattr(m, "kept", None))
+                }
+            )
+        return {
+            what: x.detach().clone() if torch.is_tensor(x) else x
+            for what, x in seen.items()
+        }
 
     def _forward(self, call, given):
         torch.manual_seed(call.seed)
@@ -180,7 +204,9 @@ class Runner:
         with torch.inference_mode() if inference else torch.no_grad():
             if call.how == "inference":
                 return self._forward(call, given)
-            if self.static is None or [x.shape for x in self.static] != [x.shape for x in given]:
+            if self.static is None or [x.shape for x in self.static] != [
+                x.shape for x in given
+            ]:
                 self.static = [x.clone() for x in given]
             for old, new in zip(self.static, given):
                 refill(old, new, call.detail)
@@ -190,24 +216,40 @@ class Runner:
         loss, params = loss_of(output), dict(self.model.named_parameters())
         if call.how == "second":
             wanted = {name: p for name, p in params.items() if p.requires_grad}
-            wanted.update({f"input {i}": x for i, x in enumerate(given) if x.requires_grad})
+            wanted.update(
+                {f"input {i}": x for i, x in enumerate(given) if x.requires_grad}
+            )
             grads = torch.autograd.grad(
                 loss, list(wanted.values()), create_graph=True, allow_unused=True
             )
             seen.update(
-                {f"first gradient {n}": zeros_as_none(full(g)) for n, g in zip(wanted, grads)}
+                {
+                    f"first gradient {n}": zeros_as_none(full(g))
+                    for n, g in zip(wanted, grads)
+                }
             )
             loss = (
-                sum(full(g.pow(2).sum()) for g in grads if g is not None and g.requires_grad)
+                sum(
+                    full(g.pow(2).sum())
+                    for g in grads
+                    if g is not None and g.requires_grad
+                )
                 + 0.1 * loss
             )
         loss.backward()
         for name, p in params.items():
             seen[f"gradient {name}"] = zeros_as_none(full(p.grad))
-        seen.update({f"gradient of input {i}": zeros_as_none(x.grad) for i, x in enumerate(given)})
+        seen.update(
+            {
+                f"gradient of input {i}": zeros_as_none(x.grad)
+                for i, x in enumerate(given)
+            }
+        )
         if call.how == "step":
             self.optimizer.step()
-            seen.update({f"parameter {name}": full(p.detach()) for name, p in params.items()})
+            seen.update(
+                {f"parameter {name}": full(p.detach()) for name, p in params.items()}
+            )
 
 
 def zeros_as_none(grad):
@@ -216,8 +258,8 @@ def zeros_as_none(grad):
 
 
 def refill(old, new, how):
-    """Writes new values into a tensor that the model saw before, in a way that may leave its
-    version as it was."""
+    """Writes new values into a tensor that the model saw before, in a way that may
+    leave its version as it was."""
     if how == "numpy":
         old.numpy()[...] = new.numpy()
     else:

@@ -1,6 +1,6 @@
-"""How the fuzzer writes a program: statement by statement, each one run at once on three sizes of
-input, so that the shapes that the next one needs are known, and what does not run is not
-written."""
+"""How the fuzzer writes a program: statement by statement, each one run at once on
+three sizes of input, so that the shapes that the next one needs are known, and what
+does not run is not written."""
 
 import re
 
@@ -12,7 +12,9 @@ from .programs import NAMES
 SIZES = [3, 5, 6, 7, 8, 9, 10, 12, 12, 14, 15, 16, 18, 18, 20, 21, 24]
 
 
-KINDS = {}  # {function of a Scope that writes a statement of one kind: how often it is tried}
+KINDS = (
+    {}
+)  # {function of a Scope that writes a statement of one kind: how often it is tried}
 
 
 def kind(weight):
@@ -28,8 +30,8 @@ class Unsuited(Exception):
 
 
 class Var(str):
-    """The name of a float tensor in a forward; dims are numbers, "B", "T", or "?" where calls
-    change it otherwise."""
+    """The name of a float tensor in a forward; dims are numbers, "B", "T", or "?" where
+    calls change it otherwise."""
 
     def __new__(cls, name, shape):
         self = super().__new__(cls, name)
@@ -42,8 +44,8 @@ class Var(str):
 
 
 class Scope:
-    """One class as it is written: `init` and `body` are its lines, `holder` the module so far,
-    `frames` the names in its forward for each of the sizes."""
+    """One class as it is written: `init` and `body` are its lines, `holder` the module
+    so far, `frames` the names in its forward for each of the sizes."""
 
     def __init__(self, rng, name, path, sizes, later, given):
         self.rng, self.name, self.path, self.sizes = rng, name, path, sizes
@@ -58,7 +60,9 @@ class Scope:
         self.later = later  # statements that a later call may start with
         self.holder, self.given, self.count = nn.Module(), list(given), 0
         names = {**NAMES, "s": self.holder, "SEEN": []}
-        self.frames = [{**names, **{k: v[i] for k, v in given.items()}} for i in range(len(sizes))]
+        self.frames = [
+            {**names, **{k: v[i] for k, v in given.items()}} for i in range(len(sizes))
+        ]
         for x in given:
             if self.frames[0][x].is_floating_point():
                 self.vars.append(Var(x, self.shape_of(x)))
@@ -72,10 +76,12 @@ class Scope:
         return self.rng.random() < p
 
     def pick(self, ok=lambda h: True, recent=3):
-        """A variable with at least two dims and features last, one of the latest rather than an
-        early one."""
+        """A variable with at least two dims and features last, one of the latest rather
+        than an early one."""
         fit = [
-            h for h in self.vars if len(h.shape) > 1 and isinstance(h.d, int) and h.d > 1 and ok(h)
+            h
+            for h in self.vars
+            if len(h.shape) > 1 and isinstance(h.d, int) and h.d > 1 and ok(h)
         ]
         if not fit:
             raise Unsuited
@@ -101,16 +107,22 @@ class Scope:
         """Writes a line of __init__; returns "s.<name>"."""
         name = self.new(stem)
         line = f"s.{name} = {expression}"
-        exec(line, {**NAMES, **{c.name: c.made for c in self.classes}, "s": self.holder})
+        exec(
+            line, {**NAMES, **{c.name: c.made for c in self.classes}, "s": self.holder}
+        )
         self.init.append(line)
         return f"s.{name}"
 
     def param(self, *shape, scale=0.3):
-        return self.own(f"nn.Parameter(torch.randn({', '.join(map(str, shape))}) * {scale})", "w")
+        return self.own(
+            f"nn.Parameter(torch.randn({', '.join(map(str, shape))}) * {scale})", "w"
+        )
 
     def linear(self, d, n, bias=None):
         layer = self.own(
-            f"nn.Linear({d}, {n})" if bias or bias is None and self.coin(0.6) else _no_bias(d, n)
+            f"nn.Linear({d}, {n})"
+            if bias or bias is None and self.coin(0.6)
+            else _no_bias(d, n)
         )
         self.layers.append((layer, d))
         return layer
@@ -159,8 +171,15 @@ class Scope:
         """Writes a statement of a kind, or leaves everything as it was."""
         lists = "init", "body", "vars", "layers", "classes", "later"
         lengths = {name: list(getattr(self, name)) for name in lists}
-        frames, holder, count = [dict(f) for f in self.frames], dict(vars(self.holder)), self.count
-        inner = {k: dict(vars(self.holder)[k]) for k in ("_parameters", "_buffers", "_modules")}
+        frames, holder, count = (
+            [dict(f) for f in self.frames],
+            dict(vars(self.holder)),
+            self.count,
+        )
+        inner = {
+            k: dict(vars(self.holder)[k])
+            for k in ("_parameters", "_buffers", "_modules")
+        }
         try:
             kind(self)
         except Exception:  # whatever the whole model says to this statement here
@@ -170,7 +189,9 @@ class Scope:
             vars(self.holder).clear()
             vars(self.holder).update({**holder, **inner})
             return
-        self._drop_unread(len(lengths["init"]), "\n".join(self.body[len(lengths["body"]) :]))
+        self._drop_unread(
+            len(lengths["init"]), "\n".join(self.body[len(lengths["body"]) :])
+        )
         self.kinds.append(kind.__name__)
 
     def _drop_unread(self, start, body):
@@ -181,7 +202,9 @@ class Scope:
             if not re.search(rf"\bs\.{name}\b", body) and "kept" not in line:
                 self.init.remove(line)
                 delattr(self.holder, name)
-                self.layers[:] = [layer for layer in self.layers if layer[0].split(".")[1] != name]
+                self.layers[:] = [
+                    layer for layer in self.layers if layer[0].split(".")[1] != name
+                ]
                 self.later[:] = [
                     line
                     for line in self.later
@@ -191,12 +214,15 @@ class Scope:
     def child(self, h, name, attr):
         """A scope for a module that is called on `h`."""
         given = {"x": [frame[h] for frame in self.frames]}
-        child = Scope(self.rng, name, f"{self.path}{attr}.", self.sizes, self.later, given)
+        child = Scope(
+            self.rng, name, f"{self.path}{attr}.", self.sizes, self.later, given
+        )
         child.choice = self.choice
         return child
 
     def close(self, returned):
-        """Ends the class: its lines are compiled, so that it can be made. Returns the class."""
+        """Ends the class: its lines are compiled, so that it can be made. Returns the
+        class."""
         self.returned = returned
         names = {**NAMES, **{c.name: c.made for c in self.classes}}
         exec(self.source(), names)
@@ -231,8 +257,8 @@ def dim_of(dims, sizes):
 
 
 def fill(scope, n, kinds=None):
-    """Writes n statements, of kinds chosen at random, where they fit; by default those of the scope
-    around."""
+    """Writes n statements, of kinds chosen at random, where they fit; by default those
+    of the scope around."""
     scope.choice = kinds = kinds or scope.choice
     tries = 0
     while len(scope.kinds) < n and tries < 6 * n:

@@ -1,5 +1,5 @@
-"""Makes a program that fails as short as it goes: what fails in the same way with less is taken
-instead."""
+"""Makes a program that fails as short as it goes: what fails in the same way with less
+is taken instead."""
 
 import ast
 import re
@@ -16,14 +16,19 @@ from .scope import dim_of
 
 
 def shrink(program, verdict, tp, timeout=20, seconds=150):
-    """(the shortest program found, its Verdict). Where the program alone does not fail, it says so.
+    """(the shortest program found, its Verdict). Where the program alone does not fail,
+    it says so.
 
     Args:
         verdict: that of the program.
         tp: number of ranks.
         timeout: seconds a program.
         seconds: after which it takes what it has."""
-    maker, ranks, deadline = Worker(make_programs), Ranks(tp, timeout), time.monotonic() + seconds
+    maker, ranks, deadline = (
+        Worker(make_programs),
+        Ranks(tp, timeout),
+        time.monotonic() + seconds,
+    )
 
     def ask(*request):
         maker.ask(*request)
@@ -91,7 +96,9 @@ def candidates(program, shapes):
         text = tidy(tree)
         if text not in seen and _parses(text):
             seen.add(text)
-            yield _with_arguments(replace(program, source=text, inputs=[*program.inputs, *inputs]))
+            yield _with_arguments(
+                replace(program, source=text, inputs=[*program.inputs, *inputs])
+            )
     read = {
         n.id
         for n in _body(_forwards(nodes)[-1])
@@ -117,7 +124,12 @@ def fewer_calls(program):
     for i in range(len(program.calls)):
         if len(program.calls) > 1:
             yield replace(program, calls=program.calls[:i] + program.calls[i + 1 :])
-    for field, empty in ("contiguous", False), ("plan", {}), ("first", ""), ("optimizer", ""):
+    for field, empty in (
+        ("contiguous", False),
+        ("plan", {}),
+        ("first", ""),
+        ("optimizer", ""),
+    ):
         steps = field == "optimizer" and any(c.how == "step" for c in program.calls)
         if getattr(program, field) != empty and not steps:
             yield replace(program, **{field: empty})
@@ -128,7 +140,10 @@ def fewer_calls(program):
             Call(size=call.size, seed=call.seed),
         ):
             if simpler != call:
-                yield replace(program, calls=[*program.calls[:i], simpler, *program.calls[i + 1 :]])
+                yield replace(
+                    program,
+                    calls=[*program.calls[:i], simpler, *program.calls[i + 1 :]],
+                )
 
 
 def _with_arguments(program):
@@ -142,7 +157,9 @@ def _with_arguments(program):
         for name, dim in program.plan.items()
         if f"s.{name.split('.')[0]} =" in program.source
     }
-    return replace(program, source=ast.unparse(ast.fix_missing_locations(tree)) + "\n", plan=plan)
+    return replace(
+        program, source=ast.unparse(ast.fix_missing_locations(tree)) + "\n", plan=plan
+    )
 
 
 def _forwards(nodes):
@@ -163,7 +180,9 @@ def _returns(nodes):
     """One variable is returned instead of all."""
     for forward in _forwards(nodes)[::-1]:
         names = [
-            n.id for n in _body(forward) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+            n.id
+            for n in _body(forward)
+            if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
         ]
         for n in _body(forward):
             if isinstance(n, ast.Return):
@@ -182,7 +201,12 @@ def _cuts(nodes, program, shapes):
     forward = _forwards(nodes)[-1]
     for i, statement in list(enumerate(forward.body))[::-1]:
         if isinstance(statement, ast.Assign):
-            made = [n.id for t in statement.targets for n in ast.walk(t) if isinstance(n, ast.Name)]
+            made = [
+                n.id
+                for t in statement.targets
+                for n in ast.walk(t)
+                if isinstance(n, ast.Name)
+            ]
             fit = [
                 Input(name, shapes[name])
                 for name in made
@@ -194,19 +218,24 @@ def _cuts(nodes, program, shapes):
 
 
 def _statements(nodes):
-    """A statement is left out; what it made is then what it was made of. A block's lines are its
-    outer's."""
+    """A statement is left out; what it made is then what it was made of. A block's
+    lines are its outer's."""
     for forward in _forwards(nodes)[::-1]:
         for holder in [forward, *_body(forward)]:
             for field in "body", "orelse":
-                for i, statement in list(enumerate(getattr(holder, field, None) or []))[::-1]:
+                for i, statement in list(enumerate(getattr(holder, field, None) or []))[
+                    ::-1
+                ]:
                     if isinstance(holder, (ast.IfExp, ast.Lambda)) or isinstance(
                         statement, ast.Return
                     ):
                         continue
                     at = nodes.index(holder)
                     yield at, lambda node, f=field, i=i: _remove(node, f, i, []), []
-                    for inner in [getattr(statement, "body", []), getattr(statement, "orelse", [])]:
+                    for inner in [
+                        getattr(statement, "body", []),
+                        getattr(statement, "orelse", []),
+                    ]:
                         if inner:
                             yield at, lambda node, f=field, i=i, inner=inner: _remove(
                                 node, f, i, inner
@@ -257,7 +286,9 @@ def _expressions(nodes):
                     ):
                         for part in _parts(old):
                             at = k if isinstance(value, list) else None
-                            yield nodes.index(n), lambda x, f=field, at=at, part=part: _put(
+                            yield nodes.index(
+                                n
+                            ), lambda x, f=field, at=at, part=part: _put(
                                 x, f, at, part
                             ), []
 
@@ -275,7 +306,10 @@ def _parts(e):
     if isinstance(e, ast.Subscript):
         return [e.value]
     if isinstance(e, (ast.List, ast.Tuple)):
-        return [*e.elts, *([ast.List(e.elts[:-1], ast.Load())] if len(e.elts) > 1 else [])]
+        return [
+            *e.elts,
+            *([ast.List(e.elts[:-1], ast.Load())] if len(e.elts) > 1 else []),
+        ]
     if isinstance(e, (ast.ListComp, ast.GeneratorExp)):
         return [g.iter for g in e.generators]
     return []
@@ -289,7 +323,8 @@ def _put(node, field, at, part):
 
 
 def tidy(tree):
-    """The source of a tree, without variables, attributes and classes that nothing reads."""
+    """The source of a tree, without variables, attributes and classes that nothing
+    reads."""
     while True:
         text = ast.unparse(ast.fix_missing_locations(tree))
         if not any(_drop_unread(c, text, tree) for c in tree.body):
@@ -318,10 +353,16 @@ def _written(statement):
         return [statement.value.args[0].value]
     if not isinstance(statement, ast.Assign):
         return []
-    targets = [x for t in statement.targets for x in (t.elts if isinstance(t, ast.Tuple) else [t])]
+    targets = [
+        x
+        for t in statement.targets
+        for x in (t.elts if isinstance(t, ast.Tuple) else [t])
+    ]
     if all(isinstance(t, ast.Name) for t in targets):
         return [t.id for t in targets]
-    if all(isinstance(t, ast.Attribute) and ast.unparse(t.value) == "s" for t in targets):
+    if all(
+        isinstance(t, ast.Attribute) and ast.unparse(t.value) == "s" for t in targets
+    ):
         return [t.attr for t in targets if t.attr != "kept"]
     return []
 
@@ -338,7 +379,8 @@ def _is_read(name, text, attribute, forward):
 
 
 def shapes_of(program):
-    """{variable of the outermost forward: its shape, as of an Input}, for float tensors."""
+    """{variable of the outermost forward: its shape, as of an Input}, for float
+    tensors."""
     found = []
     for size in range(len(program.sizes)):
         model, held = build(program), {}
@@ -374,7 +416,9 @@ def shapes_of(program):
     names = set.intersection(*(set(shapes) for _, shapes in found)) if found else ()
     same = [n for n in names if len({len(shapes[n]) for _, shapes in found}) == 1]
     return {
-        n: tuple(dim_of(dims, sizes) for dims in zip(*(shapes[n] for _, shapes in found)))
+        n: tuple(
+            dim_of(dims, sizes) for dims in zip(*(shapes[n] for _, shapes in found))
+        )
         for n in same
     }
 

@@ -1,5 +1,5 @@
-"""Statements of the fuzzer's programs: numbers that index, size or move features; writes to parts
-of them."""
+"""Statements of the fuzzer's programs: numbers that index, size or move features;
+writes to parts of them."""
 
 from .layers import act, pieces, project
 from .scope import Unsuited, kind
@@ -26,7 +26,12 @@ PIECEWISE = [
         "z * z.sigmoid()",
         "z.log_softmax(-1)",
     ),
-    *("F.layer_norm(z, z.shape[-1:])", "z.sum(-1, keepdim=True)", "z.amax(-1, keepdim=True)", "z"),
+    *(
+        "F.layer_norm(z, z.shape[-1:])",
+        "z.sum(-1, keepdim=True)",
+        "z.amax(-1, keepdim=True)",
+        "z",
+    ),
 ]
 
 
@@ -72,7 +77,8 @@ def one_slice(g):
     b = g.rng.randrange(a + 1, h.d)
     g.let(
         g.one_of(
-            f"{h}[..., {a}:{b}].{g.one_of('softmax(-1)', 'tanh()', 'exp().clamp(max=3)')}",
+            f"{h}[...,"
+            f" {a}:{b}].{g.one_of('softmax(-1)', 'tanh()', 'exp().clamp(max=3)')}",
             f"{h}[..., :{b}]",
             f"{h}[..., -{b}:]",
             f"{h}[..., {a}:]",
@@ -108,7 +114,8 @@ def moved(g):
             f"torch.stack([-{h}[..., 1::2], {h}[..., :{half * 2}:2]], -1).flatten(-2)",
             f"F.pad({h}, ({g.one_of(0, 1)}, {i}))",
             f"F.pad({h}, (0, -{i}))" if i < n - 1 else f"F.pad({h}, (1, 0))",
-            f"torch.cat([{h}, {h}.new_zeros(*{h}.shape[:-1], {g.one_of(1, 2, 4)})], -1)",
+            f"torch.cat([{h}, {h}.new_zeros(*{h}.shape[:-1],"
+            f" {g.one_of(1, 2, 4)})], -1)",
             f"{h} * (torch.arange({n}) < {i})",
             f"torch.where(torch.arange({n}) < {i}, {h}, -{h})",
             f"{h}.masked_fill(torch.arange({n}) >= {i}, 0.5)",
@@ -170,7 +177,11 @@ def written(g):
         f"{y} = {y}.index_add(-1, torch.tensor([{a}, {b}]), {y}[..., :2].tanh())",
         f"{y}[:, 0] = {g.one_of(0.0, 0.5)}",
         f"{y}[:, 1:] = {y}[:, :-1].clone()",
-        f"{y}[0, {g.one_of(0, -1)}, {at}] = 0.5" if len(y.shape) > 2 else f"{y}[0, {at}] = 0.5",
+        (
+            f"{y}[0, {g.one_of(0, -1)}, {at}] = 0.5"
+            if len(y.shape) > 2
+            else f"{y}[0, {at}] = 0.5"
+        ),
         f"{y}[..., {y}.shape[-1] // 2:] = 0.1",
         f"out = torch.zeros_like({y})\nout[..., {at}] = {part}\n{y} = out + {y}.tanh()",
     )
@@ -230,7 +241,8 @@ def unequal_split(g):
 
 @kind(2)
 def grouped_view(g):
-    """Features as groups of constant size: a norm, a softmax or a weight within each."""
+    """Features as groups of constant size: a norm, a softmax or a weight within
+    each."""
     y, p, k = fused(g)
     lead = f"*{y}.shape[:-1]"
     shape = g.one_of(f"{lead}, {p}, {k}", f"{lead}, {p}, -1", f"{lead}, -1, {k}")
@@ -272,7 +284,8 @@ def reshaped(g):
             f"{g.linear(d, g.size())}({h}.reshape(-1, {d})).view(B, T, -1)",
             f"{h}.view(B, T, {k}, {d // k}).permute(0, 1, 3, 2).reshape(B, T, {d})",
             f"{h}.reshape(B, T * {k}, {d // k}).softmax(1).reshape(B, T, {d})",
-            f"{g.linear(d // k, g.one_of(3, 4, 5))}({h}.view(B, T, {k}, {d // k})).flatten(2)",
+            f"{g.linear(d // k, g.one_of(3, 4, 5))}({h}.view(B, T, {k},"
+            f" {d // k})).flatten(2)",
             f"{h}.transpose(0, 1).reshape(T, B * {k}, {d // k}).transpose(0, 1)"
             f".reshape(B, {k}, T, -1).transpose(1, 2).flatten(2)",
             f"{h}.mean(1, keepdim=True) + {h}.amax(1, keepdim=True)",

@@ -1,5 +1,5 @@
-"""Whole programs from a seed: their inputs, statements and calls; those on which the whole model
-runs."""
+"""Whole programs from a seed: their inputs, statements and calls; those on which the
+whole model runs."""
 
 import random
 
@@ -21,7 +21,9 @@ def _sizes(rng):
 
 def _inputs(rng):
     d = rng.choice(SIZES)
-    x = Input("x", ("B", "T", d) if rng.random() < 0.85 else ("B", d), grad=rng.random() < 0.8)
+    x = Input(
+        "x", ("B", "T", d) if rng.random() < 0.85 else ("B", d), grad=rng.random() < 0.8
+    )
     if rng.random() < 0.2:
         x = Input("ids", ("B", "T"), below=rng.choice([16, 18, 20, 24, 30]))
     more = []
@@ -48,16 +50,24 @@ WAYS = {
 def _calls(rng, scope, ways):
     """The traced call again, then others."""
     calls = [Call(seed=1), Call(seed=2)] if rng.random() < 0.4 else [Call(seed=1)]
-    ways = {way: weight for way, weight in ways.items() if way != "later" or scope.later}
+    ways = {
+        way: weight for way, weight in ways.items() if way != "later" or scope.later
+    }
     for i in range(3, 3 + rng.choice([0, 1, 1, 1, 2])):
         if not ways:
             break
-        how, size = rng.choices(list(ways), list(ways.values()))[0], rng.choice([0, 0, 1, 2])
+        how, size = rng.choices(list(ways), list(ways.values()))[0], rng.choice(
+            [0, 0, 1, 2]
+        )
         if how == "refill":
             detail = rng.choice(["inference", "data", "numpy", "copy_"])
             calls += [Call(how, size, seed=10 * i + j, detail=detail) for j in range(3)]
         elif how == "eval":
-            calls.append(Call(rng.choice(["backward", "no_grad"]), size, seed=i, before="m.eval()"))
+            calls.append(
+                Call(
+                    rng.choice(["backward", "no_grad"]), size, seed=i, before="m.eval()"
+                )
+            )
             drops = [line for line in scope.later if line.endswith(".train()")]
             if drops and rng.random() < 0.5:
                 calls.append(Call("no_grad", size, seed=i, before=rng.choice(drops)))
@@ -72,19 +82,25 @@ def _calls(rng, scope, ways):
 
 FIRST = [
     "list(m.parameters())[{i}].register_hook(lambda g: g * 0.5)",
-    "list(m.parameters())[{i}].register_post_accumulate_grad_hook(lambda p: p.grad.mul_(0.5))",
+    (
+        "list(m.parameters())[{i}].register_post_accumulate_grad_hook(lambda p:"
+        " p.grad.mul_(0.5))"
+    ),
     "list(m.parameters())[{i}].requires_grad_(False)",
     (
-        "list(m.modules())[{j}].register_forward_hook(lambda s, i, o: (o * 2) if torch.is_tensor(o)"
-        " else None)"
+        "list(m.modules())[{j}].register_forward_hook(lambda s, i, o: (o * 2) if"
+        " torch.is_tensor(o) else None)"
     ),
-    "m.apply(lambda s: [p.requires_grad_(p.dim() > 1) for p in s.parameters(recurse=False)])",
+    (
+        "m.apply(lambda s: [p.requires_grad_(p.dim() > 1) for p in"
+        " s.parameters(recurse=False)])"
+    ),
 ]
 
 
 def chosen(only, without):
-    """({kind of statement: weight}, {way of a call: weight}) but those that a user does not
-    want."""
+    """({kind of statement: weight}, {way of a call: weight}) but those that a user does
+    not want."""
     kinds = {k: w for k, w in KINDS.items() if k.__name__ not in without}
     ways = {k: w for k, w in WAYS.items() if k not in without}
     some_kinds = {k: w for k, w in kinds.items() if k.__name__ in only}
@@ -99,7 +115,8 @@ def write(seed, attempt=0, only=(), without=()):
     torch.manual_seed(rng.randrange(1 << 30))
     sizes, inputs = _sizes(rng), _inputs(rng)
     given = {
-        i.name: [i.make(size, torch.Generator().manual_seed(1)) for size in sizes] for i in inputs
+        i.name: [i.make(size, torch.Generator().manual_seed(1)) for size in sizes]
+        for i in inputs
     }
     for i in inputs:
         if i.grad and not i.below:
@@ -107,7 +124,9 @@ def write(seed, attempt=0, only=(), without=()):
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        scope = Scope(rng, "Net", "", sizes, ["[p.data.mul_(0.9) for p in m.parameters()]"], given)
+        scope = Scope(
+            rng, "Net", "", sizes, ["[p.data.mul_(0.9) for p in m.parameters()]"], given
+        )
         fill(scope, rng.choice([1, 1, 2, 2, 2, 3, 3, 4, 6]), kinds)
         if not list(scope.holder.parameters()):
             return None
@@ -115,11 +134,22 @@ def write(seed, attempt=0, only=(), without=()):
     finally:
         torch.set_default_dtype(default)
     program = Program(
-        seed, scope.source(), inputs, sizes, [], contiguous=rng.random() < 0.2, kinds=_kinds(scope)
+        seed,
+        scope.source(),
+        inputs,
+        sizes,
+        [],
+        contiguous=rng.random() < 0.2,
+        kinds=_kinds(scope),
     )
     if rng.random() < 0.12 and "backward" in ways:
-        counts = {"i": len(list(scope.holder.parameters())), "j": len(list(scope.holder.modules()))}
-        program.first = rng.choice(FIRST).format(**{k: rng.randrange(n) for k, n in counts.items()})
+        counts = {
+            "i": len(list(scope.holder.parameters())),
+            "j": len(list(scope.holder.modules())),
+        }
+        program.first = rng.choice(FIRST).format(
+            **{k: rng.randrange(n) for k, n in counts.items()}
+        )
     program.calls = _calls(rng, scope, ways)
     if any(c.how == "step" for c in program.calls):
         program.optimizer = rng.choice(["before", "after"])
@@ -139,7 +169,8 @@ def _kinds(scope):
 
 
 def _returned(scope):
-    """What a forward returns: the last variable, and most of those that nothing reads."""
+    """What a forward returns: the last variable, and most of those that nothing
+    reads."""
     text, made = "\n".join(scope.body), [v for v in scope.vars if v not in scope.given]
     if not made:
         return scope.vars[-1]
@@ -153,8 +184,9 @@ def _returned(scope):
 
 
 def fitting(program):
-    """The calls of a program, in their order, that the whole model makes with finite results; none
-    where it cannot be built. Not on a process that forks later: it runs backwards."""
+    """The calls of a program, in their order, that the whole model makes with finite
+    results; none where it cannot be built. Not on a process that forks later: it runs
+    backwards."""
     try:
         runner, calls = Runner(program, build(program)), []
         runner.make_optimizer()

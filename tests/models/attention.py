@@ -15,7 +15,9 @@ class Attention(nn.Module):
         self.register_buffer("mask", torch.tril(torch.ones(16, 16)).bool())
 
     def forward(self, x):
-        q, k, v = (t.unflatten(-1, (4, 4)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        q, k, v = (
+            t.unflatten(-1, (4, 4)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1)
+        )
         s = (q @ k.mT).masked_fill(~self.mask[: x.shape[1], : x.shape[1]], -1e4)
         x = x + self.o((s.softmax(-1) @ v).transpose(1, 2).flatten(2))
         if len(x) == 7:
@@ -28,7 +30,9 @@ class Attention(nn.Module):
 
 def given(*shape, dtype=torch.float64):
     return (
-        torch.randn(*shape or (2, 5, 16), generator=torch.Generator().manual_seed(5)).to(dtype),
+        torch.randn(
+            *shape or (2, 5, 16), generator=torch.Generator().manual_seed(5)
+        ).to(dtype),
     )
 
 
@@ -40,9 +44,9 @@ def both(ranks, n=2, build=Attention, **options):
 def near(found, whole, tol):
     found = found.full_tensor() if isinstance(found, DTensor) else found
     assert found.dtype == whole.dtype
-    error = (found.double() - whole.double()).abs().max() / whole.double().abs().max().clamp(
-        min=1e-30
-    )
+    error = (
+        found.double() - whole.double()
+    ).abs().max() / whole.double().abs().max().clamp(min=1e-30)
     assert error <= tol, f"relative error {error:.1e}"
 
 

@@ -19,7 +19,9 @@ def conv(i, o, k=1, norm=True, act=nn.ReLU, dim=2, **kw):
     kw.setdefault("padding", k // 2)
     norm = batch_norm(o) if norm is True else norm
     return nn.Sequential(
-        layer(i, o, k, bias=not norm, **kw), norm or nn.Identity(), act() if act else nn.Identity()
+        layer(i, o, k, bias=not norm, **kw),
+        norm or nn.Identity(),
+        act() if act else nn.Identity(),
     )
 
 
@@ -33,7 +35,11 @@ class Net(nn.Sequential):
 
     def __init__(self, *blocks, c=12, classes=5):
         super().__init__(
-            conv(3, c, 3), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, classes)
+            conv(3, c, 3),
+            *blocks,
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(c, classes),
         )
 
 
@@ -50,7 +56,11 @@ class SqueezeExcite(nn.Module):
         super().__init__()
         self.linear = linear
         layer = nn.Linear if linear else partial(nn.Conv2d, kernel_size=1)
-        self.reduce, self.expand, self.act = layer(c, r), layer(r, c), nn.ReLU(inplace=True)
+        self.reduce, self.expand, self.act = (
+            layer(c, r),
+            layer(r, c),
+            nn.ReLU(inplace=True),
+        )
 
     def forward(self, x):
         s = x.mean((2, 3)) if self.linear else F.adaptive_avg_pool2d(x, 1)
@@ -68,14 +78,17 @@ def inverted(c=12, h=48, linear=False, act=nn.Hardswish):
 
 
 class Channels(nn.Module):
-    """ECA: a convolution over the channels of the pooled image; LocalResponseNorm; a blur of each
-    channel; max pooling."""
+    """ECA: a convolution over the channels of the pooled image; LocalResponseNorm; a
+    blur of each channel; max pooling."""
 
     def __init__(self):
         super().__init__()
-        self.eca, self.norm = nn.Conv1d(1, 1, 3, padding=1, bias=False), nn.LocalResponseNorm(3)
+        self.eca, self.norm = nn.Conv1d(
+            1, 1, 3, padding=1, bias=False
+        ), nn.LocalResponseNorm(3)
         self.register_buffer(
-            "blur", torch.tensor([1.0, 2.0, 1.0]).outer(torch.tensor([1.0, 2.0, 1.0])) / 16
+            "blur",
+            torch.tensor([1.0, 2.0, 1.0]).outer(torch.tensor([1.0, 2.0, 1.0])) / 16,
         )
 
     def forward(self, x):
@@ -83,14 +96,19 @@ class Channels(nn.Module):
         x = self.norm(x * y.sigmoid().expand_as(x))
         blur = self.blur[None, None].expand(x.shape[1], 1, 3, 3)
         return F.conv2d(
-            F.pad(F.max_pool2d(x, 2, 1), (1, 1, 1, 1), "reflect"), blur, stride=2, groups=x.shape[1]
+            F.pad(F.max_pool2d(x, 2, 1), (1, 1, 1, 1), "reflect"),
+            blur,
+            stride=2,
+            groups=x.shape[1],
         )
 
 
 class ConvNeXt(nn.Module):
     def __init__(self, c=192):
         super().__init__()
-        self.depthwise, self.norm = nn.Conv2d(c, c, 3, padding=1, groups=c), nn.LayerNorm(c)
+        self.depthwise, self.norm = nn.Conv2d(
+            c, c, 3, padding=1, groups=c
+        ), nn.LayerNorm(c)
         self.up, self.down, self.gamma = (
             nn.Linear(c, 4 * c),
             nn.Linear(4 * c, c),
@@ -105,10 +123,18 @@ class ConvNeXt(nn.Module):
 class UNet(nn.Module):
     def __init__(self, groups=1):
         super().__init__()
-        self.a, self.b, self.c = conv(3, 12, 3), conv(12, 24, 3, groups=groups), conv(24, 48, 3)
+        self.a, self.b, self.c = (
+            conv(3, 12, 3),
+            conv(12, 24, 3, groups=groups),
+            conv(24, 48, 3),
+        )
         self.up1 = nn.ConvTranspose2d(48, 24, 2, stride=2, groups=groups)
         self.up2 = nn.ConvTranspose2d(24, 12, 3, stride=2, padding=1, output_padding=1)
-        self.d1, self.d2, self.out = conv(48, 24, 3), conv(24, 12, 3), nn.Conv2d(12, 2, 1)
+        self.d1, self.d2, self.out = (
+            conv(48, 24, 3),
+            conv(24, 12, 3),
+            nn.Conv2d(12, 2, 1),
+        )
 
     def forward(self, x):
         a = self.a(x)
@@ -116,12 +142,14 @@ class UNet(nn.Module):
         c = self.c(F.avg_pool2d(b, 2))
         x = self.d1(torch.cat([self.up1(c), b], 1))
         x = self.d2(torch.cat([self.up2(x), a], 1))
-        return F.interpolate(self.out(x), scale_factor=2, mode="bilinear", align_corners=False)
+        return F.interpolate(
+            self.out(x), scale_factor=2, mode="bilinear", align_corners=False
+        )
 
 
 class Transposed(nn.Sequential):
-    """A decoder: transposed convolutions by channels, by groups, and of each channel; pixels from
-    channels."""
+    """A decoder: transposed convolutions by channels, by groups, and of each channel;
+    pixels from channels."""
 
     def __init__(self, groups=6):
         super().__init__(
@@ -141,7 +169,11 @@ class Transposed(nn.Sequential):
 class GroupNorms(nn.Module):
     def __init__(self, groups=6):
         super().__init__()
-        self.a, self.b, self.c = nn.Conv2d(3, 24, 3), nn.Conv2d(24, 36, 3), nn.Conv2d(36, 8, 1)
+        self.a, self.b, self.c = (
+            nn.Conv2d(3, 24, 3),
+            nn.Conv2d(24, 36, 3),
+            nn.Conv2d(36, 8, 1),
+        )
         self.norm_a, self.norm_b = nn.GroupNorm(groups, 24), nn.GroupNorm(36, 36)
 
     def forward(self, x):
@@ -155,19 +187,26 @@ class GroupNorms(nn.Module):
 
 
 class Instances(nn.Module):
-    """InstanceNorm, with statistics of its own or running ones; BatchNorm without running
-    statistics, or without weights."""
+    """InstanceNorm, with statistics of its own or running ones; BatchNorm without
+    running statistics, or without weights."""
 
     def __init__(self):
         super().__init__()
         norms = nn.InstanceNorm2d(24, affine=True), nn.InstanceNorm2d(
             24, affine=True, track_running_stats=True
         )
-        norms += nn.BatchNorm2d(24, track_running_stats=False), nn.BatchNorm2d(24, affine=False)
+        norms += nn.BatchNorm2d(24, track_running_stats=False), nn.BatchNorm2d(
+            24, affine=False
+        )
         norms += nn.BatchNorm2d(24, momentum=None), nn.BatchNorm2d(24, momentum=0.5)
         self.layers = nn.Sequential(
             *(
-                Residual(nn.Conv2d(12, 24, 1), norm, nn.ReLU(), nn.Conv2d(24, 12, 3, padding=1))
+                Residual(
+                    nn.Conv2d(12, 24, 1),
+                    norm,
+                    nn.ReLU(),
+                    nn.Conv2d(24, 12, 3, padding=1),
+                )
                 for norm in norms
             )
         )
@@ -178,8 +217,8 @@ class Instances(nn.Module):
 
 
 class Wave(nn.Module):
-    """A codec's 1-D convolutions: weights with norms, a gate by halves, groups of positions; then
-    3-D."""
+    """A codec's 1-D convolutions: weights with norms, a gate by halves, groups of
+    positions; then 3-D."""
 
     def __init__(self, c=12, normed=True):
         super().__init__()
@@ -203,8 +242,8 @@ class Wave(nn.Module):
 
 
 class Shuffled(nn.Module):
-    """ShuffleNet: grouped convolutions whose groups' channels are mixed in between, and halves of
-    channels that rest."""
+    """ShuffleNet: grouped convolutions whose groups' channels are mixed in between, and
+    halves of channels that rest."""
 
     def __init__(self, groups=6):
         super().__init__()
@@ -222,7 +261,9 @@ class Shuffled(nn.Module):
         b, c, h, w = y.shape
         x = x + self.d(
             self.c(
-                y.view(b, self.groups, c // self.groups, h, w).transpose(1, 2).reshape(b, -1, h, w)
+                y.view(b, self.groups, c // self.groups, h, w)
+                .transpose(1, 2)
+                .reshape(b, -1, h, w)
             )
         )
         rest, x = x.chunk(2, 1)
@@ -251,13 +292,17 @@ class Windows(nn.Module):
         k = self.window
         y = torch.roll(self.norm(x), (-2, -2), (1, 2)).view(b, h // k, k, w // k, k, d)
         y = y.transpose(2, 3).reshape(-1, k * k, d)
-        q, key, v = self.qkv(y).reshape(len(y), k * k, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q, key, v = (
+            self.qkv(y).reshape(len(y), k * k, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        )
         bias = self.table[self.index.view(-1)].view(k * k, k * k, -1).permute(2, 0, 1)
         a = (q @ key.transpose(-2, -1) * q.shape[-1] ** -0.5 + bias).softmax(-1)
         y = self.proj((a @ v).transpose(1, 2).reshape(len(y), k * k, d))
         y = y.view(b, h // k, w // k, k, k, d).transpose(2, 3).reshape(b, h, w, d)
         x = x + torch.roll(y, (2, 2), (1, 2))
-        return self.merge(torch.cat([x[:, i::2, j::2] for i in (0, 1) for j in (0, 1)], -1))
+        return self.merge(
+            torch.cat([x[:, i::2, j::2] for i in (0, 1) for j in (0, 1)], -1)
+        )
 
 
 class Standardized(nn.Conv2d):
@@ -265,7 +310,11 @@ class Standardized(nn.Conv2d):
 
     def forward(self, x):
         weight = F.batch_norm(
-            self.weight.reshape(1, self.out_channels, -1), None, None, training=True, momentum=0.0
+            self.weight.reshape(1, self.out_channels, -1),
+            None,
+            None,
+            training=True,
+            momentum=0.0,
         )
         return F.conv2d(
             x,
@@ -280,7 +329,11 @@ class Standardized(nn.Conv2d):
 
 def standardized(c=12):
     norms = [nn.GroupNorm(6, n) for n in (c, 24, 48)]
-    layers = Standardized(c, 24, 1), Standardized(24, 48, 3, padding=1), Standardized(48, c, 1)
+    layers = (
+        Standardized(c, 24, 1),
+        Standardized(24, 48, 3, padding=1),
+        Standardized(48, c, 1),
+    )
     return Residual(*(x for pair in zip(norms, [nn.ReLU()] * 3, layers) for x in pair))
 
 
@@ -300,7 +353,11 @@ class Bags(nn.Module):
 class Pairs(nn.Module):
     def __init__(self):
         super().__init__()
-        self.a, self.b, self.both = nn.Linear(8, 24), nn.Linear(8, 24), nn.Bilinear(24, 24, 12)
+        self.a, self.b, self.both = (
+            nn.Linear(8, 24),
+            nn.Linear(8, 24),
+            nn.Bilinear(24, 24, 12),
+        )
         self.gate, self.out = nn.Sequential(
             nn.Linear(12, 48), nn.GLU(), nn.PReLU(24), nn.LogSigmoid()
         ), nn.Linear(24, 12)
@@ -308,7 +365,12 @@ class Pairs(nn.Module):
     def forward(self, x, y):
         x, y = self.a(x), self.b(y)
         z = self.out(self.gate(self.both(x, y).flatten(0, 1)))
-        return z, F.cosine_similarity(x, y, -1), F.normalize(x, dim=-1), F.pairwise_distance(x, y)
+        return (
+            z,
+            F.cosine_similarity(x, y, -1),
+            F.normalize(x, dim=-1),
+            F.pairwise_distance(x, y),
+        )
 
 
 def image(*shape):
@@ -319,11 +381,15 @@ def bags():
     return torch.randint(40, (9,)), torch.tensor([0, 4, 4]), torch.randn(9)
 
 
-# name -> (how it is built, its inputs, modules whose weights compute on shards of an axis that runs
-# through).
+# name -> (how it is built, its inputs, modules whose weights compute on shards of an
+# axis that runs through).
 MODELS = {
     "ResNet": (lambda: Net(basic(), bottleneck()), image(), ["1.0.0", "1.1.0"]),
-    "ResNeXt": (lambda: Net(bottleneck(groups=6)), image(), ["1.0.0", "1.1.0", "1.2.0"]),
+    "ResNeXt": (
+        lambda: Net(bottleneck(groups=6)),
+        image(),
+        ["1.0.0", "1.1.0", "1.2.0"],
+    ),
     "MobileNet": (
         lambda: Net(inverted()),
         image(),
@@ -348,14 +414,30 @@ MODELS = {
     "U-Net with groups": (lambda: UNet(6), image(), []),
     "transposed": (Transposed, image(), ["0", "3"]),
     "group norm": (GroupNorms, image(), []),
-    "other norms": (Instances, image(), ["layers.2.0", "layers.3.0", "layers.3.3", "layers.5.3"]),
-    "1-D and 3-D": (Wave, image(2, 3, 16), ["depth", "out", "wide.0.0", "wide.1.0", "wide.2"]),
-    "1-D plain": (lambda: Wave(normed=False), image(2, 3, 16), ["gate", "depth", "out"]),
+    "other norms": (
+        Instances,
+        image(),
+        ["layers.2.0", "layers.3.0", "layers.3.3", "layers.5.3"],
+    ),
+    "1-D and 3-D": (
+        Wave,
+        image(2, 3, 16),
+        ["depth", "out", "wide.0.0", "wide.1.0", "wide.2"],
+    ),
+    "1-D plain": (
+        lambda: Wave(normed=False),
+        image(2, 3, 16),
+        ["gate", "depth", "out"],
+    ),
     "shuffled": (Shuffled, image(), []),
     "Swin": (Windows, image(), ["qkv", "proj"]),
     "standardised": (lambda: Net(standardized(), standardized()), image(), []),
     "bags by sum": (lambda: Bags("sum"), bags, []),
     "bags by mean": (lambda: Bags("mean"), bags, []),
     "bags by max": (lambda: Bags("max"), bags, []),
-    "pairs": (Pairs, lambda: (torch.randn(2, 4, 8), torch.randn(2, 4, 8)), ["gate.0", "out"]),
+    "pairs": (
+        Pairs,
+        lambda: (torch.randn(2, 4, 8), torch.randn(2, 4, 8)),
+        ["gate.0", "out"],
+    ),
 }

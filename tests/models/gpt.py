@@ -14,17 +14,30 @@ def ids(high, *shape):
 
 
 def mlp(d=16, h=32, bias=True):
-    return nn.Sequential(nn.Linear(d, h, bias=bias), nn.GELU(), nn.Linear(h, d, bias=bias))
+    return nn.Sequential(
+        nn.Linear(d, h, bias=bias), nn.GELU(), nn.Linear(h, d, bias=bias)
+    )
 
 
 class Attention(nn.Module):
     """Attention with separate q, k, v; `style` is how its sizes are written."""
 
     def __init__(
-        self, d=32, heads=4, kv_heads=None, style="infer", bias=True, norm=False, dropout=0.0
+        self,
+        d=32,
+        heads=4,
+        kv_heads=None,
+        style="infer",
+        bias=True,
+        norm=False,
+        dropout=0.0,
     ):
         super().__init__()
-        self.num_heads, self.kv_heads, self.head_dim = heads, kv_heads or heads, d // heads
+        self.num_heads, self.kv_heads, self.head_dim = (
+            heads,
+            kv_heads or heads,
+            d // heads,
+        )
         self.hidden, self.style, self.dropout = d, style, nn.Dropout(dropout)
         self.q = nn.Linear(d, heads * self.head_dim, bias=bias)
         self.k = nn.Linear(d, self.kv_heads * self.head_dim, bias=bias)
@@ -68,7 +81,9 @@ class Block(nn.Module):
         super().__init__()
         self.ln_1, self.ln_2 = nn.LayerNorm(d), nn.LayerNorm(d)
         self.attn = Attention(d, dropout=dropout, **options)
-        self.mlp = nn.Sequential(nn.Linear(d, h), nn.GELU(), nn.Dropout(dropout), nn.Linear(h, d))
+        self.mlp = nn.Sequential(
+            nn.Linear(d, h), nn.GELU(), nn.Dropout(dropout), nn.Linear(h, d)
+        )
         self.parallel = parallel
 
     def forward(self, x, mask=None):
@@ -98,7 +113,12 @@ class GPT(nn.Module):
 class GatedMLP(nn.Module):
     def __init__(self, d=16, h=32, how="chunk"):
         super().__init__()
-        self.gate_up, self.down, self.how, self.h = nn.Linear(d, 2 * h), nn.Linear(h, d), how, h
+        self.gate_up, self.down, self.how, self.h = (
+            nn.Linear(d, 2 * h),
+            nn.Linear(h, d),
+            how,
+            h,
+        )
 
     def forward(self, x):
         x = self.gate_up(x)
@@ -114,12 +134,17 @@ class GatedMLP(nn.Module):
 
 
 class FusedAttention(nn.Module):
-    """One projection for q, k and v. `kind`: equal pieces, grouped pieces of unequal size, or
-    interleaved by head."""
+    """One projection for q, k and v. `kind`: equal pieces, grouped pieces of unequal
+    size, or interleaved by head."""
 
     def __init__(self, d=32, heads=4, kv_heads=4, kind="split"):
         super().__init__()
-        self.heads, self.kv_heads, self.dim, self.kind = heads, kv_heads, d // heads, kind
+        self.heads, self.kv_heads, self.dim, self.kind = (
+            heads,
+            kv_heads,
+            d // heads,
+            kind,
+        )
         self.embed_dim = d
         self.sizes = [heads * self.dim, kv_heads * self.dim, kv_heads * self.dim]
         self.qkv, self.proj = nn.Linear(d, sum(self.sizes)), nn.Linear(d, d)
@@ -132,9 +157,13 @@ class FusedAttention(nn.Module):
         elif self.kind == "width":
             q, k, v = x.split(self.embed_dim, dim=2)
         elif self.kind == "timm":
-            q, k, v = (y.flatten(2) for y in x.reshape(b, t, 3, self.heads, self.dim).unbind(2))
+            q, k, v = (
+                y.flatten(2) for y in x.reshape(b, t, 3, self.heads, self.dim).unbind(2)
+            )
         else:
-            q, k, v = (y.flatten(2) for y in x.view(b, t, self.heads, 3, self.dim).unbind(3))
+            q, k, v = (
+                y.flatten(2) for y in x.view(b, t, self.heads, 3, self.dim).unbind(3)
+            )
         q, k, v = (y.view(b, t, -1, self.dim).transpose(1, 2) for y in (q, k, v))
         out = F.scaled_dot_product_attention(
             q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads

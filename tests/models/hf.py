@@ -1,7 +1,7 @@
 """Models of transformers, of a few thousand parameters."""
 
-# By name: modules of transformers are imported when a name of theirs is first asked for, which is
-# then before the ranks are forked, and not on each.
+# By name: modules of transformers are imported when a name of theirs is first asked
+# for, which is then before the ranks are forked, and not on each.
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -32,4 +32,6 @@ def gpt2(dropout=0.1, **config):
 
 def t5(**config):
     sizes = dict(vocab_size=67, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
-    return T5ForConditionalGeneration(T5Config(**{**sizes, "decoder_start_token_id": 0, **config}))
+    return T5ForConditionalGeneration(
+        T5Config(**{**sizes, "decoder_start_token_id": 0, **config})
+    )

@@ -1,4 +1,5 @@
-"""Modules of torch.nn in training, in eval and under inference mode, many to a launch."""
+"""Modules of torch.nn in training, in eval and under inference mode, many to a
+launch."""
 
 import copy
 
@@ -12,8 +13,9 @@ causal = nn.Transformer.generate_square_subsequent_mask
 
 
 def check_all(cases, n=2, modes=("train", "eval"), share=None):
-    """One launch for many models, (build, inputs of calls, ...): training with gradients; in eval
-    mode under no_grad, the first call with gradients and under inference_mode too."""
+    """One launch for many models, (build, inputs of calls, ...): training with
+    gradients; in eval mode under no_grad, the first call with gradients and under
+    inference_mode too."""
 
     def ranks(rank):
         for name, (build, *calls) in cases.items():
@@ -23,7 +25,10 @@ def check_all(cases, n=2, modes=("train", "eval"), share=None):
                 sharded = None
                 try:
                     sharded, whole = pair(
-                        build, n, mode == "train", example_inputs=copy.deepcopy(given[0])
+                        build,
+                        n,
+                        mode == "train",
+                        example_inputs=copy.deepcopy(given[0]),
                     )
                     assert (
                         share is None or share_of(sharded) <= share
@@ -36,12 +41,15 @@ def check_all(cases, n=2, modes=("train", "eval"), share=None):
                     if mode == "eval":
                         with torch.inference_mode():
                             same_output(run(sharded, given[0]), run(whole, given[0]))
-                    for (p_name, p), q in zip(sharded.named_parameters(), whole.parameters()):
+                    for (p_name, p), q in zip(
+                        sharded.named_parameters(), whole.parameters()
+                    ):
                         # a forward may write to it (max_norm)
                         close(p.detach().full_tensor(), q.detach(), p_name)
                 except Exception as error:
                     error.add_note(
-                        f"{name}, {mode}\n{getattr(sharded, 'tensor_parallel_plan', None)}"
+                        f"{name},"
+                        f" {mode}\n{getattr(sharded, 'tensor_parallel_plan', None)}"
                     )
                     raise
 
@@ -49,8 +57,12 @@ def check_all(cases, n=2, modes=("train", "eval"), share=None):
 
 
 def encoder(layers=1, norm=None, width=32, heads=4, **options):
-    layer = nn.TransformerEncoderLayer(width, heads, 2 * width, **{"batch_first": True, **options})
-    return lambda: nn.TransformerEncoder(layer, layers, norm=nn.LayerNorm(width) if norm else None)
+    layer = nn.TransformerEncoderLayer(
+        width, heads, 2 * width, **{"batch_first": True, **options}
+    )
+    return lambda: nn.TransformerEncoder(
+        layer, layers, norm=nn.LayerNorm(width) if norm else None
+    )
 
 
 def padding(batch, length):

@@ -1,5 +1,5 @@
-"""Many small models to a launch, each against the whole model over several calls; and parts to
-write them of."""
+"""Many small models to a launch, each against the whole model over several calls; and
+parts to write them of."""
 
 import copy
 
@@ -13,8 +13,8 @@ CASES = {}  # group -> {name: (build, calls, options)}
 
 
 def model(group, given, *calls, local=False):
-    """Register a module class: `given` makes the example inputs, each of `calls` other ones, or
-    (inputs, mode). `local`: some of it computes on shards."""
+    """Register a module class: `given` makes the example inputs, each of `calls` other
+    ones, or (inputs, mode). `local`: some of it computes on shards."""
 
     def add(build):
         CASES.setdefault(group, {})[build.__name__] = (build, (given, *calls), local)
@@ -24,7 +24,8 @@ def model(group, given, *calls, local=False):
 
 
 def run_models(group, n):
-    """Every model of a group on n ranks: outputs, gradients and buffers of each call."""
+    """Every model of a group on n ranks: outputs, gradients and buffers of each
+    call."""
 
     def ranks(rank):
         for name, (build, calls, local) in CASES[group].items():
@@ -33,8 +34,12 @@ def run_models(group, n):
             calls = [(double(f()), mode) for f, mode in calls]
             at = "set-up"
             try:
-                sharded, whole = pair(build, n, example_inputs=copy.deepcopy(calls[0][0]))
-                assert share_of(sharded) <= 1 / n + 0.1, f"holds {share_of(sharded):.1%}"
+                sharded, whole = pair(
+                    build, n, example_inputs=copy.deepcopy(calls[0][0])
+                )
+                assert (
+                    share_of(sharded) <= 1 / n + 0.1
+                ), f"holds {share_of(sharded):.1%}"
                 hows = {e.how for e in sharded.tensor_parallel_plan.entries.values()}
                 assert not local or any(
                     e.units for e in sharded.tensor_parallel_plan.entries.values()

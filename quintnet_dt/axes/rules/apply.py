@@ -17,8 +17,8 @@ class Misfit(Exception):
 
 
 def rule_of_line(line: Line, user: str = "") -> Rule:
-    """The rule function of a line. One of a `user`, named so in errors, must fit the shapes that it
-    meets; where another does not, nothing is known of the node."""
+    """The rule function of a line. One of a `user`, named so in errors, must fit the
+    shapes that it meets; where another does not, nothing is known of the node."""
 
     def rule(node: Node, axes: Findings) -> None:
         try:
@@ -61,28 +61,34 @@ def _stated(node: Node, of: str | int) -> int:
 
 
 def _input_dims(value: Value, pattern: Pattern) -> list[Dim]:
-    """The names of each dim of an input, which may lack the leftmost dims of its pattern."""
+    """The names of each dim of an input, which may lack the leftmost dims of its
+    pattern."""
     ndim = len(value.shape)
     dims = _single(pattern, ndim - len(pattern.dims) + 1)
     if len(dims) < ndim:
-        raise Misfit(f"expected a tensor of dims {pattern.text!r}, found shape {value.shape}")
+        raise Misfit(
+            f"expected a tensor of dims {pattern.text!r}, found shape {value.shape}"
+        )
     return dims[len(dims) - ndim :]
 
 
 def _output(value: Value, pattern: Pattern, factors: Factors) -> list[list[Factor]]:
-    """The factors of each dim of an output. A dim of another length than its names' is new."""
+    """The factors of each dim of an output. A dim of another length than its names' is
+    new."""
     n = len(value.shape) - len(pattern.dims) + 1
     rest = sum(name.startswith(REST) for name in factors)
     dims = _single(pattern, n, rest)
     if len(dims) != len(value.shape):
-        raise Misfit(f"expected a result of dims {pattern.text!r}, found shape {value.shape}")
+        raise Misfit(
+            f"expected a result of dims {pattern.text!r}, found shape {value.shape}"
+        )
     named = [_bind(dim, n, factors) for dim, n in zip(dims, value.shape)]
     return [d if length(d) == n else fresh(n) for d, n in zip(named, value.shape)]
 
 
 def _single(pattern: Pattern, n: int, rest: int | None = None) -> list[Dim]:
-    """A pattern's dims, with n single ones for the rest, numbered from the right; `rest` for one
-    that inputs have."""
+    """A pattern's dims, with n single ones for the rest, numbered from the right;
+    `rest` for one that inputs have."""
     dims: list[Dim] = []
     for dim in pattern.dims:
         text, mark = dim[0]
@@ -93,16 +99,22 @@ def _single(pattern: Pattern, n: int, rest: int | None = None) -> list[Dim]:
 
 
 def _bind(dim: Dim, n: int, factors: Factors) -> list[Factor]:
-    """The factors of the names of a dim of length n. A name that was not met is as long as the
-    others leave; nor was one met that broadcast."""
+    """The factors of the names of a dim of length n. A name that was not met is as long
+    as the others leave; nor was one met that broadcast."""
     names = [name.text for name in dim]
     may_broadcast = len(names) == 1 and n > 1
-    new = [name for name in names if name not in factors or may_broadcast and not factors[name]]
+    new = [
+        name
+        for name in names
+        if name not in factors or may_broadcast and not factors[name]
+    ]
     known = prod(length(factors[name]) for name in names if name not in new)
     for name in new:
         factors[name] = fresh(n // max(known, 1))
     found = every(factors[name] for name in names)
     if len(names) > 1 and length(found) != n:
         lengths = " x ".join(str(length(factors[name])) for name in names)
-        raise Misfit(f"expected a dim ({' '.join(names)}) of length {lengths}, found {n}")
+        raise Misfit(
+            f"expected a dim ({' '.join(names)}) of length {lengths}, found {n}"
+        )
     return found

@@ -1,4 +1,5 @@
-"""Rules of operators that are given dims: they reduce them or need them whole, the others pass."""
+"""Rules of operators that are given dims: they reduce them or need them whole, the
+others pass."""
 
 import torch
 
@@ -8,9 +9,10 @@ from .pointwise import pointwise
 from .table import arg, dims_of, every, pass_but, rule, signature
 
 WHOLE = (
-    "_softmax _log_softmax _safe_softmax cumsum cumprod logcumsumexp cummax cummin sort topk flip"
-    " roll argsort _fft_r2c _fft_c2r _fft_c2c amax amin var std var_mean std_mean argmax argmin any"
-    " all prod logsumexp linalg_vector_norm max min median norm nansum select unbind index_select"
+    "_softmax _log_softmax _safe_softmax cumsum cumprod logcumsumexp cummax cummin sort"
+    " topk flip roll argsort _fft_r2c _fft_c2r _fft_c2c amax amin var std var_mean"
+    " std_mean argmax argmin any all prod logsumexp linalg_vector_norm max min median"
+    " norm nansum select unbind index_select"
 )
 
 

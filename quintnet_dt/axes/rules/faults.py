@@ -1,4 +1,5 @@
-"""What is wrong with a user's line of notation for an operator, before any shape is known."""
+"""What is wrong with a user's line of notation for an operator, before any shape is
+known."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +10,8 @@ _NUMBERS = "int", "List[int]"
 
 
 def faults(line: Line, schema: Any) -> Iterator[str]:
-    """What was expected and what was found, in the order in which a reader would see it."""
+    """What was expected and what was found, in the order in which a reader would see
+    it."""
     yield from _in_patterns(line)
     yield from _in_lengths(line, schema)
     yield from _in_tensors(line, schema)
@@ -20,10 +22,17 @@ def _in_patterns(line: Line) -> Iterator[str]:
     if (REST, "") in before and (REST, "") not in after:
         yield "expected '...' after '->' too"
     known = {name.text for name in before}
-    new = [name for name in after if name.mark or name.text not in known and name.text[0] != OWN]
+    new = [
+        name
+        for name in after
+        if name.mark or name.text not in known and name.text[0] != OWN
+    ]
     if new:
         found = "".join(new[0])
-        yield f"expected letters of the inputs, unmarked, or '_' after '->', found {found!r}"
+        yield (
+            "expected letters of the inputs, unmarked, or '_' after '->', found"
+            f" {found!r}"
+        )
 
 
 def _in_lengths(line: Line, schema: Any) -> Iterator[str]:
@@ -31,7 +40,10 @@ def _in_lengths(line: Line, schema: Any) -> Iterator[str]:
     for name, length in line.lengths.items():
         if isinstance(length, str) and length not in numbers:
             one_of = f" ({', '.join(numbers)})" if numbers else ""
-            yield f"expected a number or an argument that is one{one_of} after '=', found {length!r}"
+            yield (
+                f"expected a number or an argument that is one{one_of} after '=', found"
+                f" {length!r}"
+            )
     told = set(line.lengths)
     for pattern in line.inputs + line.outputs:
         for dim in pattern.dims:
@@ -39,8 +51,9 @@ def _in_lengths(line: Line, schema: Any) -> Iterator[str]:
             if len(new) > 1:
                 names = " ".join(name.text for name in dim)
                 yield (
-                    f"expected at most one length in ({names}) that nothing before it tells: add"
-                    f" '; {min(new)}=' and an argument of the operator, or a number"
+                    f"expected at most one length in ({names}) that nothing before it"
+                    f" tells: add '; {min(new)}=' and an argument of the operator, or a"
+                    " number"
                 )
             told |= new
 
@@ -53,12 +66,12 @@ def _in_tensors(line: Line, schema: Any) -> Iterator[str]:
     returns_others = len(results) < len(schema.returns)
     if takes_lists or returns_others or schema.is_mutable:
         yield (
-            "expected an operator that takes and returns single tensors, and writes to none; give a"
-            " function"
+            "expected an operator that takes and returns single tensors, and writes to"
+            " none; give a function"
         )
     elif (len(line.inputs), len(line.outputs)) != (len(single), len(results)):
         yield (
             f"expected a pattern for each of its {len(single)} tensor arguments"
-            f" ({', '.join(single)}) and {len(results)} results, found {len(line.inputs)} and"
-            f" {len(line.outputs)}"
+            f" ({', '.join(single)}) and {len(results)} results, found"
+            f" {len(line.inputs)} and {len(line.outputs)}"
         )

@@ -18,8 +18,8 @@ def index(node: Node, axes: Findings) -> None:
     dims = axes.dims(value)
     for k in indices:
         axes.whole(node, value, dims[k])
-    # The dims of the indices, which broadcast, take the place of the indexed ones; they come first
-    # where those are not adjacent.
+    # The dims of the indices, which broadcast, take the place of the indexed ones; they
+    # come first where those are not adjacent.
     first = min(indices)
     adjacent = max(indices) - first + 1 == len(indices)
     at = first if adjacent else 0
@@ -30,16 +30,18 @@ def index(node: Node, axes: Findings) -> None:
 
 
 @rule(
-    "gather scatter scatter_ scatter_add scatter_add_ scatter_reduce scatter_reduce_ index_add"
-    " index_add_"
+    "gather scatter scatter_ scatter_add scatter_add_ scatter_reduce scatter_reduce_"
+    " index_add index_add_"
 )
 def along(node: Node, axes: Findings) -> None:
-    """Reads or writes along one dim by index: it is needed whole; so is one that is cut, where an
-    index or a source is smaller."""
+    """Reads or writes along one dim by index: it is needed whole; so is one that is
+    cut, where an index or a source is smaller."""
     value, out = node.inputs[0], node.outputs[0]
     dims = axes.dims(value)
     alike = [v for v in node.inputs if len(v.shape) == len(dims)]
-    passing = [len(set(sizes)) == 1 for sizes in zip(out.shape, *(v.shape for v in alike))]
+    passing = [
+        len(set(sizes)) == 1 for sizes in zip(out.shape, *(v.shape for v in alike))
+    ]
     if dims:
         passing[arg(node, "dim")] = False
     for v in node.inputs:
@@ -49,4 +51,6 @@ def along(node: Node, axes: Findings) -> None:
             else:
                 axes.whole(node, v, found)
     if all(v in alike or len(v.shape) == 1 for v in node.inputs):
-        axes.set(out, [d if p else fresh(n) for d, p, n in zip(dims, passing, out.shape)])
+        axes.set(
+            out, [d if p else fresh(n) for d, p, n in zip(dims, passing, out.shape)]
+        )

@@ -6,9 +6,9 @@ from ..findings import Findings
 from .table import aligned, arg, every, rule, unknown
 
 SAME = (
-    "clone _to_copy detach alias lift_fresh contiguous zeros_like ones_like full_like empty_like"
-    " zero_ fill_ masked_fill_ masked_fill copy_ hardswish hardswish_ log_sigmoid_forward"
-    " _prelu_kernel"
+    "clone _to_copy detach alias lift_fresh contiguous zeros_like ones_like full_like"
+    " empty_like zero_ fill_ masked_fill_ masked_fill copy_ hardswish hardswish_"
+    " log_sigmoid_forward _prelu_kernel"
 )
 
 
@@ -25,13 +25,15 @@ def pointwise(node: Node, axes: Findings) -> None:
 
 @rule("bernoulli_ native_dropout dropout")
 def dropout(node: Node, axes: Findings) -> None:
-    """A mask for each element. Within a call of dropout the layout gives each rank its part of the
-    whole mask."""
+    """A mask for each element. Within a call of dropout the layout gives each rank its
+    part of the whole mask."""
     within_dropout = axes.call is not None and axes.call.name == "dropout"
     (pointwise if within_dropout else unknown)(node, axes)
 
 
-rule("rand_like randn_like uniform_ normal_ exponential_")(unknown)  # ranks would draw the same
+rule("rand_like randn_like uniform_ normal_ exponential_")(
+    unknown
+)  # ranks would draw the same
 
 
 @rule("glu")
@@ -60,7 +62,8 @@ def new(node: Node, axes: Findings) -> None:
 
 @rule("higher_order::flex_attention")
 def flex_attention(node: Node, axes: Findings) -> None:
-    """b h q d, b h k d, b h k e -> b h q e, b h q, b h q: heads pass (see HigherOrder.shards)."""
+    """b h q d, b h k d, b h k e -> b h q e, b h q, b h q: heads pass (see
+    HigherOrder.shards)."""
     qkv = {v.id for v in node.args[:3]}
     heads = axes.dims(node.args[0])[1]
     for v in node.inputs:

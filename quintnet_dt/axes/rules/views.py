@@ -66,17 +66,25 @@ def squeeze(node: Node, axes: Findings) -> None:
     value = node.inputs[0]
     chosen = [] if arg(node, "dim") == [] else dims_of(node, len(value.shape))
     dims = enumerate(zip(axes.dims(value), value.shape))
-    axes.set(node.outputs[0], [d for i, (d, size) in dims if i not in chosen or size != 1])
+    axes.set(
+        node.outputs[0], [d for i, (d, size) in dims if i not in chosen or size != 1]
+    )
 
 
 # ---- parts of a dim
 
 
 def _set_parts(
-    axes: Findings, node: Node, dim: int, outs: list[Value], start: int = 0, equal: int = 0
+    axes: Findings,
+    node: Node,
+    dim: int,
+    outs: list[Value],
+    start: int = 0,
+    equal: int = 0,
 ) -> None:
-    """Outputs that are parts of a dim, one after the other from `start` on. Parts that all are
-    `equal` long share the factors within a part, unequal ones have their own."""
+    """Outputs that are parts of a dim, one after the other from `start` on. Parts that
+    all are `equal` long share the factors within a part, unequal ones have their
+    own."""
     value = node.inputs[0]
     dims = list(axes.dims(value))
     cut, shared = dims[dim], None
@@ -111,11 +119,16 @@ def slice_(node: Node, axes: Findings) -> None:
     _set_parts(axes, node, dim, [out], start, length if all_equal else 0)
 
 
-@rule("split split_with_sizes chunk unsafe_split unsafe_chunk tensor_split unsafe_split_with_sizes")
+@rule(
+    "split split_with_sizes chunk unsafe_split unsafe_chunk tensor_split"
+    " unsafe_split_with_sizes"
+)
 def split(node: Node, axes: Findings) -> None:
     dim = arg(node, "dim") % len(node.inputs[0].shape)
     sizes = {out.shape[dim] for out in node.outputs}
-    _set_parts(axes, node, dim, node.outputs, equal=sizes.pop() if len(sizes) == 1 else 0)
+    _set_parts(
+        axes, node, dim, node.outputs, equal=sizes.pop() if len(sizes) == 1 else 0
+    )
 
 
 @rule("cat")
