@@ -133,12 +133,10 @@ def train(model, group, text, held_out, args) -> None:
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     begin, last, saving = 0, min(args.stop or args.steps, args.steps), None
-    torch.manual_seed(
-        args.seed + group.dp_rank
-    )  # of dropout: the same in a tp group only
-    if any(
-        Path(args.checkpoint + end).exists() for end in ("", ".old")
-    ):  # .old: killed while it was replaced
+    # of dropout: the same in a tp group only
+    torch.manual_seed(args.seed + group.dp_rank)
+    # .old: killed while it was replaced
+    if any(Path(args.checkpoint + end).exists() for end in ("", ".old")):
         extra = load_checkpoint(args.checkpoint, model, optimizer)
         scheduler.load_state_dict(extra["scheduler"])
         begin = extra["step"]
@@ -151,15 +149,13 @@ def train(model, group, text, held_out, args) -> None:
         total=last, initial=begin, desc="train", disable=RANK != 0, unit="step"
     ) as bar:
         for step in range(begin, last):
-            rng = torch.Generator().manual_seed(
-                args.seed + step
-            )  # every rank: the same batch, of which it takes
+            # every rank: the same batch, of which it takes
+            rng = torch.Generator().manual_seed(args.seed + step)
             starts = torch.randint(
                 len(text) - args.context, (args.batch,), generator=rng
             )
-            parts = starts.chunk(group.dp_size)[group.dp_rank].chunk(
-                args.accumulate
-            )  # its tp group's part
+            # its tp group's part
+            parts = starts.chunk(group.dp_size)[group.dp_rank].chunk(args.accumulate)
             total = 0.0
             for i, part in enumerate(parts, 1):
                 if isinstance(model, FSDPModule):  # reduces over dp once a step

@@ -6,13 +6,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement
 
+# and all floats and complex ones from 2 bytes
 _SENT = {
     torch.bool,
     torch.uint8,
     torch.int8,
     torch.int32,
     torch.int64,
-}  # and all floats and complex ones from 2 bytes
+}
 _OF_SIZE = {1: torch.uint8, 2: torch.bfloat16, 4: torch.int32, 8: torch.int64}
 
 

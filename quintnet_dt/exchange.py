@@ -21,9 +21,8 @@ def exchange(x: Tensor, dim: int, group: Group, positions: Tensor) -> Tensor:
     """
     if group_size(group) == 1:
         return x
-    if isinstance(
-        group, SimulatedGroup
-    ):  # on fake tensors no positions can be worked out
+    # on fake tensors no positions can be worked out
+    if isinstance(group, SimulatedGroup):
         route = Route(x.shape[dim], positions.shape[1])
     else:
         route = Route.of(positions, group_rank(group))
@@ -42,9 +41,10 @@ class Route(NamedTuple):
     @classmethod
     def of(cls, positions, rank):
         sizes = chunk_sizes(positions.numel(), len(positions))
+        # (ranks, length)
         owners = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))[
             positions
-        ]  # (ranks, length)
+        ]
         given = [p[o == rank] - sum(sizes[:rank]) for p, o in zip(positions, owners)]
         taken = torch.bincount(owners[rank], minlength=len(sizes)).tolist()
         return cls(

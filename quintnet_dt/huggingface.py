@@ -15,11 +15,12 @@ from .parts import modules
 GATHER = (  # what transformers' save_pretrained asks for whole tensors
     "gather_sharded_state_dict_for_save"
 )
+# of a model that transformers split
 MARKS = (
     "_tp_size",
     "_device_mesh",
     "_is_distributed_loading_by_transformers",
-)  # of a model that transformers split
+)
 
 
 def mark(model, mesh):

@@ -199,10 +199,11 @@ class InStep:
             f"rank {r} called {text} in its place; make the same calls on all ranks"
             for r, text in told.items()
         ]
+        # as add_note of Python 3.11 does
         error.__notes__ = [
             *getattr(error, "__notes__", []),
             *texts,
-        ]  # as add_note of Python 3.11 does
+        ]
 
 
 class Apart(ValueError):
@@ -228,9 +229,8 @@ class _Told:
     def of(cls, same, call, text, new):
         path, module, _, kwargs = call
         named = inspect.signature(module.forward).parameters
-        order = [
-            name for name in kwargs if name not in named
-        ]  # which a forward may go by, as by that of a dict
+        # which a forward may go by, as by that of a dict
+        order = [name for name in kwargs if name not in named]
         same = hashlib.sha256(canonical((same, order)).encode()).hexdigest()
         return cls(
             same, f"{path} {module.training} {torch.is_grad_enabled()}", text, new

@@ -10,6 +10,5 @@ ModulePath: TypeAlias = (
 ValueId: TypeAlias = int  # a Value of a Graph
 CallIndex: TypeAlias = int  # a Call of a Graph, counted through the whole forward
 CallNumber: TypeAlias = int  # a call of one run of one module, counted within it
-ArgPath: TypeAlias = tuple[
-    int | str, ...
-]  # where a tensor lies in arguments or results: (0, "x")
+# where a tensor lies in arguments or results: (0, "x")
+ArgPath: TypeAlias = tuple[int | str, ...]

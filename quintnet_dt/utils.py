@@ -14,13 +14,14 @@ from .private import HigherOrderOperator, constant
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _HERE = os.path.dirname(__file__) + os.sep
+# the usual ones, so that they are told first
 _LEAVES = (
     torch.Tensor,
     int,
     float,
     str,
     type(None),
-)  # the usual ones, so that they are told first
+)
 
 
 def leaves(obj, path=()):
@@ -43,9 +44,8 @@ def leaves(obj, path=()):
             if hasattr(obj, "__dict__")
             else functools.partial(getattr, obj)
         )
-        items = [
-            (f.name, held(f.name)) for f in dataclasses.fields(obj)
-        ]  # not what a property makes up
+        # not what a property makes up
+        items = [(f.name, held(f.name)) for f in dataclasses.fields(obj)]
     else:
         return [(path, obj)]
     return [leaf for key, x in items for leaf in leaves(x, (*path, key))]
@@ -251,9 +251,8 @@ def call_name(func):
     if name in ("__get__", "__set__"):
         name = getattr(getattr(func, "__self__", None), "__name__", name)
         return name if name in _TENSOR_PROPERTIES else None
-    if isinstance(func, OPERATORS) and not str(func).startswith(
-        "aten."
-    ):  # mylib.view is not view
+    # mylib.view is not view
+    if isinstance(func, OPERATORS) and not str(func).startswith("aten."):
         name = str(func)
     return None if name in _QUERIES or name.startswith(("prim.", "prims.")) else name
 

@@ -319,9 +319,8 @@ def _live(life):
         sys.stderr.flush()
         with os.fdopen(life.report_to, "wb") as pipe:
             pipe.write(report)
-        os.read(
-            life.release, 1
-        )  # left early, this rank would break the others' connections
+        # left early, this rank would break the others' connections
+        os.read(life.release, 1)
     finally:
         os._exit(0)
 

@@ -383,9 +383,8 @@ def test_rows_of_a_table_that_are_a_part_of_its_dim_are_not_looked_up_as_if_they
     axis = Axis((axes.final(v)[0][0],))
     assert axis.find(axes, v) == Split(0, 4, (Segment(1, 4),))
     layout = lay_out(graph, axes, Sharding({"e.weight": ShardedParam(0, axis)}, {axis}))
-    assert all(
-        a.split.units == 16 for a in layout.instead.values()
-    )  # a program keeps the axis's size as the number of rows
+    # a program keeps the axis's size as the number of rows
+    assert all(a.split.units == 16 for a in layout.instead.values())
 
 
 def test_a_parameter_that_lies_otherwise_than_its_axis_is_refused():

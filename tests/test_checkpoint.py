@@ -165,9 +165,8 @@ def test_every_layout_into_every_other(tmp_path):
         layout: on(layout, lambda: save(layout, async_=layout in ("tp2", "dp2 x tp2")))
         for layout in LAYOUTS
     }
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
-        LAYOUTS
-    )  # nothing half-written is left
+    # nothing half-written is left
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(LAYOUTS)
     alone(lambda: load(["one"], expected))
     run_ranks(lambda rank: load(["tp2"], expected), 2)
     run_ranks(lambda rank: load(["tp3"], expected), 3)

@@ -26,11 +26,12 @@ from quintnet_dt.groups import SimulatedGroup, chunk_sizes, group_rank, group_si
 
 VARIES_IN = "all_reduce", "all_gather", "gather_partial", "reduce_scatter", "exchange"
 VARIES_OUT = "copy_in", "split", "gather_partial", "reduce_scatter", "exchange"
+# each rank's input is a part of the whole
 OF_PARTS = (
     "all_gather",
     "gather_partial",
     "exchange",
-)  # each rank's input is a part of the whole
+)
 
 # The ranks' lengths along the dim: even, chunks, chunks with an empty one, odd ones.
 SIZES = {

@@ -73,9 +73,8 @@ def test_weights_in_one_block():
             assert all(type(p) in (Shard, Replicate) for p in plan.placements.values())
             compare(*models, inputs)
             if name == "U-Net with groups":
-                plan["up1.weight"], plan["up1.bias"] = Shard(1), Shard(
-                    0
-                )  # together: parts of groups, and a block
+                # together: parts of groups, and a block
+                plan["up1.weight"], plan["up1.bias"] = Shard(1), Shard(0)
                 compare(
                     *pair(build, 2, example_inputs=copy.deepcopy(inputs), plan=plan),
                     inputs,
@@ -170,9 +169,9 @@ def test_collectives(block, forward, backward):
             counts,
             model.tensor_parallel_plan,
         )
-        with (
-            counted() as counts
-        ):  # the running statistics of a norm on shards are whole again: both in one collective
+        # the running statistics of a norm on shards are whole again: both in one
+        # collective
+        with counted() as counts:
             model.train()(x)
         norms = [
             p

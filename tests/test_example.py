@@ -63,9 +63,8 @@ def test_2d_goes_on_in_another_layout_as_if_nothing_had_been(tmp_path, capfd):
     )
     assert found.keys() == expected.keys()
     for name, t in expected.items():
-        torch.testing.assert_close(
-            found[name], t, rtol=0, atol=1e-7, msg=name
-        )  # the loss is computed in float32
+        # the loss is computed in float32
+        torch.testing.assert_close(found[name], t, rtol=0, atol=1e-7, msg=name)
 
     model = transformers.AutoModelForCausalLM.from_pretrained(moved)
     assert all(torch.equal(t, found[name]) for name, t in model.state_dict().items())

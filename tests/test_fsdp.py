@@ -188,9 +188,8 @@ def test_what_a_training_loop_does(name):
         for key, p in whole.named_parameters():
             assert (found[key] - p).abs().max() < 1e-9, key
 
-        inputs, labels = text(
-            name, torch.Generator().manual_seed(rank)
-        )  # by itself: no gradients, a mask, another mode
+        # by itself: no gradients, a mask, another mode
+        inputs, labels = text(name, torch.Generator().manual_seed(rank))
         inputs, labels = text(name, torch.Generator().manual_seed(mine))
         mask = torch.ones_like(labels)
         mask[:, :3] = 0
@@ -234,9 +233,8 @@ def test_mixed_precision():
             mesh=mesh["dp"],
             mp_policy=MixedPrecisionPolicy(**policy, output_dtype=torch.float32),
         )
-        for with_labels in {}, {
-            "labels": labels
-        }:  # the second path is traced under FSDP
+        # the second path is traced under FSDP
+        for with_labels in {}, {"labels": labels}:
             out, expected = model(**inputs, **with_labels), whole(
                 **inputs, **with_labels
             )
@@ -264,9 +262,8 @@ def test_compiled_blocks():
         torch.manual_seed(0)
         whole = llama().double()
         for block in model.model.layers:
-            block.compile(
-                backend="aot_eager"
-            )  # FSDP2's hooks are not compiled: no fullgraph=True
+            # FSDP2's hooks are not compiled: no fullgraph=True
+            block.compile(backend="aot_eager")
         for step in range(2):
             inputs, labels = text("llama", torch.Generator().manual_seed(step))
             backward(model, inputs, labels), backward(whole, inputs, labels)

@@ -61,9 +61,8 @@ def test_one_rank_leaves_no_process_group_open(tmp_path):
         with pytest.raises(TypeError):
             apply_tensor_parallel(None, 1)
         assert not dist.is_initialized()
-        dist.init_process_group(
-            "gloo", store=dist.HashStore(), rank=0, world_size=1
-        )  # the user's own
+        # the user's own
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         assert torch.equal(model[:4](x), whole(x))
         apply_tensor_parallel(build(), 1, example_inputs=(x,))
         assert dist.is_initialized()

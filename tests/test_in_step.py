@@ -75,15 +75,13 @@ def test_calls_as_expected_are_told_to_nobody(monkeypatch):
         train = lambda: model(x)  # noqa: E731
         assert new(train) == new(train) == 1  # the first two of a kind
         assert new(*[train] * 20) == 0
-        assert (
-            new(lambda: model(torch.ones(5, 8))) == 1 and new(train) == 1
-        )  # other sizes
+        # other sizes
+        assert new(lambda: model(torch.ones(5, 8))) == 1 and new(train) == 1
         new(*[train, evaluate] * 4)
         assert new(*[train, evaluate] * 10) == 0  # one after the other, again and again
         new(*[lambda n=n: decode(n) for n in range(4, 9)])
-        assert (
-            new(*[lambda n=n: decode(n) for n in range(9, 40)]) == 0
-        )  # a mask that grows by one
+        # a mask that grows by one
+        assert new(*[lambda n=n: decode(n) for n in range(9, 40)]) == 0
         assert new(lambda: decode(41)) == 1
 
     run_ranks(ranks, 2)

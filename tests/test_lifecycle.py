@@ -56,9 +56,8 @@ def test_hooks_that_look_on(before):
             kept = [list(found) for found in seen]
             compare(*models[::-1], x)
             new = [found[len(old) :] for found, old in zip(seen, kept)]
-            if len(new[0]) == len(
-                new[1]
-            ):  # the first call of a kind is traced, and hooks see that too
+            # the first call of a kind is traced, and hooks see that too
+            if len(new[0]) == len(new[1]):
                 assert len(new[0]) >= 4
                 torch.testing.assert_close(new[1], new[0])
         assert len(new[0]) == len(new[1])

@@ -61,9 +61,8 @@ def test_whole_tensors(layout):
             assert model.tensor_parallel_plan["qkv.weight"].pieces == 3
         with torch.no_grad():
             model(batch())
-        model.qkv.load_state_dict(
-            {k: v + 1 for k, v in whole.qkv.state_dict().items()}
-        )  # of a part of the model
+        # of a part of the model
+        model.qkv.load_state_dict({k: v + 1 for k, v in whole.qkv.state_dict().items()})
         same(model, whole.state_dict(), but={"qkv.weight", "qkv.bias"})
         keys = model.load_state_dict(
             {"qkv.weight": whole.qkv.weight, "more": torch.ones(2)}, strict=False
@@ -73,9 +72,8 @@ def test_whole_tensors(layout):
             {"qkv.bias": whole.qkv.bias.float().double()}, strict=False
         )
         same(model, {**whole.state_dict(), "qkv.bias": whole.qkv.bias.float().double()})
-        model.load_state_dict(
-            {k: v.float() for k, v in whole.state_dict().items()}
-        )  # cast, as torch does
+        # cast, as torch does
+        model.load_state_dict({k: v.float() for k, v in whole.state_dict().items()})
         same(model, {k: v.float().to(v.dtype) for k, v in whole.state_dict().items()})
         model.load_state_dict(whole.state_dict())
         answers(model, whole)
@@ -212,9 +210,8 @@ def test_a_broadcast_over_pieces_is_refused_and_nothing_else():
             )
             same(model, {**whole.state_dict(), **part})
 
-        def _load_model_state_dict(
-            info, options
-        ):  # a name of torch's is free to others
+        # a name of torch's is free to others
+        def _load_model_state_dict(info, options):
             model.load_state_dict(whole.state_dict())
 
         _load_model_state_dict(

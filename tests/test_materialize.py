@@ -60,9 +60,10 @@ def wild(module):
             torch.ones(5, 12), torch.outer(torch.arange(5.0), torch.rand(12))
         )
         module.mask.copy_(torch.ones(5, 5, device=module.mask.device).triu(1).bool())
+        # children's, which come first
         module.down.weight.mul_(1 / math.sqrt(2)), module.up.weight.copy_(
             module.down.weight.T
-        )  # children's, which come first
+        )
     elif isinstance(module, nn.Linear) and module.bias is not None:
         module.weight = nn.Parameter(torch.randn(module.weight.shape))
         nn.init.zeros_(module.bias)
@@ -97,9 +98,9 @@ def test_models_of_transformers_start_as_they_do_by_themselves(build):
     assert torch.equal(torch.get_rng_state(), state)
     for (name, a), b in zip(model.named_buffers(), other.buffers()):
         assert torch.equal(a, b), name
-    if (
-        build is gpt2
-    ):  # the smaller weights of the residual path, which the parent of their module gives them
+    # the smaller weights of the residual path, which the parent of their module gives
+    # them
+    if build is gpt2:
         assert (
             model.transformer.h[0].mlp.c_proj.weight.std()
             < 0.8 * model.transformer.h[0].mlp.c_fc.weight.std()
@@ -257,10 +258,11 @@ def test_a_rank_never_holds_more_than_its_shards_and_one_module(tmp_path):
         return nn.Sequential(*(f() for _ in range(20) for f in (up, nn.ReLU, down)))
 
     def ranks(rank):
+        # the small ones first, for what a first call brings into memory
         for d in (
             8,
             512,
-        ):  # the small ones first, for what a first call brings into memory
+        ):
             models = [on_meta(lambda: chain(d)) for _ in range(2)]
             for model in models:
                 apply_tensor_parallel(model, 4, example_inputs=(torch.ones(1, d),))

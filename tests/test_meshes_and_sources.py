@@ -24,9 +24,8 @@ def test_submesh_and_process_group_manager():
             compare(sharded, whole, (x,))
         sharded, whole = pair(mlp, 2)
         compare(sharded, whole, (x,))
-        dp = init_device_mesh("cpu", (2, 2), mesh_dim_names=("tp", "dp"))[
-            "tp"
-        ]  # ranks 0 and 2, 1 and 3
+        # ranks 0 and 2, 1 and 3
+        dp = init_device_mesh("cpu", (2, 2), mesh_dim_names=("tp", "dp"))["tp"]
         sharded, whole = pair(lambda: GPT(), dp)
         compare(sharded, whole, (torch.arange(6).view(2, 3),))
 

@@ -99,9 +99,8 @@ def test_steps_with_clipping_accumulation_schedule_and_averages(kind):
         def adamw(params):
             return torch.optim.AdamW(params, 1e-2, eps=1e-6, **KINDS[kind])
 
-        for make in (
-            (adamw,) if kind == "fused" else (adamw, sgd)
-        ):  # torch's DTensor does not know SGD(fused=True)
+        # torch's DTensor does not know SGD(fused=True)
+        for make in ((adamw,) if kind == "fused" else (adamw, sgd)):
             models = pair()
             optimizers = [make(m.parameters()) for m in models]
             schedules = [

@@ -48,9 +48,8 @@ def test_a_module_that_keeps_its_parameters_elsewhere_too_is_told():
     lstm = nn.LSTM(3, 2)
     whole, order, x = lstm.weight_hh_l0, list(lstm._parameters), torch.ones(1, 3)
     expected = lstm(x)[0]
-    put(
-        lstm, "weight_hh_l0", torch.zeros_like(whole) + whole
-    )  # no leaf, as what is shown
+    # no leaf, as what is shown
+    put(lstm, "weight_hh_l0", torch.zeros_like(whole) + whole)
     assert lstm._flat_weights[1] is lstm.weight_hh_l0 is not whole
     assert list(lstm._parameters) == order and torch.equal(lstm(x)[0], expected)
     put(lstm, "weight_hh_l0", whole)

@@ -480,9 +480,8 @@ def test_a_call_in_inference_mode_computes_on_shards():
         for mode in torch.no_grad, torch.inference_mode:
             model.train(mode is torch.no_grad)  # another kind of call
             with mode():
-                model(x), model(x), model(
-                    x
-                )  # what is compared in the first ones is not counted
+                # what is compared in the first ones is not counted
+                model(x), model(x), model(x)
                 with CommDebugMode() as counts:
                     model(x)
             sent.append(counts.get_total_counts())

@@ -104,9 +104,8 @@ def test_ranks_with_other_hash_seeds():
 
 def test_modules_in_another_order():
     def ranks(rank):
-        names = (
-            ["a", "b"] if rank == 0 else ["b", "a"]
-        )  # as a set of names would have it
+        # as a set of names would have it
+        names = ["a", "b"] if rank == 0 else ["b", "a"]
         model = nn.ModuleDict({name: nn.Linear(8, 8) for name in names})
         model.forward = lambda x: model["a"](x) + model["b"](x)
         apply_tensor_parallel(model, 2, example_inputs=(torch.ones(2, 8),))

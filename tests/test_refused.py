@@ -175,10 +175,11 @@ def test_a_plan_keeps_its_loss_parallel():
         )
         apply_tensor_parallel(model, 2, example_inputs=given(), plan=plan)
         assert model.tensor_parallel_plan.loss_parallel
+        # a path that was traced, and one that was not
         outputs = [
             type(model(*given())),
             type(model.eval()(*given())),
-        ]  # a path that was traced, and one that was not
+        ]
         assert outputs[0] is outputs[1]
 
     run_ranks(ranks, 2)

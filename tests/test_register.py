@@ -387,7 +387,6 @@ def test_what_is_no_operator_or_no_rule():
             TypeError, match="a line or a function .* of mylib::swish, found"
         ):
             register_axis_rule("mylib::swish", rule)
-    with pytest.raises(
-        ValueError, match="aten::cat.*give a function"
-    ):  # takes a list of tensors
+    # takes a list of tensors
+    with pytest.raises(ValueError, match="aten::cat.*give a function"):
         register_axis_rule("aten::cat", "a -> a")

@@ -133,9 +133,8 @@ def test_restated_dropout_in_attention():
         randn(2, h, 5, 8, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2)
     )
     wide = k.repeat_interleave(2, 1).detach().requires_grad_()
-    nothing = (torch.rand(5, 5) > 0.5) & (torch.arange(5) > 0).unsqueeze(
-        1
-    )  # the first query sees no key
+    # the first query sees no key
+    nothing = (torch.rand(5, 5) > 0.5) & (torch.arange(5) > 0).unsqueeze(1)
     for options in (
         {"is_causal": True},
         {"attn_mask": nothing},

@@ -63,9 +63,8 @@ def run(node, env, args, kwargs):
     args, kwargs = replace((args, kwargs), changes)
     torch.default_generator.manual_seed(0)
     with torch.no_grad():
-        if "scaled_dot_product" in str(
-            node.op
-        ):  # what a shard runs is the function: it may choose another kernel
+        # what a shard runs is the function: it may choose another kernel
+        if "scaled_dot_product" in str(node.op):
             known = {
                 a.name: rules.table.arg(node, a.name) for a in node.op._schema.arguments
             }
@@ -150,9 +149,8 @@ def localised(node, local, out_shapes, at_of):
         args[3:7] = batch, channels, args[5], args[6] * channels // x.shape[1]
     elif name == "convolution":
         part, whole = local[x.id].shape[1], x.shape[1]
-        if (
-            part < whole and out[1] < node.outputs[0].shape[1]
-        ):  # whole groups: those that are there
+        # whole groups: those that are there
+        if part < whole and out[1] < node.outputs[0].shape[1]:
             args[8] = args[8] * part // whole
     return tuple(args), kwargs
 
@@ -210,9 +208,8 @@ def check_claim(node, axes, axis, env, outs):
         args, kwargs = localised(node, local, shapes, at_of)
         if hit and effect.lookup:
             table, looked = node.inputs
-            mine = shard(
-                torch.arange(table.shape[0]), at_of[table.id], rank
-            )  # the rows that this rank holds
+            # the rows that this rank holds
+            mine = shard(torch.arange(table.shape[0]), at_of[table.id], rank)
             same = env[looked.id].unsqueeze(-1) == mine
             there, local[looked.id] = same.any(-1), same.int().argmax(-1)
             results.append(

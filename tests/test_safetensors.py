@@ -262,9 +262,9 @@ def test_layouts(n, layout, tmp_path):
         )
 
     def ranks(rank):
-        if (
-            n == 4
-        ):  # so that blocks are read and written in many pieces, of rows and of parts of rows
+        # so that blocks are read and written in many pieces, of rows and of parts of
+        # rows
+        if n == 4:
             files._BUFFER = 100
         for build in builds:
             folder, model, expected = (

@@ -106,9 +106,8 @@ def test_the_first_calls_under_a_tool_count_what_later_ones_do():
         with plain, torch.no_grad():
             make(Model)(inputs())
         assert 0 < counts["flops"][0] <= 3 * plain.get_total_flops() / 2
-        assert (
-            counts["collectives"][0]["c10d.allreduce_"] == 3
-        )  # of two blocks, forward; and backward, of the second
+        # of two blocks, forward; and backward, of the second
+        assert counts["collectives"][0]["c10d.allreduce_"] == 3
 
 
 def test_a_model_is_split_under_a_tool():

@@ -80,9 +80,8 @@ TRANSFORMERS = {
             "src": randn(2, 5, 32),
             "tgt": randn(2, 4, 32),
             "tgt_mask": causal(4),
-            "src_key_padding_mask": padding(
-                2, 5
-            ),  # and no memory_key_padding_mask: what the padding becomes is read
+            # and no memory_key_padding_mask: what the padding becomes is read
+            "src_key_padding_mask": padding(2, 5),
         },
     ),
 }

@@ -131,10 +131,11 @@ FLEX = {
     "a mask for all heads": ({"mask": causal, "heads": None}, True),
     "a mask for each head": ({"mask": causal, "heads": 4}, False),
     "scores by head": ({"score_mod": by_head}, False),
+    # it might read the head: it is not looked into
     "scores by place": (
         {"score_mod": by_place},
         False,
-    ),  # it might read the head: it is not looked into
+    ),
 }
 
 
@@ -159,10 +160,11 @@ def test_flex_attention():
                 plan = sharded.tensor_parallel_plan
                 assert plan["mlp.0.weight"].how == "local", (name, plan)
                 assert (plan["qkv.weight"].how == "local") == split, (name, plan)
+                # another path, shown anew
                 sharded.score_mod, whole.score_mod = (
                     by_head,
                     by_head,
-                )  # another path, shown anew
+                )
                 close(sharded(x), whole(x), f"{name}, then by head", 1e-5)
 
     run_ranks(ranks, 2, timeout=200)
@@ -288,10 +290,11 @@ def test_script_modules_are_left_whole(name, tmp_path):
 
     def ranks(rank):
         models = []
+        # the second is built otherwise on each rank, and gets the first's weights
         for seed in (
             0,
             rank,
-        ):  # the second is built otherwise on each rank, and gets the first's weights
+        ):
             torch.manual_seed(seed)
             models.append(WithScript(SCRIPTS[name]).double())
         whole, model = models

@@ -294,9 +294,8 @@ class LambdasAndMaps(Net):
             v=torch.randn(4, 8, 16),
             mix=torch.randn(3),
         )
-        self.h = nn.Sequential(
-            Apply(lambda x: self.g(x)), Apply(lambda x: x * 2)
-        )  # the model's own part
+        # the model's own part
+        self.h = nn.Sequential(Apply(lambda x: self.g(x)), Apply(lambda x: x * 2))
 
     def forward(self, x):
         y = torch.vmap(lambda w, v: torch.tanh(x @ w) @ v)(self.w, self.v)

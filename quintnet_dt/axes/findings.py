@@ -13,12 +13,10 @@ from .factors import Factor, flat, fresh, length, unify
 class Effect:
     """What a node does beyond passing factors on."""
 
-    contract: set[Factor] = field(
-        default_factory=set
-    )  # summed over: the output is Partial
-    whole: dict[ValueId, set[Factor]] = field(
-        default_factory=dict
-    )  # of each input, needed whole
+    # summed over: the output is Partial
+    contract: set[Factor] = field(default_factory=set)
+    # of each input, needed whole
+    whole: dict[ValueId, set[Factor]] = field(default_factory=dict)
     bias: ValueId | None = None  # an addend that is to be added once
     lookup: bool = False  # the contraction is a lookup of rows by index
     mean: bool = False  # the contraction is a mean

@@ -17,9 +17,8 @@ class LayoutError(Exception):
     def __init__(self, reason: Any, call: Any = None, axis: "Axis | None" = None):
         super().__init__(f"{reason}{f': {call}' if call else ''}")
         self.reason, self.call, self.axis = reason, call, axis
-        self.others: list[LayoutError] = (
-            []
-        )  # of other axes, which failed in the same run
+        # of other axes, which failed in the same run
+        self.others: list[LayoutError] = []
 
 
 @dataclass(frozen=True)
@@ -121,9 +120,8 @@ class Sharding:
         self.loss_parallel = loss_parallel
         self.params: dict[ParamName, ShardedParam] = dict(params)
         self.through: set[Axis] = set(through)
-        self.dear: dict = (
-            {}
-        )  # what was decided of lines of code before, as Layout has it
+        # what was decided of lines of code before, as Layout has it
+        self.dear: dict = {}
 
     def gather(self, names: Iterable[ParamName]) -> None:
         """Gather these parameters before their use."""

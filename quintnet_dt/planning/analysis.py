@@ -48,9 +48,8 @@ class Analysis:
         self.external = {v.id: v for v in call.inputs.values()}
         self.sharded = {i for i, s in state.items() if s is not None}
         self.buffers: set[ValueId] = set()  # split for the call, completed after it
-        self.slices: set[ValueId] = (
-            set()
-        )  # replicated, of which each rank takes its part
+        # replicated, of which each rank takes its part
+        self.slices: set[ValueId] = set()
         self.sum_gradient: set[ValueId] = set()  # replicated, their gradients partial
         self.add_once: set[ValueId] = set()  # addends of a partial sum
         self.instead: Value | None = (

@@ -44,9 +44,8 @@ def candidates(task: Task) -> Iterator[Candidate]:
         elements = sum(map(task.numel, params))
         touched = {i: c for f in factors for i, c in task.calls_with.get(f, {}).items()}
         calls = [call for _, call in sorted(touched.items())]
-        if (
-            elements and calls
-        ):  # an axis of weights that the forward did not reach runs nowhere
+        # an axis of weights that the forward did not reach runs nowhere
+        if elements and calls:
             yield Candidate(axis, params, calls, elements)
 
 

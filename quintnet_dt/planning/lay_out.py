@@ -49,9 +49,8 @@ class _Pass:
         self.graph, self.axes, self.sharding = graph, axes, sharding
         self.layout = Layout()
         self.now: dict[ValueId, State] = {}  # after the actions on a value
-        self.pending: dict[ValueId, Value] = (
-            {}
-        )  # partial values, not yet summed or passed on
+        # partial values, not yet summed or passed on
+        self.pending: dict[ValueId, Value] = {}
         self.stored = Stored(graph, axes, sharding)
         for name, param in sharding.params.items():
             if name in graph.params:
@@ -227,9 +226,8 @@ class _Pass:
             other = state[v.id]
             if not isinstance(other, Axis) or other == axis:
                 continue
-            if self.stored.exchanged(
-                v
-            ):  # gathered as it is stored, in place of the exchange
+            # gathered as it is stored, in place of the exchange
+            if self.stored.exchanged(v):
                 self.layout.uses[call.index, path] = [self.stored.gather(v)]
             else:
                 self.use(call, path, self.action(GATHER, v, other))

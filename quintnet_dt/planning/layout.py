@@ -18,19 +18,16 @@ class Layout:
     uses: dict[tuple[CallIndex, ArgPath], list[Action]] = field(default_factory=dict)
     values: dict[ValueId, list[Action]] = field(default_factory=dict)
     root: dict[ArgPath, list[Action]] = field(default_factory=dict)
-    states: dict[ValueId, State] = field(
-        default_factory=dict
-    )  # as the value's call makes it
+    # as the value's call makes it
+    states: dict[ValueId, State] = field(default_factory=dict)
     # What on_shard.py runs in the place of a call.
     instead: dict[CallIndex, OnShard] = field(default_factory=dict)
     # Buffers that a call updates, on its part of them.
     buffers: dict[CallIndex, dict[ArgPath, Action]] = field(default_factory=dict)
-    axis_of: dict[CallIndex, Axis] = field(
-        default_factory=dict
-    )  # what a call works on a shard of
-    blockers: list = field(
-        default_factory=list
-    )  # (call that needed something gathered, why)
+    # what a call works on a shard of
+    axis_of: dict[CallIndex, Axis] = field(default_factory=dict)
+    # (call that needed something gathered, why)
+    blockers: list = field(default_factory=list)
     # (Module path, call's name, line of code) -> whether it is dearer on shards.
     dear: dict = field(default_factory=dict)
     # Path of an object that keeps tensors -> {place: Action} of those that are shards.

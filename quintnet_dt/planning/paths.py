@@ -58,9 +58,8 @@ class Paths:
         self.root = weakref.ref(model)
         self.excused: set[Key] = set()  # calls by a pipeline whose values differed once
         self.key = Key((), None)  # that of the latest call
-        self.numbers: dict[tuple, list] = (
-            {}
-        )  # the first numbers that each kind of call was given
+        # the first numbers that each kind of call was given
+        self.numbers: dict[tuple, list] = {}
         self.known: dict[Key, list[Programs]] = {}
         self.states = States()
         state = self.states.of("", model)

@@ -104,9 +104,8 @@ class Planner:
         """Bytes a step if each of these weights is split alone; those that would stay
         replicated send none."""
         sent = (self.alone.best(p).bytes for p in params if p not in self.task.small)
-        return fsum(
-            b for b in sent if b != inf
-        )  # rounded once: the same in any order of a set
+        # rounded once: the same in any order of a set
+        return fsum(b for b in sent if b != inf)
 
     def best_of(self, region: list[Candidate]) -> list[Candidate]:
         """Of candidates that stand in each other's way, those that send the fewest

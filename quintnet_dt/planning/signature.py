@@ -106,17 +106,15 @@ class _Given:
     def __init__(self) -> None:
         self.numbers: list[int | float] = []
         self.shapes: list[torch.Size] = []
-        self.met: dict[int, int] = (
-            {}
-        )  # id of a tensor -> its place among those that were met
+        # id of a tensor -> its place among those that were met
+        self.met: dict[int, int] = {}
 
     def kinds(self, obj: Any, depth: int = 0) -> Iterator[tuple]:
         """The kind of each leaf of a nested argument, and of what objects keep."""
         for path, x in leaves(obj):
             if isinstance(x, torch.Tensor):
-                same = self.met.setdefault(
-                    id(x), len(self.met)
-                )  # query and key may be one tensor
+                # query and key may be one tensor
+                same = self.met.setdefault(id(x), len(self.met))
                 if depth == 0:
                     self.shapes.append(x.shape)
                 yield path, same, x.dtype, x.requires_grad, tuple(

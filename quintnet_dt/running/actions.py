@@ -54,9 +54,8 @@ def _along(collective: Callable, whole: bool) -> Callable:
         units = chunk_sizes(split.units, group_size(group))
         present = split.units if whole else units[group_rank(group)]
         dim, inner = split.dim, split.segments[0].inner
-        if (
-            split.blocks == 1
-        ):  # what is within a unit may have another length than when traced
+        # what is within a unit may have another length than when traced
+        if split.blocks == 1:
             inner = x.shape[dim] // present if present else inner
             return collective(x, dim, group, [u * inner for u in units])
         blocks = x.unflatten(dim, (-1, present, inner))

@@ -59,9 +59,8 @@ def _make(
     call: CallProgram, context: Context, func: Callable, args: tuple, kwargs: dict
 ) -> Any:
     if call.instead is None or isinstance(context.group, SimulatedGroup):
-        return func(
-            *args, **kwargs
-        )  # in the proof a call of the model's, which it compares
+        # in the proof a call of the model's, which it compares
+        return func(*args, **kwargs)
     with quiet():
         return on_shard(context, call.instead, func, args, kwargs, call.order)
 

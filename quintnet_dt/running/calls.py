@@ -66,9 +66,8 @@ class _Calls(threading.local, TorchFunctionMode):
         """The forward takes another path than the one that was shown: `event` comes
         next. Go on with programs shown for this path, if what has run so far is the
         same in them. `what`: the difference, `frame`: where it was met."""
-        outside = not isinstance(
-            event, Calls
-        )  # torch takes the mode off while it handles a call
+        # torch takes the mode off while it handles a call
+        outside = not isinstance(event, Calls)
         if context.compiled or self.backwards:
             refuse(frame, what)
         if outside and self.frames:

@@ -65,9 +65,8 @@ class Program:
     """One module's program. Paths lead into (args, kwargs) for inputs and into the
     output for outputs."""
 
-    params: dict[ParamName, Actions] = field(
-        default_factory=dict
-    )  # on its local tensor
+    # on its local tensor
+    params: dict[ParamName, Actions] = field(default_factory=dict)
     inputs: dict[ArgPath, Actions] = field(default_factory=dict)
     outputs: dict[ArgPath, Actions] = field(default_factory=dict)
     calls: dict[CallNumber, CallProgram] = field(default_factory=dict)
@@ -87,9 +86,8 @@ class Program:
     optional: set[ParamName] = field(default_factory=set, compare=False)
     # Those inputs that no later call writes to.
     unwritten: set[ArgPath] = field(default_factory=set, compare=False)
-    aside: bool = field(
-        default=False, compare=False
-    )  # its calls are numbered by its callers
+    # its calls are numbered by its callers
+    aside: bool = field(default=False, compare=False)
     # Whether hooks would see shards or partial results at its border.
     inside: bool = field(default=False, compare=False)
     forward: Forward = field(default_factory=Forward, compare=False)

@@ -51,9 +51,8 @@ class Running:
     program: Program | None
     shown: list  # Shown of each parameter
     counted: bool  # whether it has a Frame
-    kept: (
-        list | None
-    )  # what actions made, in compiled code, which has no tensors to keep it with
+    # what actions made, in compiled code, which has no tensors to keep it with
+    kept: list | None
     compiled: bool
 
 

@@ -103,10 +103,11 @@ def _check_modules(
         )
         if error is None:
             raise RuntimeError(text)
+        # add_note, since Python 3.11
         error.__notes__ = [
             *getattr(error, "__notes__", []),
             text,
-        ]  # add_note, since Python 3.11
+        ]
     context.counts.add(context.ran)
 
 

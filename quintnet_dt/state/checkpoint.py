@@ -86,18 +86,16 @@ def save_checkpoint(
         items, state = collect(model, optimizer)
         state["extra"] = extra
     mine = _dp_leader(model), random_state(torch.cuda.is_initialized())
-    state["random"] = dict(
-        reversed(gather(mine))
-    )  # by tp group, that of its first rank
+    # by tp group, that of its first rank
+    state["random"] = dict(reversed(gather(mine)))
     if not async_:
         return _write(path, items, state, group)
     with together(group):
         items = {path: blocks.copied() for path, blocks in items.items()}
         state = torch.load(io.BytesIO(packed(state)), weights_only=True)  # a copy
     if dist.is_initialized():
-        group = dist.new_group(
-            backend="gloo"
-        )  # the thread's collectives must not meet those of the training
+        # the thread's collectives must not meet those of the training
+        group = dist.new_group(backend="gloo")
     pool = ThreadPoolExecutor(1, "save_checkpoint")
     future = pool.submit(_write, path, items, state, group)
     pool.shutdown(wait=False)

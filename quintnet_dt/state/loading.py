@@ -35,9 +35,8 @@ def _place(
     module itself holds. Shapes that differ are left to torch, which reports them with
     their keys."""
     for hook in module._load_state_dict_pre_hooks.values():
-        if is_fsdp(
-            hook
-        ):  # it comes after this one: what a forward left gathered is sharded again
+        # it comes after this one: what a forward left gathered is sharded again
+        if is_fsdp(hook):
             hook()
     params = {
         prefix + name: (name, p)
@@ -123,9 +122,8 @@ def _misplaced(value, p, assign):
 def _refuse_broadcast(given, params):
     """torch fills `_StridedShard` parameters wrongly from a broadcast and tells
     nobody."""
-    fused = [
-        k for k in given if isinstance(params[k][1].placements[-1], _StridedShard)
-    ]  # FSDP2's own are not the last
+    # FSDP2's own are not the last
+    fused = [k for k in given if isinstance(params[k][1].placements[-1], _StridedShard)]
     if fused and broadcasting():
         raise RuntimeError(
             "set_model_state_dict(broadcast_from_rank0=True) has filled"

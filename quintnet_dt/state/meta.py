@@ -110,10 +110,11 @@ class Places:
     ties stay ties."""
 
     def __init__(self, model):
+        # (module, attribute) -> tensor; its id -> [(module, attribute), ...]
         self.tensors, self.at = (
             {},
             {},
-        )  # (module, attribute) -> tensor; its id -> [(module, attribute), ...]
+        )
         self.replaced = []
         for module in model.modules():
             for name, t in own(module):
@@ -173,9 +174,8 @@ class _Whole(TorchFunctionMode):
     def __init__(self, places, device):
         super().__init__()
         self.places, self.device = places, device
-        self.seen = (
-            {}
-        )  # id of a tensor of the model -> (it, the whole, the whole's version then)
+        # id of a tensor of the model -> (it, the whole, the whole's version then)
+        self.seen = {}
         # The shards come first, as what is whole for a moment would leave holes between
         # them.
         meta = {id(t): t for t in places.tensors.values() if t.is_meta}.values()

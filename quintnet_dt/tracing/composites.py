@@ -73,8 +73,7 @@ def _zero_padding(encoder, layer, args, kwargs, output):
         return None
     with quiet():
         shown = mask == 0
-        if (
-            encoder.mask_check and (shown[:, 1:] > shown[:, :-1]).any()
-        ):  # not padded on the right
+        # not padded on the right
+        if encoder.mask_check and (shown[:, 1:] > shown[:, :-1]).any():
             return None
         return output.masked_fill(~shown.unsqueeze(-1), 0.0)

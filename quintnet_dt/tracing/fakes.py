@@ -22,9 +22,8 @@ def fake_inputs(fake_mode, args, kwargs, known=None):
             with fake_mode:
                 memo[id(t)] = torch.empty(shape, dtype=t.dtype, device=t.device)
 
-    given = {
-        id(t): t for _, t in tensors((args, kwargs))
-    }  # one that is given twice stays one
+    # one that is given twice stays one
+    given = {id(t): t for _, t in tensors((args, kwargs))}
     fakes = {
         i: fake_mode.from_tensor(t.detach()).requires_grad_(t.requires_grad)
         for i, t in given.items()

@@ -131,9 +131,8 @@ class _Ghost:
                 if is_ours(hook):  # to be stripped: not copied, with all that they hold
                     owner = getattr(hook, "__self__", hook)
                     self.memo[id(owner)] = owner
-        for script in scripts(
-            self.model
-        ):  # its forward changes nothing of it but buffers
+        # its forward changes nothing of it but buffers
+        for script in scripts(self.model):
             self.memo[id(script)] = script
 
     def copied(self):
@@ -159,9 +158,8 @@ class _Ghost:
             mine = list(map(id, module._parameters.values()))
             own.update(mine)
             if type(module).__setattr__ is not nn.Module.__setattr__:
-                free.difference_update(
-                    mine
-                )  # it keeps a list of its own, as nn.LSTM does
+                # it keeps a list of its own, as nn.LSTM does
+                free.difference_update(mine)
         met = self.memo.met
         return [
             name

@@ -101,9 +101,8 @@ class ModuleCall:
     watched: bool = False
     checkpoints: int = 0
     training: bool = False
-    settings: dict = field(
-        default_factory=dict
-    )  # of a module of torch.nn: {attribute: number or string}
+    # of a module of torch.nn: {attribute: number or string}
+    settings: dict = field(default_factory=dict)
 
     def chain(self):
         """This run and those that called it, innermost first."""
@@ -128,21 +127,18 @@ class Graph:
     # What it read of values: (call index, a scalar or the shape of a tensor, whether it
     # follows from the inputs alone).
     readings: list = field(default_factory=list)
-    stored: list = field(
-        default_factory=list
-    )  # Values that modules keep when the forward is over
+    # Values that modules keep when the forward is over
+    stored: list = field(default_factory=list)
     # Those that objects among the inputs and outputs keep: (path of the object in
     # (args, kwargs, output), place there, Value); and which of them were shards when
     # they were given: {value id: Action}.
     held: list = field(default_factory=list)
     given: dict = field(default_factory=dict)
     random: bool = False  # whether it draws random numbers
-    changes: list = field(
-        default_factory=list
-    )  # (module path, attribute) of what modules keep otherwise afterwards
-    rewritten: set = field(
-        default_factory=set
-    )  # names of the parameters that the forward writes to
+    # (module path, attribute) of what modules keep otherwise afterwards
+    changes: list = field(default_factory=list)
+    # names of the parameters that the forward writes to
+    rewritten: set = field(default_factory=set)
 
     @property
     def outputs(self):

@@ -62,9 +62,8 @@ def trace(model, args=(), kwargs=None, *, device=None, any_rank=bool):
     or asks what a fake tensor cannot answer, is run again on the parameters themselves.
     """
     kwargs = kwargs or {}
-    graph, *alive = _on_fakes(
-        model, args, kwargs, device
-    )  # the copies, so that what they keep is found
+    # the copies, so that what they keep is found
+    graph, *alive = _on_fakes(model, args, kwargs, device)
     if any_rank(graph is None):
         alive = ghost(model, device=device), real_inputs(args, kwargs)
         graph = record(alive[0], *alive[1])
@@ -97,9 +96,8 @@ def _on_fakes(model, args, kwargs, device):
             shard_kept(holder, place) is not None
             for _, holder, place, _ in held((args, kwargs))
         )
-        again = (
-            not compiles and "torch._dynamo" in sys.modules
-        )  # `record` knows now that it must not compile
+        # `record` knows now that it must not compile
+        again = not compiles and "torch._dynamo" in sys.modules
         if not again and on_meta and recorder.asked is not None:
             raise UnknownValues(recorder.asked) from e
         if not again and (on_meta or shards):
@@ -167,9 +165,8 @@ def record(model, args, kwargs, modes=(), recorder=None):
         torch.manual_seed(0)  # the same path on every rank
         if saves_by_hooks():  # a checkpoint around us must not see ours
             stack.enter_context(saved_tensors_hooks(lambda t: t, lambda t: t))
-        if (
-            "torch._dynamo" in sys.modules
-        ):  # what a forward compiles is recorded as it was written
+        # what a forward compiles is recorded as it was written
+        if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         modes = (
             tools_aside(),

@@ -43,9 +43,8 @@ def strip(model):
     applied to."""
     for module in modules(model):
         plain(module)
-        module._tp_later = (
-            []
-        )  # hooks that the user added since, which see what this library's have done
+        # hooks that the user added since, which see what this library's have done
+        module._tp_later = []
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             keys = list(hooks)
             ours = [i for i, key in enumerate(keys) if is_ours(hooks[key])]

@@ -96,9 +96,8 @@ def differences(expected, found):
                 torch.zeros_like(y) if x is None else x for x, y in ((a, b), (b, a))
             )
             scale = max(_size(a), 1e-4 * largest if "gradient" in what else 1e-3)
-            error = _size(a.double() - b.double()) / max(
-                scale, 1e-9
-            )  # gradients that cancel out are but rounding
+            # gradients that cancel out are but rounding
+            error = _size(a.double() - b.double()) / max(scale, 1e-9)
             if not error <= TOLERANCE:
                 yield f"{what} is off by {error:.0e}"
         elif a != b:

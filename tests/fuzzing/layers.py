@@ -176,9 +176,8 @@ def block(g):
     if out.shape == h.shape and g.coin(0.3):
         g.let(f"s.{attr}({out})")
     for inner in child.layers[:1]:
-        g.layers.append(
-            (f"s.{attr}.{inner[0][2:]}", inner[1])
-        )  # which the outer one calls too
+        # which the outer one calls too
+        g.layers.append((f"s.{attr}.{inner[0][2:]}", inner[1]))
 
 
 @kind(0.7)

@@ -157,9 +157,8 @@ class Ranks:
                 if found[rank] == "died" or found[rank].word != GOOD:
                     patience = min(patience, GRACE)
             extended += not ready
-            busy = (
-                self._seconds_computed() - used > 0.1 * patience
-            )  # on a slow machine, not in a collective
+            # on a slow machine, not in a collective
+            busy = self._seconds_computed() - used > 0.1 * patience
             if not ready and (not busy or extended > 10):
                 break
         return found

@@ -175,9 +175,8 @@ class Runner:
             self._backward(call, output, given, seen)
         seen.update({f"output {path}": x for path, x in leaves(output)})
         seen.update({f"buffer {name}": x for name, x in self.model.named_buffers()})
-        seen.update(
-            {"kept in the file": x for x in kept[-1:]}
-        )  # what came before may be of a trace
+        # what came before may be of a trace
+        seen.update({"kept in the file": x for x in kept[-1:]})
         for name, m in self.model.named_modules():
             seen.update(
                 {

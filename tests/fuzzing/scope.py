@@ -12,9 +12,8 @@ from .programs import NAMES
 SIZES = [3, 5, 6, 7, 8, 9, 10, 12, 12, 14, 15, 16, 18, 18, 20, 21, 24]
 
 
-KINDS = (
-    {}
-)  # {function of a Scope that writes a statement of one kind: how often it is tried}
+# {function of a Scope that writes a statement of one kind: how often it is tried}
+KINDS = {}
 
 
 def kind(weight):

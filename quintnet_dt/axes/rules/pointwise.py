@@ -31,9 +31,8 @@ def dropout(node: Node, axes: Findings) -> None:
     (pointwise if within_dropout else unknown)(node, axes)
 
 
-rule("rand_like randn_like uniform_ normal_ exponential_")(
-    unknown
-)  # ranks would draw the same
+# ranks would draw the same
+rule("rand_like randn_like uniform_ normal_ exponential_")(unknown)
 
 
 @rule("glu")
