@@ -4,9 +4,8 @@ for."""
 from typing import TypeAlias
 
 ParamName: TypeAlias = str  # a parameter's name in the model: "layers.0.q_proj.weight"
-ModulePath: TypeAlias = (
-    str  # a module's name in the model: "layers.0", the root's is ""
-)
+# a module's name in the model: "layers.0", the root's is ""
+ModulePath: TypeAlias = str
 ValueId: TypeAlias = int  # a Value of a Graph
 CallIndex: TypeAlias = int  # a Call of a Graph, counted through the whole forward
 CallNumber: TypeAlias = int  # a call of one run of one module, counted within it

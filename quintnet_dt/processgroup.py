@@ -66,9 +66,8 @@ class ProcessGroupManager(AbstractContextManager):
     ):
         # No ProcessGroup is stored: it cannot be copied, and a mesh can.
         self._opened: str | None = None  # "world", "groups" of a given world, or None
-        self.alone = (
-            False  # whether it opened a world of one process, which no launcher started
-        )
+        # whether it opened a world of one process, which no launcher started
+        self.alone = False
         if tp_size is not None and (type(tp_size) is not int or tp_size < 1):
             raise ValueError(
                 f"expected tp_size to be an int from 1 on, found {tp_size!r}"

@@ -39,19 +39,19 @@ def leaves(obj, path=()):
     elif isinstance(obj, slice):
         items = enumerate((obj.start, obj.stop, obj.step))
     elif dataclasses.is_dataclass(obj) and not isinstance(obj, type):
-        held = (
+        read = (
             vars(obj).get
             if hasattr(obj, "__dict__")
             else functools.partial(getattr, obj)
         )
         # not what a property makes up
-        items = [(f.name, held(f.name)) for f in dataclasses.fields(obj)]
+        items = [(f.name, read(f.name)) for f in dataclasses.fields(obj)]
     else:
         return [(path, obj)]
     return [leaf for key, x in items for leaf in leaves(x, (*path, key))]
 
 
-def opaque(x):
+def has_state(x):
     """Whether a leaf is an object with a state of its own, such as a key-value
     cache."""
     return (
@@ -61,14 +61,15 @@ def opaque(x):
     )
 
 
-def held(obj, depth=0):
+def tensors_in_objects(obj, depth=0):
     """Yield `(path, object, place, tensor)` for every tensor within opaque objects: of
     the innermost one, and there."""
     for path, x in leaves(obj):
-        if opaque(x) and depth < 5:
+        if has_state(x) and depth < 5:
             yield from ((path, x, place, t) for place, t in tensors(vars(x)))
             yield from (
-                ((*path, *inner), *rest) for inner, *rest in held(vars(x), depth + 1)
+                ((*path, *inner), *rest)
+                for inner, *rest in tensors_in_objects(vars(x), depth + 1)
             )
 
 

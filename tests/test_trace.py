@@ -155,7 +155,7 @@ def test_what_follows_from_the_inputs_is_known_without_parameters():
     padded = ones.clone()
     padded[0, 0] = False
     assert "mul" in ops(trace(model, (x, padded), device=CPU))
-    assert all(known for _, _, known in trace(model, (x, padded), device=CPU).readings)
+    assert all(r.from_inputs for r in trace(model, (x, padded), device=CPU).readings)
 
 
 def test_what_follows_from_the_inputs_is_read_through_operators():
@@ -191,7 +191,7 @@ def test_a_forward_that_reads_what_depends_on_parameters_runs_on_them():
         nn.init.constant_(model.w, sign)
         graph = trace(model, (torch.ones(2, 4),))
         assert ("mul" in ops(graph)) == (sign > 0)
-        assert [known for _, _, known in graph.readings] == [False]
+        assert [r.from_inputs for r in graph.readings] == [False]
         assert graph.unsteady == {id(graph.modules[0])}
         assert torch.equal(model.w, torch.full((4, 4), sign))
 

@@ -47,7 +47,7 @@ class Axes(Findings):
 
     def _apply_rule(self, node: Node, call: Call) -> None:
         self.effects[id(node)] = Effect()
-        rule = unknown if call.opaque else rule_of(node)
+        rule = unknown if call.why_whole else rule_of(node)
         rule(node, self)
         for value in node.outputs:  # what a rule left open is new
             self.dims(value)

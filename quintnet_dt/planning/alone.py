@@ -75,7 +75,7 @@ class Alone:
             gathered.why = str(e)
             return gathered
         if task.gathered_weights(layout):
-            gathered.why = "{1}: {0}".format(*layout.blockers[0])
+            gathered.why = str(layout.blockers[0])
             return gathered
         way.bytes = cost(task.graph, layout, task.n)
         square = (

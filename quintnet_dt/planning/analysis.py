@@ -52,9 +52,8 @@ class Analysis:
         self.slices: set[ValueId] = set()
         self.sum_gradient: set[ValueId] = set()  # replicated, their gradients partial
         self.add_once: set[ValueId] = set()  # addends of a partial sum
-        self.instead: Value | None = (
-            None  # the tensor on whose shard on_shard.py works instead
-        )
+        # the tensor on whose shard on_shard.py works instead
+        self.instead: Value | None = None
         self.reason = ""
         self.out: dict[ValueId, State] = {}
         self.states: dict[ValueId, State] = {}

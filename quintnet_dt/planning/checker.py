@@ -53,9 +53,8 @@ class Checker(Rerun):
     def __init__(self, graph: Graph, axes: Axes, layout: Layout, n: int, found: Found):
         super().__init__(graph, layout)
         self.axes, self.n = axes, n
-        self.found = (
-            found  # what programs must do beside, of earlier runs and of this one
-        )
+        # what programs must do beside, of earlier runs and of this one
+        self.found = found
         self.changed = False  # whether this run found some that alters the forward
         self.pinned = False  # or some that does not
         self.failed: list[LayoutError] = []

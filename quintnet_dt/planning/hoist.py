@@ -41,8 +41,10 @@ class _Hoisting:
                 for path, v in call.inputs.items():
                     self.readers.setdefault(v.id, []).append((call, path))
         # What others than the model's calls read.
-        self.escaping = {v.id for v in (*graph.outputs.values(), *graph.stored)}
-        self.escaping |= graph.seen.keys()
+        self.escaping = {
+            v.id for v in (*graph.outputs.values(), *graph.left_in_modules)
+        }
+        self.escaping |= graph.seen_by_hooks.keys()
 
     def move_above_readers(self, v: Value) -> bool:
         """Move the sums of what is made of a value above the calls that make it, if
@@ -74,7 +76,7 @@ class _Hoisting:
     def movable(self, call: Call) -> _Movable | None:
         """A call whose results all enter regions, and with which nothing else is
         done."""
-        if call.opaque or call.index in self.layout.axis_of:
+        if call.why_whole or call.index in self.layout.axis_of:
             return None
         if not self.graph.numbered(call, call.module) or self.writes_or_is_overwritten(
             call

@@ -29,7 +29,7 @@ from ..keys import ArgPath, ValueId
 from ..tracing.graph import Call, Graph, Value
 from .analysis import Analysis
 from .deferral import scaled_by
-from .layout import Layout
+from .layout import Blocker, Layout
 from .stored import Stored, given_axis
 from .worth import dearer, size
 
@@ -55,26 +55,25 @@ class _Pass:
         for name, param in sharding.params.items():
             if name in graph.params:
                 self.now[graph.params[name].id] = param.axis
-        for i, action in graph.given.items():
+        for i, action in graph.shards_given.items():
             self.now[i] = self.layout.states[i] = given_axis(
                 graph.values[i], action, axes
             )
 
     def run(self, calls: Iterable[Call]) -> Layout:
         for call in calls:
-            if call.nodes or call.opaque:
+            if call.nodes or call.why_whole:
                 self.step(call)
         for path, v in self.graph.outputs.items():
             self.complete_output(path, v)
         self.check_what_is_seen()
         for v in list(self.pending.values()):
             self.sum_value(v)
-        for path, place, v in self.graph.held:
-            at, state = self.layout.shards.setdefault(path, {}), v and self.now.get(
-                v.id
-            )
-            if isinstance(state, Axis):
-                at[place] = self.action(GATHER, v, state)
+        for path, place, v in self.graph.in_objects:
+            shards = self.layout.shards.setdefault(path, {})
+            state = None if v is None else self.now.get(v.id)
+            if v is not None and isinstance(state, Axis):
+                shards[place] = self.action(GATHER, v, state)
         return self.layout
 
     def complete_output(self, path: ArgPath, v: Value) -> None:
@@ -96,12 +95,12 @@ class _Pass:
 
     def check_what_is_seen(self) -> None:
         """No shard may be kept by a module, or be given to a hook of the user's."""
-        for v in self.graph.stored:
+        for v in self.graph.left_in_modules:
             if self.layout.states.get(v.id) is not None:
                 call = self.graph.calls[v.producer]
                 axis = self.layout.axis_of.get(call.index)
                 raise LayoutError("something keeps what would be a shard", call, axis)
-        for v in self.graph.seen.values():
+        for v in self.graph.seen_by_hooks.values():
             state = self.now.get(v.id)
             if isinstance(state, Axis) and v.id not in self.stored.gathered:
                 raise LayoutError("a hook sees what would be a shard", axis=state)
@@ -192,8 +191,8 @@ class _Pass:
     ) -> None:
         """Let the call work on shards of the axis of most of its inputs' bytes that it
         can; gather the others."""
-        if call.opaque:
-            raise LayoutError(call.opaque, call, active[0])
+        if call.why_whole:
+            raise LayoutError(call.why_whole, call, active[0])
 
         def weight(axis: Axis) -> int:
             return size(inputs[i] for i, s in state.items() if s == axis)
@@ -212,7 +211,7 @@ class _Pass:
             if not reason:
                 chosen = analysis
                 break
-            self.layout.blockers.append((call, reason))
+            self.layout.blockers.append(Blocker(call, reason))
         self.gather_others(call, state, None if chosen is None else chosen.axis)
         if chosen is not None:
             self.work(call, chosen)

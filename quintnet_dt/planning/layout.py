@@ -2,11 +2,23 @@
 right."""
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ..axes.action import Action, OnShard
 from ..axes.sharding import Axis
 from ..axes.state import State
 from ..keys import ArgPath, CallIndex, ValueId
+from ..tracing.graph import Call
+
+
+class Blocker(NamedTuple):
+    """A call that needs something gathered."""
+
+    call: Call
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.call}"
 
 
 @dataclass
@@ -27,7 +39,7 @@ class Layout:
     # what a call works on a shard of
     axis_of: dict[CallIndex, Axis] = field(default_factory=dict)
     # (call that needed something gathered, why)
-    blockers: list = field(default_factory=list)
+    blockers: list[Blocker] = field(default_factory=list)
     # (Module path, call's name, line of code) -> whether it is dearer on shards.
     dear: dict = field(default_factory=dict)
     # Path of an object that keeps tensors -> {place: Action} of those that are shards.

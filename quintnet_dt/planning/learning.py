@@ -15,7 +15,7 @@ from ..running.record import UserCall
 from ..running.structure import hooks_on, pass_added
 from ..tracing.graph import Graph
 from ..tracing.trace import trace
-from ..utils import leaves, opaque
+from ..utils import has_state, leaves
 from .applied import sharding_of
 from .planner import Planner
 from .settle import settle
@@ -84,7 +84,7 @@ def _trace(call: UserCall, any_rank: Callable[[bool], bool]) -> Graph:
             call.module, call.args, call.kwargs, device=device, any_rank=any_rank
         )
     except Exception as e:
-        if not any(opaque(x) for _, x in leaves((call.args, call.kwargs))):
+        if not any(has_state(x) for _, x in leaves((call.args, call.kwargs))):
             raise
         raise RuntimeError(
             f"{call.name} was given an object whose tensors do not fit its"

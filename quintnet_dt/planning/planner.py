@@ -96,7 +96,7 @@ class Planner:
             gathered = task.gathered_weights(layout) & candidate.params.keys()
             if not gathered:
                 return layout
-            task.note(gathered, "{1}: {0}".format(*layout.blockers[0]))
+            task.note(gathered, str(layout.blockers[0]))
             for name in gathered:
                 del candidate.params[name]
 

@@ -68,7 +68,7 @@ class _Maker:
         self.graph, self.layout, self.found, self.aside = graph, layout, found, aside
         # Modules at whose borders nothing is done: hooks of the user's see what crosses
         # them.
-        self.closed = aside | {run.path for run in graph.modules if run.watched}
+        self.closed = aside | {run.path for run in graph.modules if run.user_hooked}
         self.readers = Readers(graph, layout)
         self.per_run = {id(run): Program() for run in graph.modules}
         self.at_calls: dict[CallIndex, CallProgram] = {}
@@ -105,8 +105,8 @@ class _Maker:
             return
         if not actions or self.on_input(call.module, v, actions):
             return
-        if call.opaque or call.hidden:
-            raise self.refuse(call.opaque or HIDDEN, call)
+        if call.why_whole or call.hidden:
+            raise self.refuse(call.why_whole or HIDDEN, call)
         self.at_call(call).inputs[path] = actions
         if self.unwritten(v):
             self.at_call(call).unwritten.add(path)
@@ -192,7 +192,7 @@ class _Maker:
         paths = paths_of(v, run.outputs)
         if not paths or run.path in self.closed or self.readers.reads(v, run):
             return False
-        if any(v is x for _, _, x in self.graph.held):
+        if any(v is x for _, _, x in self.graph.in_objects):
             return False
         self.program(run).outputs.update(dict.fromkeys(paths, actions))
         return True

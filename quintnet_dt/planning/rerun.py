@@ -26,8 +26,8 @@ class Rerun(Recorder):
         self.whole_calls, self.layout = graph.calls, layout
         self.at: CallIndex = 0
         self.readings: dict[CallIndex, list] = {}
-        for index, result, _ in graph.readings:
-            self.readings.setdefault(index, []).append(result)
+        for reading in graph.readings:
+            self.readings.setdefault(reading.call, []).append(reading.result)
 
     def error(self, reason: str) -> LayoutError:
         """A LayoutError of the sharded axis nearest to the present call: in its module,

@@ -47,7 +47,9 @@ def settle(
         try:
             layout = hoist(graph, lay_out(graph, axes, sharding))
             all_gathered = all(p.gathered for p in sharding.params.values())
-            if all_gathered and not graph.given:  # it computes as the whole model does
+            if (
+                all_gathered and not graph.shards_given
+            ):  # it computes as the whole model does
                 programs = make_programs(graph, layout)
             else:
                 programs = prove(

@@ -10,7 +10,7 @@ from torch import nn
 from ..keys import ModulePath
 from ..parts import modules, parameters
 from ..tracing.attributes import kinds_at
-from ..utils import leaves, opaque
+from ..utils import has_state, leaves
 
 # What computes otherwise in training, of torch's modules. Of others' it shows when they
 # run.
@@ -125,7 +125,7 @@ class _Given:
             elif isinstance(x, (int, float)):
                 self.numbers.append(x)
                 yield path, type(x)
-            elif opaque(x) and depth < 4:  # a cache: empty or filled
+            elif has_state(x) and depth < 4:  # a cache: empty or filled
                 yield path, type(x), _order(vars(x).values())
                 others = [v for v in vars(x).values() if type(v) not in (int, float)]
                 yield from self.kinds(others, depth + 1)

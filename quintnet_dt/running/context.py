@@ -51,9 +51,8 @@ class Context:
         self.ran = 0
         self.counts: set[int] = set()
         self.random_is_shared = False  # in the forward that runs
-        self.first_hook = (
-            0  # hooks with this id or a later one were added since it began
-        )
+        # hooks with this id or a later one were added since it began
+        self.first_hook = 0
         self.running: list[Running] = []  # a Running of each module, one in the other
 
     @property

@@ -33,9 +33,8 @@ class Frame:
     # what has its path, which is read for errors alone: torch.compile would make each
     # block's code its own
     of: Any
-    compiled: bool = (
-        False  # its Python code runs within a function given to torch.compile
-    )
+    # its Python code runs within a function given to torch.compile
+    compiled: bool = False
     number: int = 0  # of the call that comes next
 
     @property

@@ -13,7 +13,7 @@ from types import CellType, CodeType, FunctionType, MethodType
 from torch import nn
 
 from ..parts import modules
-from ..utils import leaves, opaque
+from ..utils import has_state, leaves
 
 
 def rebind(model, copied, memo):
@@ -46,7 +46,7 @@ class _Copies:
             elif isinstance(x, (FunctionType, MethodType, functools.partial)):
                 if self.reaches(x, set()):
                     container[key] = self.of(x)
-            elif opaque(x) and not isinstance(x, nn.Module) and not _torch(x):
+            elif has_state(x) and not isinstance(x, nn.Module) and not _torch(x):
                 self.within(vars(x))
 
     def reaches(self, x, seen):

@@ -5,7 +5,7 @@ import copy
 import torch
 
 from ..private import FakeCopyMode
-from ..utils import held, leaves, opaque, replace, shard_kept, tensors
+from ..utils import has_state, leaves, replace, shard_kept, tensors, tensors_in_objects
 
 
 def fake_inputs(fake_mode, args, kwargs, known=None):
@@ -15,7 +15,9 @@ def fake_inputs(fake_mode, args, kwargs, known=None):
     it stays one.
     """
     memo = {}
-    for _, holder, place, t in held((args, kwargs)) if known is not None else ():
+    for _, holder, place, t in (
+        tensors_in_objects((args, kwargs)) if known is not None else ()
+    ):
         if (action := shard_kept(holder, place)) is not None:
             shape = list(t.shape)
             shape[action.split.dim] = action.split.length
@@ -49,5 +51,6 @@ def _instead(obj, copies, memo=None):
     objects."""
     changes = {p: copies[id(t)] for p, t in tensors(obj)}
     return replace(
-        obj, changes | {p: copy.deepcopy(x, memo) for p, x in leaves(obj) if opaque(x)}
+        obj,
+        changes | {p: copy.deepcopy(x, memo) for p, x in leaves(obj) if has_state(x)},
     )

@@ -4,9 +4,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+
+from ..keys import ArgPath, CallIndex, ValueId
 
 
 class Value:
@@ -66,7 +68,7 @@ class Call:
     outputs: dict = field(default_factory=dict)  # path -> Value
     nodes: list = field(default_factory=list)
     source: str = "?"
-    opaque: str = ""  # why it must get whole tensors, with whole gradients
+    why_whole: str = ""  # why it must get whole tensors, with whole gradients; else ""
     # As `utils.callers` counts them; more than its module's: it is run again when that
     # is not running.
     checkpoints: int = 0
@@ -91,14 +93,15 @@ def next_seen(calls, at):
 @dataclass
 class ModuleCall:
     """One run of one module's forward. `steady`: the forward is one of torch's own that
-    makes the same calls each time. `watched`: by hooks of the user's."""
+    makes the same calls each time. `user_hooked`: hooks of the user's see
+    what crosses its border."""
 
     path: str
     parent: "ModuleCall | None"
     inputs: dict = field(default_factory=dict)
     outputs: dict = field(default_factory=dict)
     steady: bool = False
-    watched: bool = False
+    user_hooked: bool = False
     checkpoints: int = 0
     training: bool = False
     # of a module of torch.nn: {attribute: number or string}
@@ -115,6 +118,22 @@ class ModuleCall:
         return any(call is other for call in self.chain())
 
 
+class Reading(NamedTuple):
+    """What a forward read of values at a call: a scalar, or the shape of a tensor."""
+
+    call: CallIndex
+    result: Any
+    from_inputs: bool  # whether it follows from the inputs alone
+
+
+class InObject(NamedTuple):
+    """A tensor that an object among the inputs and outputs keeps."""
+
+    path: ArgPath  # of the object in (args, kwargs, output)
+    place: Any  # there
+    value: Value | None
+
+
 @dataclass
 class Graph:
     """The record of one forward: values, calls in order, module calls (the root
@@ -124,16 +143,12 @@ class Graph:
     calls: list
     modules: list
     params: dict  # parameter name -> Value
-    # What it read of values: (call index, a scalar or the shape of a tensor, whether it
-    # follows from the inputs alone).
-    readings: list = field(default_factory=list)
-    # Values that modules keep when the forward is over
-    stored: list = field(default_factory=list)
-    # Those that objects among the inputs and outputs keep: (path of the object in
-    # (args, kwargs, output), place there, Value); and which of them were shards when
-    # they were given: {value id: Action}.
-    held: list = field(default_factory=list)
-    given: dict = field(default_factory=dict)
+    readings: list[Reading] = field(default_factory=list)
+    # Values that modules keep when the forward is over.
+    left_in_modules: list[Value] = field(default_factory=list)
+    in_objects: list[InObject] = field(default_factory=list)
+    # The Action that completes each that was a shard when it was given.
+    shards_given: dict[ValueId, Any] = field(default_factory=dict)
     random: bool = False  # whether it draws random numbers
     # (module path, attribute) of what modules keep otherwise afterwards
     changes: list = field(default_factory=list)
@@ -157,11 +172,11 @@ class Graph:
         )
 
     @cached_property
-    def seen(self):
+    def seen_by_hooks(self):
         """Values by id that hooks of the user's see, or code with a backward of its
         own: they are whole."""
-        runs = [m for m in self.modules if m.watched] + [
-            c for c in self.calls if c.opaque
+        runs = [m for m in self.modules if m.user_hooked] + [
+            c for c in self.calls if c.why_whole
         ]
         return {
             v.id: v for x in runs for v in (*x.inputs.values(), *x.outputs.values())
@@ -222,5 +237,6 @@ class Graph:
     def unsteady(self):
         """Ids of the module runs that read values which do not follow from the inputs
         alone: their calls may differ from run to run."""
-        at = [i for i, _, known in self.readings if not known and i < len(self.calls)]
+        asked = [r.call for r in self.readings if not r.from_inputs]
+        at = [i for i in asked if i < len(self.calls)]
         return {id(m) for i in at for m in self.calls[i].module.chain()}

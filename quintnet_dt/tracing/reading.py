@@ -4,12 +4,12 @@ tensors, and on the real ones behind them where those follow from the inputs."""
 import torch
 
 from ..private import FakeTensor, unset_fake_temporarily
-from .graph import Graph
+from .graph import Graph, Reading
 from .known import Known
 from .operators import reads_values
 
 
-class Reading:
+class ValueReader:
     """The part of a Recorder that runs operators and notes what is read of values."""
 
     def __init__(self):
@@ -17,9 +17,8 @@ class Reading:
         self._call = None  # the one that runs
         self.fake = False  # whether the forward runs on fake tensors
         self.known = Known()
-        self.asked = (
-            None  # the last call that read values which do not follow from the inputs
-        )
+        # the last call that read values which do not follow from the inputs
+        self.asked = None
 
     def read(self, func, x, *args):
         """A call that reads values with no operator: `x.tolist()`."""
@@ -36,9 +35,8 @@ class Reading:
         """Run one operator."""
         name = func._schema.name
         if name == "aten::_grouped_mm" and isinstance(args[0], FakeTensor):
-            x, w, *rest = (
-                args  # its shape function knows bfloat16 alone, and what that aligns to 16 bytes
-            )
+            # its shape function knows bfloat16 alone, and what that aligns to 16 bytes
+            x, w, *rest = args
             aligned = all(
                 s == 1 or s * x.dtype.itemsize % 16 == 0
                 for s in x.stride() + w.stride()
@@ -71,4 +69,4 @@ class Reading:
     def note_reading(self, result, follows):
         """What was read of values; `follows`: it follows from the inputs alone."""
         at = self._call.index if self._call is not None else len(self.graph.calls)
-        self.graph.readings.append((at, result, follows))
+        self.graph.readings.append(Reading(at, result, follows))

@@ -7,26 +7,26 @@ from ..parts import modules, named_modules
 from ..private import transform
 from ..utils import (
     callers,
-    held,
     is_float,
     replace,
     shard_kept,
     source_line,
     tensors,
+    tensors_in_objects,
     within_higher_order,
 )
 from .attributes import attributes, changed
-from .graph import Call, ModuleCall, Node, Value
+from .graph import Call, InObject, ModuleCall, Node, Value
 from .hidden import HIDDEN, OPAQUE, UNSEEN, hides_gradients, sets_data
 from .higher import HigherOrder
 from .known import Known
 from .module_settings import STEADY, settings_of
 from .operators import aliased, draws, written_by
-from .reading import Reading
+from .reading import ValueReader
 from .user_hooks import passed, put_last, user_hooks, user_hooks_of_all
 
 
-class Recorder(Reading):
+class Recorder(ValueReader):
     """Builds a Graph. Subclasses watch or steer single calls through `run_call`."""
 
     def __init__(self):
@@ -52,9 +52,9 @@ class Recorder(Reading):
                 continue
             steady = type(module).forward in STEADY
             seen = user_hooks(module).keys() - vars(module).get("_tp_later", [])
-            watched = bool(seen or user_hooks_of_all())
+            user_hooked = bool(seen or user_hooks_of_all())
             module.register_forward_pre_hook(
-                partial(self.enter, path, steady, watched),
+                partial(self.enter, path, steady, user_hooked),
                 with_kwargs=True,
                 prepend=True,
             )
@@ -63,9 +63,9 @@ class Recorder(Reading):
 
     def give(self, inputs):
         """Note the shards that objects among the inputs keep."""
-        for _, holder, place, t in held(inputs):
+        for _, holder, place, t in tensors_in_objects(inputs):
             if (action := shard_kept(holder, place)) is not None:
-                self.graph.given[self.value(t).id] = action
+                self.graph.shards_given[self.value(t).id] = action
 
     def keep(self, model, objects):
         """Note the values that the forward left in buffers, in attributes, and in
@@ -74,13 +74,13 @@ class Recorder(Reading):
             x for m in modules(model) for x in [*m._buffers.values(), *vars(m).values()]
         ]
         values = [self._values.get(id(t)) for _, t in tensors(inside)]
-        self.graph.stored = [
+        self.graph.left_in_modules = [
             v for v in values if v is not None and v.producer is not None
         ]
         self.graph.changes = changed(self.before, attributes(model))
-        self.graph.held = [
-            (path, place, self._values.get(id(t)))
-            for path, _, place, t in held(objects)
+        self.graph.in_objects = [
+            InObject(path, place, self._values.get(id(t)))
+            for path, _, place, t in tensors_in_objects(objects)
         ]
 
     def end(self):
@@ -101,7 +101,7 @@ class Recorder(Reading):
     def values(self, obj):
         return {p: self.value(t) for p, t in tensors(obj)}
 
-    def enter(self, path, steady, watched, module, args, kwargs):
+    def enter(self, path, steady, user_hooked, module, args, kwargs):
         if within_higher_order():
             operator = (
                 self._call
@@ -120,7 +120,7 @@ class Recorder(Reading):
             given,
             {},
             steady,
-            watched,
+            user_hooked,
             checkpoints,
             module.training,
             settings_of(module),
@@ -141,7 +141,7 @@ class Recorder(Reading):
         call = Call(index, func, name, run, given, inputs, source=source_line())
         custom, call.checkpoints = callers()
         if custom or hides_gradients(name, func) or transform() is not None:
-            call.opaque = OPAQUE
+            call.why_whole = OPAQUE
         self._call = call
         try:
             out = self.read(func, *args) if name in UNSEEN else func(*args, **kwargs)
@@ -184,7 +184,7 @@ class Recorder(Reading):
         }
         if hidden:
             call.inputs |= hidden
-            call.opaque = OPAQUE
+            call.why_whole = OPAQUE
 
     def hidden_call(self, func):
         """The Call for an operator that none has called which a mode sees: one for all
@@ -206,7 +206,7 @@ class Recorder(Reading):
                 {},
                 source=source_line(),
             )
-            made.opaque, made.hidden = HIDDEN, True
+            made.why_whole, made.hidden = HIDDEN, True
             calls.append(made)
         return calls[-1]
 
@@ -221,7 +221,7 @@ class Recorder(Reading):
             return self.record_node(func, args, kwargs)
         self._call = call = self.hidden_call(func)
         if isinstance(func, HigherOrder) and func.shards(args):
-            call.opaque = ""
+            call.why_whole = ""
         try:
             return self.record_node(func, args, kwargs)
         finally:

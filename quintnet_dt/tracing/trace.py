@@ -28,7 +28,7 @@ from ..private import (
     saves_by_hooks,
     silent_fakes,
 )
-from ..utils import call_name, held, shard_kept
+from ..utils import call_name, shard_kept, tensors_in_objects
 from .caches import forgotten
 from .composites import restated
 from .escapes import let_go
@@ -94,7 +94,7 @@ def _on_fakes(model, args, kwargs, device):
         on_meta = any(p.device.type == "meta" for p in parameters(model))
         shards = any(
             shard_kept(holder, place) is not None
-            for _, holder, place, _ in held((args, kwargs))
+            for _, holder, place, _ in tensors_in_objects((args, kwargs))
         )
         # `record` knows now that it must not compile
         again = not compiles and "torch._dynamo" in sys.modules
@@ -124,13 +124,13 @@ def let_go_of_graph(graph):
     """A Graph keeps no tensors; the values that something else keeps are noted as
     stored."""
     given = {id(v.tensor) for v in graph.values if v.producer is None} | {
-        id(v.tensor) for _, _, v in graph.held if v
+        id(v.tensor) for _, _, v in graph.in_objects if v
     }
     made = [v for v in graph.values if id(v.tensor) not in given]
     tensors = [v.tensor for v in made]
     for v in graph.values:
         v.tensor = None
-    graph.stored += [made[i] for i in let_go(tensors)]
+    graph.left_in_modules += [made[i] for i in let_go(tensors)]
 
 
 class _Tracing(threading.local):
