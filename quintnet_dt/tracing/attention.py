@@ -95,7 +95,9 @@ def multi_head_attention(
     q, k, v = _heads(states, bias_k, bias_v, width // heads, options)
     if zero:
         k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
-    out, weights = _attend(q, k, v, padding, source, dropout, query.dtype, options)
+    out, weights = _attend(
+        q, k, v, padding, source, heads, dropout, query.dtype, options
+    )
     out = F.linear(out.permute(2, 0, 1, 3).flatten(2), out_weight, out_bias)
     if batched:
         return out, weights
@@ -131,6 +133,7 @@ def _attend(
     v: Tensor,
     padding: Tensor | None,
     source: int,
+    heads: int,
     dropout: float,
     mask_dtype: torch.dtype,
     options: dict,
@@ -148,7 +151,7 @@ def _attend(
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal), None
     out, weights = attention(q, k, v, mask, dropout, safe=False)
     if options["average_attn_weights"]:
-        weights = weights.sum(1) / q.shape[1]
+        weights = weights.sum(1) / heads  # not of q: a shard has fewer
     return out, weights
 
 
