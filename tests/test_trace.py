@@ -86,6 +86,37 @@ def test_a_forward_that_fails_changes_nothing():
     assert torch.randn(2).sum().item() is not None  # no mode is left on
 
 
+def test_a_module_whose_hook_raised_ends_no_other():
+    class Second(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            try:
+                return self.a(x)
+            except RuntimeError:
+                return self.b(x) + 1
+
+    model, x = Second(), torch.randn(3, 4)
+
+    def refused(module, args):  # of all modules: runs before the recorder's own
+        if module.__dict__.get("refused"):
+            raise RuntimeError("no a")
+
+    model.a.refused = True
+    handle = nn.modules.module.register_module_forward_pre_hook(refused)
+    try:
+        graph = trace(model, (x,))
+    finally:
+        handle.remove()
+    assert [(c.name, c.module.path) for c in graph.calls] == [
+        ("linear", "b"),
+        ("add", ""),
+    ]
+    assert [m.path for m in graph.modules] == ["", "b"]
+
+
 def test_calls_and_their_operators():
     graph = trace(Net().eval(), (torch.randn(3, 4),))
     assert names(graph) == [

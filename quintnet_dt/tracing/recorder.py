@@ -58,7 +58,8 @@ class Recorder(ValueReader):
                 with_kwargs=True,
                 prepend=True,
             )
-            module.register_forward_hook(self.leave, with_kwargs=True, always_call=True)
+            leave = partial(self.leave, path)
+            module.register_forward_hook(leave, with_kwargs=True, always_call=True)
             put_last(module)
 
     def give(self, inputs):
@@ -131,8 +132,10 @@ class Recorder(ValueReader):
         self.graph.modules.append(call)
         self._stack.append(call)
 
-    def leave(self, module, args, kwargs, output):
-        self._stack.pop().outputs = self.values(output)
+    def leave(self, path, module, args, kwargs, output):
+        # Torch calls this too of a module whose hooks before raised: none was entered.
+        if self._stack and self._stack[-1].path == path:
+            self._stack.pop().outputs = self.values(output)
 
     def run_call(self, name, func, args, kwargs):
         inputs = self.values((args, kwargs))
