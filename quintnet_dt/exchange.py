@@ -1,6 +1,8 @@
 """Rows of a tensor from the ranks that store them to those that use them: an
 all-to-all, which DTensor has not."""
 
+from functools import lru_cache
+from operator import index
 from typing import NamedTuple
 
 import torch
@@ -8,25 +10,33 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
+from .axes.split import Split
 from .groups import Group, SimulatedGroup, chunk_sizes, group_rank, group_size
 
 
-def exchange(x: Tensor, dim: int, group: Group, positions: Tensor) -> Tensor:
-    """``y_r = X[positions[r]]`` along ``dim``, of the whole ``X`` whose part r, by
-    `chunk_sizes`, is ``x_r``; ``dx`` goes back the same way.
+def exchange(x: Tensor, split: Split, group: Group) -> Tensor:
+    """``y_r = X[positions[r]]`` along a split's dim: rank r's part of each block of the
+    whole ``X``, whose part r, by `chunk_sizes`, is ``x_r``. ``dx`` goes back the same
+    way.
 
-    ``positions`` is (ranks, length): every index of ``X`` once, increasing for each
-    rank. An all-to-all, for weights whose rows are stored in another order than they
-    are used in. Returns (..., length, ...).
+    An all-to-all, for weights whose rows are stored in another order than they are used
+    in. The ranks share the units evenly.
     """
-    if group_size(group) == 1:
+    n = group_size(group)
+    if n == 1:
         return x
+    dim = split.dim % x.dim()
     # on fake tensors no positions can be worked out
     if isinstance(group, SimulatedGroup):
-        route = Route(x.shape[dim], positions.shape[1])
+        route = Route(x.shape[dim], split.length // n)
     else:
-        route = Route.of(positions, group_rank(group))
-    return Exchange.apply(x, dim % x.dim(), group, route, False)
+        # numbers of a compiled graph too, in which those of a split may be symbols
+        blocks = tuple(
+            (index(outer), index(split.units * inner))
+            for outer, inner in split.segments
+        )
+        route = _route(blocks, group_rank(group), n, x.device)
+    return Exchange.apply(x, dim, group, route, False)
 
 
 class Route(NamedTuple):
@@ -38,22 +48,34 @@ class Route(NamedTuple):
     given: list | None = None  # how many of them to each rank
     taken: list | None = None  # how many come from each rank
 
-    @classmethod
-    def of(cls, positions, rank):
-        sizes = chunk_sizes(positions.numel(), len(positions))
-        # (ranks, length)
-        owners = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))[
-            positions
-        ]
-        given = [p[o == rank] - sum(sizes[:rank]) for p, o in zip(positions, owners)]
-        taken = torch.bincount(owners[rank], minlength=len(sizes)).tolist()
-        return cls(
-            sizes[rank],
-            positions.shape[1],
-            torch.cat(given),
-            [len(g) for g in given],
-            taken,
-        )
+
+@torch.compiler.assume_constant_result  # values are read, which would break a graph
+def _route(*key) -> Route:
+    return _route_of(*key)
+
+
+@lru_cache
+@torch.inference_mode(False)
+def _route_of(blocks: tuple, rank: int, n: int, device: torch.device) -> Route:
+    """The Route of a dim of blocks after each other, each (how many, of what length).
+    Worked out once, and not at each step."""
+    start, found = 0, []
+    for count, length in blocks:
+        rows = torch.arange(start, start + count * length, device="cpu")
+        # (blocks, ranks, length of a part) -> (ranks, ...)
+        found.append(rows.view(count, n, -1).transpose(0, 1).reshape(n, -1))
+        start += count * length
+    positions, sizes = torch.cat(found, 1), chunk_sizes(start, n)
+    # who stores each
+    owners = positions // sizes[0]
+    given = [p[o == rank] - sum(sizes[:rank]) for p, o in zip(positions, owners)]
+    return Route(
+        sizes[rank],
+        positions.shape[1],
+        torch.cat(given).to(device),
+        [len(g) for g in given],
+        torch.bincount(owners[rank], minlength=n).tolist(),
+    )
 
 
 class Exchange(Function):

@@ -20,7 +20,9 @@ from torch.distributed import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from quintnet_dt import groups
+from quintnet_dt.axes.split import Segment, Split
 from quintnet_dt.comm_ops import all_gather, all_reduce, copy_in, reduce_scatter, split
+from quintnet_dt.exchange import _route_of as routes_worked_out
 from quintnet_dt.exchange import exchange
 from quintnet_dt.groups import SimulatedGroup, chunk_sizes, group_rank, group_size
 
@@ -60,7 +62,8 @@ class Case(NamedTuple):
         if self.op == "reduce_scatter":
             return reduce_scatter(x, self.dim, group, sizes)
         if self.op == "exchange":
-            return exchange(x, self.dim, group, self.positions())
+            blocks = (Segment(3),)
+            return exchange(x, Split(self.dim, sum(self.sizes) // 3, blocks), group)
         partial = self.op == "gather_partial"
         return all_gather(x, self.dim, group, sizes, partial_grad=partial)
 
@@ -376,6 +379,37 @@ def test_compiles_into_one_graph():
             found.append((y, *torch.autograd.grad(y, x)))
         for eager, compiled in zip(*found):
             assert torch.allclose(eager, compiled)
+
+    run_ranks(ranks, 2)
+
+
+def test_an_exchange_is_worked_out_once_and_compiles_into_one_graph():
+    """Of each split, also where code compiled for one meets another."""
+    import torch._dynamo  # noqa: F401
+
+    splits = [
+        Split(0, 4, (Segment(3), Segment(1, 3))),
+        Split(0, 4, (Segment(2, 3),)),
+        Split(0, 2, (Segment(3, 4),)),
+    ]
+
+    def ranks(rank):
+        class Given:
+            split = None
+
+        def f(x, given):
+            return exchange(x.sin(), given.split, dist.group.WORLD).cos()
+
+        compiled = torch.compile(f, backend="aot_eager", fullgraph=True)
+        x, given = randn((12, 3), rank).requires_grad_(), Given()
+        for given.split in [*splits, *splits]:
+            found = []
+            for run in (f, compiled):
+                y = run(x, given)
+                found.append((y, *torch.autograd.grad(y.square().sum(), x)))
+            for eager, by_compiler in zip(*found):
+                assert torch.equal(eager, by_compiler)
+        assert routes_worked_out.cache_info().misses == len(splits)
 
     run_ranks(ranks, 2)
 

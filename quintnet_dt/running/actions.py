@@ -70,19 +70,6 @@ def _lengths(x: Tensor, split: Split) -> list[int]:
     return [units * outer * inner for outer, inner in split.segments]
 
 
-def _positions(split: Split, group: Group) -> Tensor:
-    """Where in the whole dim each rank's part of each block lies."""
-    n, start, found = group_size(group), 0, []
-    for outer, inner in split.segments:
-        length = outer * split.units * inner
-        at = torch.arange(start, start + length).view(
-            outer, n, split.units // n * inner
-        )
-        found.append(at.transpose(0, 1).reshape(n, -1))
-        start += length
-    return torch.cat(found, 1)
-
-
 _gather = _along(comm_ops.all_gather, whole=False)
 _split = _along(comm_ops.split, whole=True)
 
@@ -94,8 +81,6 @@ ACTIONS = {
     MEAN: lambda x, split, group: comm_ops.all_reduce(x, group) / group_size(group),
     GATHER: _gather,
     SPLIT: _split,
-    EXCHANGE: lambda x, split, group: exchange(
-        x, split.dim, group, _positions(split, group)
-    ),
+    EXCHANGE: exchange,
     ADD_ONCE: lambda x, split, group: _AddOnce.apply(x, group_rank(group) == 0),
 }
