@@ -156,6 +156,38 @@ def test_copies_and_saved_weights():
     both(ranks)
 
 
+def test_modules_of_a_copy_are_its_own():
+    """Replaced or set in a copy or in the model, they change the calls of that alone:
+    softmax of shards, by the programs of a model with tanh there, would be wrong."""
+
+    def build():
+        norm = nn.Sequential(nn.ReLU(), nn.BatchNorm1d(64))
+        return nn.Sequential(nn.Linear(16, 64), norm, nn.Linear(64, 16))
+
+    def ranks(rank):
+        x = given(8, 16, dtype=torch.float64)
+        sharded, whole = pair(build, 2, example_inputs=x)
+        copied, copy_of_whole = copy.deepcopy((sharded, whole))
+        compare(sharded, whole, x), compare(copied, copy_of_whole, x)
+        # The states of calls: how norms are set in the model that is called.
+        for model in copied, copy_of_whole:
+            model[1][1].eval()
+        compare(copied, copy_of_whole, x), compare(sharded, whole, x)
+        paths = [model._forward_pre_hooks for model in (sharded, copied)]
+        hooks = [next(h.__self__ for h in hooks.values()) for hooks in paths]
+        states = [h.context.paths.states for h in hooks]
+        assert states[1].moded[""][0] is copied[1][1]
+        assert states[0].moded[""][0] is sharded[1][1]
+        for model in copied, copy_of_whole:
+            model[1][0] = nn.Softmax(-1)
+        compare(copied, copy_of_whole, x), compare(sharded, whole, x)
+        for model in sharded, whole:
+            model[1][0] = nn.Tanh()
+        compare(sharded, whole, x), compare(copied, copy_of_whole, x)
+
+    run_ranks(ranks, 2)
+
+
 def test_other_dtypes_afterwards():
     def ranks(sharded, whole):
         for dtype, tol in (

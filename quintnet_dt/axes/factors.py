@@ -80,8 +80,7 @@ def piece(factors: list[Factor], start: int, size: int) -> list[Factor] | None:
     if size == f.size:
         return [f]
     if f.pieces is None:
-        cuts = start, size, f.size - start - size
-        f.pieces = [fresh(n) for n in cuts if n]
+        f.pieces = [fresh(n) for n in (start, size, f.size - start - size) if n]
     for part in f.pieces:
         here = length(part)
         if start + size <= here:

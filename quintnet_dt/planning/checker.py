@@ -195,8 +195,9 @@ class Checker(Rerun):
         shapes = {path: tuple(t.shape) for path, t in tensors(out) if path in expected}
         if shapes != expected:
             return _Attempt(out, shapes, f"{wanted}, found {list(shapes.values())}")
-        reason = other_elements(call, self.cuts, axis, self.axes, self.n)
-        return _Attempt(out, shapes, reason)
+        return _Attempt(
+            out, shapes, other_elements(call, self.cuts, axis, self.axes, self.n)
+        )
 
     def stand_in(self, call: Call, shape: tuple[int, ...]) -> torch.Tensor:
         """What the forward goes on with after a call that was not right."""

@@ -86,15 +86,9 @@ class _Hoisting:
             return None
         outputs = {v.id: v for v in call.outputs.values() if v.trainable}
         inputs = {v.id for v in call.inputs.values()}
-        for elsewhere in (
-            self.escaping,
-            inputs,
-            self.layout.values,
-            self.layout.states,
-        ):
-            if not outputs.keys().isdisjoint(elsewhere):
-                return None
-        if outputs and all(map(self.only_enters, outputs.values())):
+        elsewhere = self.escaping, inputs, self.layout.values, self.layout.states
+        only_here = all(outputs.keys().isdisjoint(others) for others in elsewhere)
+        if outputs and only_here and all(map(self.only_enters, outputs.values())):
             return _Movable(call, list(outputs.values()))
         return None
 

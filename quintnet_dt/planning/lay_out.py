@@ -237,8 +237,9 @@ class _Pass:
         self.layout.axis_of[call.index] = axis
         for path, v in call.inputs.items():
             if v.id in analysis.buffers:
-                at = self.layout.buffers.setdefault(call.index, {})
-                at[path] = self.action(SPLIT, v, axis)
+                self.layout.buffers.setdefault(call.index, {})[path] = self.action(
+                    SPLIT, v, axis
+                )
             elif v.id in analysis.slices:
                 self.use(call, path, self.action(SPLIT, v, axis))
             elif v.id in analysis.add_once:

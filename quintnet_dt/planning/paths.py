@@ -161,9 +161,12 @@ class Paths:
         return {**vars(self), "root": None}
 
     def apart(self) -> "Paths":
-        """For a copy of the model, whose calls are its own."""
+        """For a copy of the model, whose calls and modules are its own."""
         new = copy.copy(self)
-        new.in_step = copy.copy(self.in_step)
+        new.in_step, new.states = copy.copy(self.in_step), self.states.apart()
+        new.known = {key: [*programs] for key, programs in self.known.items()}
+        new.numbers = {kind: [*numbers] for kind, numbers in self.numbers.items()}
+        new.excused = {*self.excused}
         return new
 
     def key_of(

@@ -40,6 +40,12 @@ class States:
         self.changes: dict[ModulePath, list[tuple[ModulePath, str]]] = {}
         self.first: dict[ModulePath, tuple] = {}
 
+    def apart(self) -> "States":
+        """For a copy of the model, which has modules of its own."""
+        new = States()
+        new.changes, new.first = {**self.changes}, {**self.first}
+        return new
+
     def of(self, path: ModulePath, module: nn.Module) -> tuple:
         """The places, in their list, of the modules within that are not in the module's
         own mode (dropout that is on for sampling, batch norms that are frozen), and of

@@ -23,8 +23,7 @@ def dearer(
     is larger than they are. One line of code is decided once (`now`), and as `before`:
     on the path that a forward leaves, which what ran must be the same on."""
     shards = [analysis.external[i] for i, s in state.items() if s is not None]
-    slices = [analysis.external[i] for i in analysis.slices]
-    split = [v for v in slices if v.differentiable]
+    split = [v for i in analysis.slices if (v := analysis.external[i]).differentiable]
     if any(v.param for v in shards) or not split:
         return ""
     key = call.module.path, call.name, call.source

@@ -1,6 +1,7 @@
 """What the hooks of one model share, and what they do by it: actions on nested
 arguments."""
 
+import copy
 import weakref
 from functools import partial
 from typing import Any
@@ -82,10 +83,9 @@ class Context:
     def __deepcopy__(self, memo: Any) -> Any:
         new = Context(self.mesh, self._group)
         new._programs, new.paths = self._programs, self.paths and self.paths.apart()
-        new.structures = self.structures
-        new.weights = None  # a copy's own are not looked at
+        new.structures = copy.deepcopy(self.structures)
         new.hooks_of_all = self.hooks_of_all
-        return new
+        return new  # without `weights`: a copy's own are not looked at
 
     def __getstate__(self) -> Any:
         return {

@@ -122,8 +122,9 @@ class _Ghost:
         for module in modules(self.model):
             for _, t in tensors(list(vars(module).values())):
                 if id(t) not in self.memo:
-                    fake = self.fake_mode is not None
-                    self.memo[id(t)] = self.fake(t) if fake else t.detach().clone()
+                    self.memo[id(t)] = (
+                        t.detach().clone() if self.fake_mode is None else self.fake(t)
+                    )
             for hook in [
                 *module._forward_pre_hooks.values(),
                 *module._forward_hooks.values(),
