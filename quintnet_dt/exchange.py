@@ -12,6 +12,7 @@ from torch.autograd import Function
 
 from .axes.split import Split
 from .groups import Group, SimulatedGroup, chunk_sizes, group_rank, group_size
+from .private import constant
 
 
 def exchange(x: Tensor, split: Split, group: Group) -> Tensor:
@@ -49,7 +50,7 @@ class Route(NamedTuple):
     taken: list | None = None  # how many come from each rank
 
 
-@torch.compiler.assume_constant_result  # values are read, which would break a graph
+@constant  # values are read, which would break a graph
 def _route(*key) -> Route:
     return _route_of(*key)
 
