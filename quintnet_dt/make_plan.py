@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .axes.axes import Axes
+from .devices import DeviceSpec
 from .fsdp import wrapped_by_fsdp1
 from .keys import ModulePath, ParamName
 from .parts import named_parameters
@@ -35,6 +36,7 @@ class Request:
     plan: Any
     loss_parallel: bool
     contiguous: bool
+    device: DeviceSpec
     # Of the parameters that are split already.
     before: dict[ParamName, Entry] = field(default_factory=dict)
 
@@ -72,7 +74,15 @@ def make_plan(model: nn.Module, request: Request) -> Planned:
         return Planned(blind_plan(model, n, user_dims, str(e), before), {})
     axes = Axes(graph)
     loss_parallel = request.loss_parallel if plan is None else plan.loss_parallel
-    task = Task(graph, axes, n, user_dims, loss_parallel, request.contiguous)
+    task = Task(
+        graph,
+        axes,
+        n,
+        user_dims,
+        loss_parallel=loss_parallel,
+        contiguous=request.contiguous,
+        device=request.device,
+    )
     applied = None
     if plan is not None and n > 1:
         applied = sharding_of(plan, graph, axes)

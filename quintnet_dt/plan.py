@@ -12,6 +12,7 @@ from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.placement_types import Placement
 
 from .axes.split import Split
+from .costs import Cost
 from .keys import ParamName
 from .private import _StridedShard
 
@@ -85,13 +86,13 @@ class Entry:
 @dataclass
 class TensorParallelPlan:
     """How a model is split over `tp_size` ranks. `entries` holds an Entry a parameter,
-    by name; `bytes_per_step` is what a rank sends in one forward and backward of the
-    traced inputs (ring collectives); None where none was traced. `plan[name] =
-    Shard(0)` or `Replicate()` edits it: what a user sets, wins."""
+    by name; `cost` is what a step of the traced inputs costs, None where none was
+    traced. `plan[name] = Shard(0)` or `Replicate()` edits it: what a user sets,
+    wins."""
 
     tp_size: int
     entries: dict = field(default_factory=dict)
-    bytes_per_step: int | None = 0
+    cost: Cost | None = None
     note: str = ""
     loss_parallel: bool = False
 
@@ -122,6 +123,11 @@ class TensorParallelPlan:
         return replace(self, entries=entries)
 
     @property
+    def bytes_per_step(self) -> int | None:
+        """What a rank sends in one forward and backward of the traced inputs."""
+        return None if self.cost is None else self.cost.bytes_sent
+
+    @property
     def share(self) -> float:
         """The share of the parameter elements that the fullest rank holds."""
         total = sum(e.share(1) for e in self.entries.values())
@@ -141,7 +147,9 @@ class TensorParallelPlan:
                 n: Entry(**{**e, "shape": tuple(e["shape"])})
                 for n, e in data.pop("entries").items()
             }
-            plan = cls(entries=entries, **data)
+            cost = data.pop("cost")
+            cost = None if cost is None else Cost(**cost)
+            plan = cls(entries=entries, cost=cost, **data)
             wrong = [
                 f"{n}: {e}" for n, e in entries.items() if n != e.name or not e.valid()
             ]
@@ -156,14 +164,13 @@ class TensorParallelPlan:
 
     def _faults(self) -> list[str]:
         """What is wrong with the fields but the entries."""
-        sent = self.bytes_per_step
         fits = {
             "tp_size": type(self.tp_size) is int and self.tp_size >= 1,
-            "bytes_per_step": sent is None or (type(sent) is int and sent >= 0),
             "note": isinstance(self.note, str),
             "loss_parallel": isinstance(self.loss_parallel, bool),
         }
-        return [
+        wrong = [] if self.cost is None else self.cost.faults()
+        return wrong + [
             f"{name}: {getattr(self, name)!r}"
             for name, right in fits.items()
             if not right
@@ -189,16 +196,10 @@ class TensorParallelPlan:
         lines = [
             "  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in rows
         ]
-        if self.bytes_per_step is None:
-            sends = "; what it sends was not counted, as no forward was traced"
-        else:
-            sends = (
-                f" and sends {self.bytes_per_step / 1e6:.2f} MB a step of the traced"
-                " inputs"
-            )
+        costs = "what a step costs was not counted, as no forward was traced"
         head = (
             f"tensor parallel over {self.tp_size} ranks: each holds {self.share:.1%} of"
-            f" the parameters{sends}"
+            f" the parameters\n{self.cost or costs}"
         )
         return "\n".join(
             [

@@ -14,8 +14,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from .agreement import agree
 from .apply_plan import apply_plan
 from .around import undisturbed
+from .devices import DeviceSpec, device_spec
 from .keys import ParamName
 from .make_plan import Request, check_model, make_plan
+from .parts import parameters
 from .plan import TensorParallelPlan
 from .private import SINCE_2_13
 from .processgroup import ProcessGroupManager
@@ -32,13 +34,14 @@ def plan_tensor_parallel(
     plan: TensorParallelPlan | dict[ParamName, Any] | None = None,
     loss_parallel: bool = False,
     contiguous: bool = False,
+    device: str | DeviceSpec | None = None,
 ) -> TensorParallelPlan:
     """The plan that `apply_tensor_parallel` would apply, in one process, without a
     process group, a GPU, or a change to the model.
 
     Args:
         tp_size: number of ranks to split over, at least 1.
-        model, example_inputs, plan, loss_parallel, contiguous: as for
+        model, example_inputs, plan, loss_parallel, contiguous, device: as for
             `apply_tensor_parallel`, which sets `contiguous` by itself.
 
     Returns: TensorParallelPlan.
@@ -48,9 +51,9 @@ def plan_tensor_parallel(
     if isinstance(tp_size, bool) or not isinstance(tp_size, int) or tp_size < 1:
         raise ValueError(f"tp_size: expected an int of at least 1, found {tp_size!r}")
     check_model(model)
-    made = make_plan(
-        model, Request(tp_size, example_inputs, plan, loss_parallel, contiguous)
-    ).plan
+    spec = device_spec(device, next((p.device.type for p in parameters(model)), ""))
+    request = Request(tp_size, example_inputs, plan, loss_parallel, contiguous, spec)
+    made = make_plan(model, request).plan
     _warn_if_untraced(model, made)
     return made
 
@@ -66,6 +69,7 @@ def apply_tensor_parallel(
     loss_parallel: bool = False,
     contiguous: bool | None = None,
     src_data_rank: int | None = 0,
+    device: str | DeviceSpec | None = None,
 ) -> nn.Module:
     """Split a model's weights over the ranks of a process group, in place.
 
@@ -123,8 +127,9 @@ def apply_tensor_parallel(
                 )
             check_model(model)
             before = entries_of_split(model, mesh)
+            spec = device_spec(device, ranks.mesh.device_type)
             request = Request(
-                n, example_inputs, plan, loss_parallel, contiguous, before
+                n, example_inputs, plan, loss_parallel, contiguous, spec, before
             )
             planned = make_plan(model, request)
             _warn_if_untraced(model, planned.plan)
@@ -145,6 +150,6 @@ def apply_tensor_parallel(
 
 def _warn_if_untraced(model: nn.Module, plan: TensorParallelPlan) -> None:
     """Tell the user of a plan that was made without a forward."""
-    if plan.bytes_per_step is None:
+    if plan.cost is None:
         # This function, a public one, `undisturbed`, and the user's line.
         warnings.warn(f"{type(model).__name__}: {plan.note}", stacklevel=4)

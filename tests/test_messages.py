@@ -97,7 +97,7 @@ def test_a_plan_made_without_a_forward_says_that_nothing_was_counted():
         ),
     ):
         plan = plan_tensor_parallel(model, 2, example_inputs=(torch.ones(2, 8),))
-    head = str(plan).splitlines()[0]
+    head = "\n".join(str(plan).splitlines()[:2])
     assert "not counted" in head and "MB" not in head
     again = TensorParallelPlan.from_json(plan.to_json())
     assert str(again) == str(plan) and again.bytes_per_step is None

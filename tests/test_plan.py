@@ -28,8 +28,10 @@ def test_a_line_for_repeated_layers():
     text = str(make())
     lines = [line for line in text.splitlines() if "a.m0" in line]
     assert len(lines) == 1 and "b.0-2.a.m0" in lines[0]
-    head, columns = text.splitlines()[0], text.splitlines()[1]
+    head, cost, columns = text.splitlines()[:3]
     assert "2 ranks" in head and "%" in head
+    for part in ("2 x 6 int64", "50.0% of the forward's", "MB a step", "on CPU"):
+        assert part in cost
     for column in ("module", "parameter", "shape", "placement", "how it runs", "why"):
         assert column in columns
     (line,) = lines
@@ -137,7 +139,7 @@ def entry(**changes):
             changed(tp_size="2"),
             changed(tp_size=0),
             changed(tp_size=None),
-            changed(bytes_per_step="a"),
+            changed(cost="a"),
         ),
     ],
 )
@@ -330,7 +332,8 @@ def test_axes_that_cannot_be_shown_are_given_up_together(monkeypatch):
         *[Scaled(f) for f in ("scalar", "", "scalar", "shape", "", "scalar")]
     )
     plan = plan_tensor_parallel(model, 2, example_inputs=(torch.ones(2, 3, 8),))
-    assert [plan[f"{i}.up.weight"].how == "local" for i in range(6)] == [
+    entries = [plan[f"{i}.up.weight"] for i in range(6)]
+    assert [(e.how, e.dim) == ("local", 0) for e in entries] == [
         False,
         True,
         False,
@@ -433,8 +436,8 @@ def test_heads_are_split_where_their_size_is_computed_from_a_shards():
 
 
 class CutsAcrossHeads(nn.Module):
-    """So few rows that its fused weight is cheapest split where what reads it needs it
-    whole."""
+    """Its fused weight's features can be split where what reads them needs them whole,
+    or its heads."""
 
     def __init__(self):
         super().__init__()
@@ -451,19 +454,23 @@ class CutsAcrossHeads(nn.Module):
 def test_what_is_completed_at_once_is_gathered():
     """It is split along its axis all the same, which another path may go on with; a
     plan read from JSON knows."""
-    hows = set()
-    for rows in 5, 128:
-        plan = plan_tensor_parallel(
-            CutsAcrossHeads(), 2, example_inputs=(torch.randn(2, rows, 16),)
+    hows, x = set(), torch.randn(2, 5, 16)
+    chosen = plan_tensor_parallel(CutsAcrossHeads(), 2, example_inputs=(x,))
+    across = TensorParallelPlan.from_json(chosen.to_json())
+    for name in "qkv.weight", "qkv.bias":
+        across[name].pieces, across[name].units = 1, 12
+    for plan in chosen, across:
+        made = plan_tensor_parallel(
+            CutsAcrossHeads(), 2, example_inputs=(x,), plan=plan
         )
-        qkv = plan["qkv.weight"]
+        qkv = made["qkv.weight"]
         hows.add((qkv.how, qkv.pieces, qkv.units))
-        read = TensorParallelPlan.from_json(plan.to_json())
+        read = TensorParallelPlan.from_json(made.to_json())
         again = plan_tensor_parallel(
-            CutsAcrossHeads(), 2, example_inputs=(torch.randn(2, rows, 16),), plan=read
+            CutsAcrossHeads(), 2, example_inputs=(x,), plan=read
         )
         assert {n: (e.how, e.units) for n, e in again.entries.items()} == {
-            n: (e.how, e.units) for n, e in plan.entries.items()
+            n: (e.how, e.units) for n, e in made.entries.items()
         }
     assert hows == {("gathered", 1, 12), ("local", 3, 4)}, hows
 

@@ -8,7 +8,7 @@ from ..axes.sharding import Axis, LayoutError, ShardedParam, Sharding
 from ..axes.split import NotSplit
 from ..keys import CallIndex, ParamName
 from ..tracing.graph import Call
-from .cost import cost
+from .cost import Change, change_by, change_by_gather
 from .lay_out import lay_out
 from .layout import Layout
 from .task import CROWDED, Task
@@ -17,12 +17,12 @@ from .task import CROWDED, Task
 @dataclass
 class Way:
     """One weight split by itself. `gathered`: it is gathered before its use; else
-    `partners` (biases) are split with it. `bytes`: sent a step, infinite where it
-    cannot be split."""
+    `partners` (biases) are split with it. `change`: against the whole weight on every
+    rank."""
 
     dim: int
     axis: Axis | None
-    bytes: float
+    change: Change
     gathered: bool = True
     partners: list[ParamName] = field(default_factory=list)
     why: str = ""
@@ -50,8 +50,8 @@ class Alone:
             ways = [
                 self.way(name, d, taken) for d in dims if self.task.may_split(name, d)
             ]
-            none = Way(0, None, float("inf"))
-            best = min(ways, key=lambda way: (way.gathered, way.bytes), default=none)
+            none = Way(0, None, Change())
+            best = min(ways, key=_seconds, default=none)
             if taken:
                 return best
             self._best[name] = best
@@ -59,16 +59,16 @@ class Alone:
 
     def way(self, name: ParamName, dim: int, taken: Container[ParamName]) -> Way:
         """To split a weight on one dim: computing on shards where that can be laid out
-        and sends less, else gathered."""
+        and takes less, else gathered."""
         task, v = self.task, self.task.params[name]
         calls = task.users.get(name, [])
-        gathered = Way(dim, lone_axis(v.shape[dim]), v.nbytes * (task.n - 1) / task.n)
+        gathered = Way(dim, lone_axis(v.shape[dim]), change_by_gather(v, task.work))
         if not calls or sum(len(call.inputs) for call in calls) > CROWDED:
             return gathered
         axis = own_axis(task.graph, name, dim)
         if self.depends_on_inputs(name, dim, axis) or not axis.find(task.axes, v):
             return gathered
-        way = Way(dim, axis, 0.0, False, self.biases(axis, calls, taken))
+        way = Way(dim, axis, Change(), False, self.biases(axis, calls, taken))
         try:
             layout = self.lay_out(name, way)
         except LayoutError as e:
@@ -77,13 +77,9 @@ class Alone:
         if task.gathered_weights(layout):
             gathered.why = str(layout.blockers[0])
             return gathered
-        way.bytes = cost(task.graph, layout, task.n)
-        square = (
-            Axis(tuple(task.axes.final(v)[dim])).find(task.axes, v) is NotSplit.IN_PART
-        )
-        if square and way.bytes > gathered.bytes:
-            # one that mixes places, with few weights for its activations
-            gathered.why = "split, it would send more"
+        way.change = change_by(task.graph, layout, task.work)
+        if way.change.seconds > gathered.change.seconds:
+            gathered.why = "split, it would take longer"
             return gathered
         return way
 
@@ -118,3 +114,7 @@ class Alone:
 
 def indices(calls: Iterable[Call]) -> set[CallIndex]:
     return {call.index for call in calls}
+
+
+def _seconds(way: Way) -> tuple[float, bool]:
+    return way.change.seconds, way.gathered

@@ -17,19 +17,13 @@ from .task import Task
 @dataclass
 class Candidate:
     """An axis of the model, tried alone: the parameters that it runs through, the calls
-    that touch it, bytes a step."""
+    that touch it, and the seconds that a step takes more than with nothing sharded."""
 
     axis: Axis
     params: dict[ParamName, ShardedParam]
     calls: list[Call]
     elements: int
-    bytes: float = 0.0
-
-    def conflicts(self, other: "Candidate") -> bool:
-        """Whether both cannot be sharded: a weight is split once, and a call works on
-        one axis."""
-        shares_a_weight = not self.params.keys().isdisjoint(other.params)
-        return shares_a_weight or not self.indices.isdisjoint(other.indices)
+    seconds: float = 0.0
 
     @cached_property
     def indices(self) -> frozenset[CallIndex]:
@@ -83,24 +77,6 @@ def _stored(axis: Axis, split: Split, contiguous: bool) -> ShardedParam:
     if split.blocks is None or (contiguous and split.blocks != 1):
         return ShardedParam(split.dim, axis, exchanged=True)
     return ShardedParam(split.dim, axis, split.blocks)
-
-
-def regions(candidates: Iterable[Candidate]) -> list[list[Candidate]]:
-    """Candidates in groups: those of different groups have no weight and no call in
-    common."""
-    group_of: dict[ParamName | CallIndex, list[Candidate]] = {}
-    groups: dict[int, list[Candidate]] = {}
-    for c in candidates:
-        keys = [key for key in (*c.params, *c.indices) if key in group_of]
-        near = {id(group_of[key]): group_of[key] for key in keys}
-        group = [c, *(other for joined in near.values() for other in joined)]
-        for i in near:
-            del groups[i]
-        groups[id(group)] = group
-        for other in group:
-            group_of.update(dict.fromkeys(other.params, group))
-            group_of.update(dict.fromkeys(other.indices, group))
-    return list(groups.values())
 
 
 def spans(dims: Iterable[Sequence[Factor]]) -> Iterator[Sequence[Factor]]:

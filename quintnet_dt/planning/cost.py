@@ -1,6 +1,13 @@
-"""What a layout sends: bytes by action."""
+"""What a layout costs: bytes that a rank sends, and the seconds of a step.
 
-from collections.abc import Iterator
+A step takes what a rank computes (work.py), whether others compute the same or not, and
+what it sends. Nothing is taken to overlap. The model of time is that of Alpa
+(https://arxiv.org/abs/2201.12023) and FlexFlow: peak rates, bytes over a link, and a
+latency for each collective.
+"""
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
 from math import fsum
 
 from ..axes.action import (
@@ -15,9 +22,12 @@ from ..axes.action import (
     Action,
 )
 from ..axes.split import Split
-from ..keys import ValueId
+from ..costs import Cost
+from ..devices import DeviceSpec
+from ..keys import CallIndex, ValueId
 from ..tracing.graph import Graph, Value
 from .layout import Layout
+from .work import Work
 
 # How often a rank sends its part of a tensor in the forward; those that send in the
 # backward alone.
@@ -25,26 +35,97 @@ _FORWARD = {SUM: 2, MEAN: 2, GATHER: 1, ADD_ONCE: 0, TO_DTENSOR: 0}
 _BACKWARD = {SUM_GRADIENT: 2, SPLIT: 1}
 
 # A cross entropy over classes exchanges for each row a maximum, a sum and the target's
-# logit.
+# logit: three sums, of which one has a gradient.
 _LOSS_PASSES = 5
+_LOSS_COLLECTIVES = 3
 
 
-def cost(graph: Graph, layout: Layout, n: int) -> float:
-    """Bytes that a rank sends in one forward and backward, under ring collectives (as
-    counted in https://arxiv.org/abs/1909.09756): 2 (n-1)/n of the tensor for an
-    all-reduce, (n-1)/n of the whole tensor for a gather.
+@dataclass(frozen=True)
+class Sent:
+    """What a rank sends in one forward and backward."""
+
+    bytes: float
+    collectives: int
+
+    def seconds(self, device: DeviceSpec) -> float:
+        return self.bytes / device.link_bandwidth + self.collectives * device.latency
+
+
+def sent(graph: Graph, layout: Layout, work: Work) -> Sent:
+    """What a rank sends under ring collectives (as counted in
+    https://arxiv.org/abs/1909.09756): 2 (n-1)/n of the tensor for an all-reduce,
+    (n-1)/n of the whole tensor for a gather.
     """
-    done = set(_actions(graph, layout))
+    done, n = set(_actions(graph, layout)), work.n
     # Rounded once: the same in any order of the set.
-    sent = fsum(action_bytes(graph.values[i], action, n) for i, action in done)
+    total = fsum(_action_bytes(graph.values[i], action, work) for i, action in done)
+    collectives = sum(_collectives(graph.values[i], action) for i, action in done)
     losses = [
         (i, x.split) for i, x in layout.instead.items() if x.call == "cross_entropy"
     ]
     rows = fsum(
-        max(v.nbytes for v in graph.calls[i].inputs.values()) / classes.units
+        max(map(work.nbytes, graph.calls[i].inputs.values())) / classes.units
         for i, classes in losses
     )
-    return sent + _LOSS_PASSES * rows * (n - 1) / n
+    total += _LOSS_PASSES * rows * (n - 1) / n
+    return Sent(total, collectives + _LOSS_COLLECTIVES * len(losses))
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a layout changes in the seconds of a step, against the whole model on one
+    rank. `sending`: for its collectives; `computed`: by others, of each call."""
+
+    sending: float = 0.0
+    computed: dict[CallIndex, float] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> float:
+        """That a step takes more."""
+        return self.sending - fsum(self.computed.values())
+
+
+def change_by(graph: Graph, layout: Layout, work: Work) -> Change:
+    """What a layout changes in the seconds of a step."""
+    computed = {
+        i: work.whole[i] - work.seconds(graph.calls[i], axis)
+        for i, axis in layout.axis_of.items()
+    }
+    return Change(sent(graph, layout, work).seconds(work.device), computed)
+
+
+def change_by_gather(value: Value, work: Work) -> Change:
+    """What it changes to gather a weight before its use."""
+    share = work.nbytes(value) * (work.n - 1) / work.n
+    return Change(Sent(share, 1).seconds(work.device))
+
+
+def cost_of(graph: Graph, layout: Layout, work: Work) -> Cost:
+    """What a step costs by a layout."""
+    communication = sent(graph, layout, work)
+    whole = work.share(graph.calls, {})
+    local = work.share(graph.calls, layout.axis_of)
+    return Cost(
+        flops=round(local.flops),
+        whole_flops=round(whole.flops),
+        bytes_sent=round(communication.bytes),
+        collectives=communication.collectives,
+        activation_bytes=round(local.activation_bytes),
+        whole_activation_bytes=round(whole.activation_bytes),
+        compute_seconds=fsum(local.seconds),
+        communication_seconds=communication.seconds(work.device),
+        device=work.device.name,
+        inputs=_named(graph.modules[0].inputs.values()),
+    )
+
+
+def _named(inputs: Collection[Value]) -> str:
+    """Inputs by their shapes and dtypes."""
+    shown = [
+        f"{' x '.join(map(str, v.shape)) or 'scalar'} {str(v.dtype)[6:]}"
+        for v in inputs
+    ]
+    return ", ".join(dict.fromkeys(shown)) or "no tensors"
 
 
 def _actions(graph: Graph, layout: Layout) -> Iterator[tuple[ValueId, Action]]:
@@ -60,11 +141,21 @@ def _actions(graph: Graph, layout: Layout) -> Iterator[tuple[ValueId, Action]]:
             yield graph.calls[i].inputs[path].id, Action(GATHER, Split(a.split.dim, 0))
 
 
-def action_bytes(value: Value, action: Action, n: int) -> float:
+def _action_bytes(value: Value, action: Action, work: Work) -> float:
     """Bytes that a rank sends for one action on a value, forward and backward."""
-    share = value.nbytes * (n - 1) / n
+    n = work.n
+    share = work.nbytes(value) * (n - 1) / n
     if action.kind == EXCHANGE:
         return share * (2 if value.differentiable else 1) / n
     if action.kind in _BACKWARD:
         return share * _BACKWARD[action.kind] if value.differentiable else 0
     return share * _FORWARD[action.kind]
+
+
+def _collectives(value: Value, action: Action) -> int:
+    """How many collectives one action on a value is, forward and backward."""
+    if action.kind in (ADD_ONCE, TO_DTENSOR):
+        return 0
+    if action.kind in _BACKWARD:
+        return int(value.differentiable)
+    return 2 if action.kind == EXCHANGE and value.differentiable else 1

@@ -19,7 +19,7 @@ from ..plan import (
 )
 from ..tracing.graph import Value
 from ..tracing.trace import UnknownValues
-from .cost import cost
+from .cost import cost_of
 from .layout import Layout
 from .task import Task
 
@@ -47,7 +47,7 @@ def blind_plan(
 ) -> TensorParallelPlan:
     """Every large weight split on its longest dim, but for those that are split
     already."""
-    plan = TensorParallelPlan(n, bytes_per_step=None, note=note)
+    plan = TensorParallelPlan(n, note=note)
     for name, p in named_parameters(model):
         longest = max(range(p.dim()), key=lambda d: p.shape[d], default=None)
         worth_it = p.dim() > 1 and p.shape[longest] >= n
@@ -65,10 +65,8 @@ def describe(
     user_dims: Mapping[ParamName, int | None],
 ) -> TensorParallelPlan:
     """The plan as a user reads it."""
-    sent = round(cost(task.graph, layout, task.n))
-    plan = TensorParallelPlan(
-        task.n, bytes_per_step=sent, loss_parallel=task.loss_parallel
-    )
+    cost = cost_of(task.graph, layout, task.traced_work)
+    plan = TensorParallelPlan(task.n, cost=cost, loss_parallel=task.loss_parallel)
     completed = _Completed(task, layout)
     for name, v in task.params.items():
         plan.entries[name] = _entry(task, sharding, completed, name, v)

@@ -1,25 +1,26 @@
-"""Which axes to shard: each is tried alone, its bytes counted; the best that do not
-conflict are taken, then weights."""
+"""Which axes to shard: each is tried alone, the seconds that it saves counted; the best
+that do not conflict are taken, then weights."""
 
 from collections.abc import Collection, Iterable
 from functools import cached_property
-from math import fsum, inf
+from math import fsum
 
 from ..axes.sharding import Axis, LayoutError, Sharding
 from ..keys import CallIndex, ParamName
 from ..tracing.graph import Call
 from .alone import Alone
-from .candidates import Candidate, candidates, regions
-from .cost import cost
+from .candidates import Candidate, candidates
+from .cost import change_by, change_by_gather
 from .lay_out import lay_out
 from .layout import Layout
+from .search import best_set
 from .task import Task
 
-# Up to so many axes that stand in each other's way, every choice among them is tried.
-EXHAUSTIVE = 10
 # A call that reads so many times as many weights as an axis runs through is not split
 # along it.
 FEW_OF_MANY = 8
+# A small weight is split by itself only where that saves more of the step.
+WORTH_SPLITTING = 0.01
 
 
 class Planner:
@@ -33,11 +34,12 @@ class Planner:
         """A Sharding. Axes in `banned` are not sharded through the model."""
         sharding = Sharding(loss_parallel=self.task.loss_parallel)
         used: set[CallIndex] = set()
-        for region in regions([c for c in self.good if c.axis not in banned]):
-            for candidate in self.best_of(region):
-                used |= {call.index for call in candidate.calls}
-                sharding.through.add(candidate.axis)
-                sharding.params.update(candidate.params)
+        open_ = [c for c in self.good if c.axis not in banned]
+        for number in best_set(open_, [self.saved(c) for c in open_]):
+            candidate = open_[number]
+            used |= candidate.indices
+            sharding.through.add(candidate.axis)
+            sharding.params.update(candidate.params)
         self.fill(sharding, used)
         return sharding
 
@@ -45,22 +47,28 @@ class Planner:
 
     @cached_property
     def good(self) -> list[Candidate]:
-        """Candidates that can be laid out, and send no more than their weights split
+        """Candidates that can be laid out, and save no less than their weights split
         alone."""
         found = []
         for c in candidates(self.task):
-            if self.weigh(c) and c.bytes <= self.bytes_apart(c.params):
+            if not self.weigh(c):
+                continue
+            if self.saved(c) >= 0:
                 found.append(c)
-            elif c.bytes:
+            else:
                 why = (
-                    f"sharded through the model, its axis would send {c.bytes:.0f}"
-                    " bytes a step"
+                    "sharded through the model, its axis would take"
+                    f" {-self.saved(c) * 1e3:.3g} ms more a step"
                 )
                 self.task.note(c.params, why)
         return found
 
+    def saved(self, candidate: Candidate) -> float:
+        """Seconds that a candidate saves against its weights split alone."""
+        return self.seconds_apart(candidate.params) - candidate.seconds
+
     def weigh(self, candidate: Candidate) -> bool:
-        """Whether a candidate can be laid out, taken alone; counts its bytes."""
+        """Whether a candidate can be laid out, taken alone; counts its seconds."""
         task = self.task
         most = FEW_OF_MANY * len(candidate.params)
         if any(task.crowded.get(call.index, 0) > most for call in candidate.calls):
@@ -81,7 +89,7 @@ class Planner:
         candidate.calls = [c for c in candidate.calls if c.index in layout.axis_of]
         if not candidate.elements:
             return False
-        candidate.bytes = cost(task.graph, layout, task.n)
+        candidate.seconds = change_by(task.graph, layout, task.work).seconds
         return True
 
     def lay_out(self, candidate: Candidate) -> Layout:
@@ -100,37 +108,21 @@ class Planner:
             for name in gathered:
                 del candidate.params[name]
 
-    def bytes_apart(self, params: Iterable[ParamName]) -> float:
-        """Bytes a step if each of these weights is split alone; those that would stay
-        replicated send none."""
-        sent = (self.alone.best(p).bytes for p in params if p not in self.task.small)
+    def seconds_apart(self, params: Iterable[ParamName]) -> float:
+        """Seconds that a step takes more if each of these weights is split alone, the
+        largest first; those that would stay replicated change nothing."""
+        seconds: list[float] = []
+        shared: set[CallIndex] = set()
+        for name in sorted(params, key=lambda name: (-self.task.numel(name), name)):
+            if self.replicated(name):
+                continue
+            change = self.alone.best(name).change
+            if not shared.isdisjoint(change.computed):  # a bias
+                change = change_by_gather(self.task.params[name], self.task.work)
+            shared |= change.computed.keys()
+            seconds.append(change.seconds)
         # rounded once: the same in any order of a set
-        return fsum(b for b in sent if b != inf)
-
-    def best_of(self, region: list[Candidate]) -> list[Candidate]:
-        """Of candidates that stand in each other's way, those that send the fewest
-        bytes, counting the weights left as split alone: all choices tried where the
-        region is small, else the cheapest for each element first."""
-        region = sorted(region, key=lambda c: (c.bytes / c.elements, -c.elements))
-        if len(region) > EXHAUSTIVE:
-            chosen: list[Candidate] = []
-            for c in region:
-                if not any(c.conflicts(other) for other in chosen):
-                    chosen.append(c)
-            return chosen
-        choices: list[list[Candidate]] = [[]]
-        for c in region:
-            choices += [
-                [*some, c] for some in choices if not any(c.conflicts(o) for o in some)
-            ]
-        everything = {p for c in region for p in c.params}
-
-        def worth(chosen: list[Candidate]) -> tuple[float, int]:
-            left = everything - {p for c in chosen for p in c.params}
-            sent = sum(c.bytes for c in chosen) + self.bytes_apart(left)
-            return sent, -sum(c.elements for c in chosen)
-
-        return min(choices, key=worth)
+        return fsum(seconds)
 
     # Weights that no axis took.
 
@@ -154,9 +146,13 @@ class Planner:
                 task.why[name] = way.why
 
     def replicated(self, name: ParamName) -> bool:
+        """Whether a weight that no axis takes stays whole on every rank."""
         if name in self.task.user_dims:
             return self.task.user_dims[name] is None
-        return name in self.task.small
+        if name not in self.task.small:
+            return False
+        worth_it = -WORTH_SPLITTING * self.task.whole_seconds
+        return self.alone.best(name).change.seconds >= worth_it
 
 
 def _common_module(calls: list[Call]) -> int:

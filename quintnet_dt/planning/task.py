@@ -3,14 +3,17 @@
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from itertools import groupby
+from math import fsum
 
 from ..axes.action import GATHER
 from ..axes.axes import Axes
 from ..axes.factors import Factor, flat
+from ..devices import DEFAULT, DeviceSpec
 from ..keys import CallIndex, ParamName
 from ..tracing.graph import Call, Graph
 from .indexing import INDEXING, indexed_dims
 from .layout import Layout
+from .work import Work
 
 # Weights are split until those left replicated hold no more than this share of all
 # elements.
@@ -28,7 +31,7 @@ class Task:
 
     Args: `user_dims`: the dims that the user has set, by parameter (None: replicate);
     `contiguous`: a rank holds one block of a weight, also where equal blocks of it are
-    split.
+    split; `device`: what its time is counted for.
     """
 
     def __init__(
@@ -39,11 +42,13 @@ class Task:
         user_dims: Mapping[ParamName, int | None] | None = None,
         loss_parallel: bool = False,
         contiguous: bool = False,
+        device: DeviceSpec = DEFAULT,
     ):
         self.graph, self.axes, self.n = graph, axes, n
         # What the forward writes to is replicated.
         self.user_dims = {**dict.fromkeys(graph.rewritten), **(user_dims or {})}
         self.loss_parallel, self.contiguous = loss_parallel, contiguous
+        self.device = device
         self.params, self.users = graph.params, graph.users
         self.why: dict[ParamName, str] = {}  # what stood in the way
 
@@ -57,6 +62,20 @@ class Task:
     def may_split(self, name: ParamName, dim: int) -> bool:
         """Whether the user leaves it open to split a parameter on a dim."""
         return self.user_dims.get(name, dim) == dim
+
+    @cached_property
+    def traced_work(self) -> Work:
+        return Work(self.graph, self.axes, self.n, self.device)
+
+    @cached_property
+    def work(self) -> Work:
+        """What the choice is made by."""
+        return self.traced_work.at_real_size()
+
+    @cached_property
+    def whole_seconds(self) -> float:
+        """Of one forward and backward of the whole model."""
+        return fsum(self.work.whole.values())
 
     @cached_property
     def small(self) -> set[ParamName]:

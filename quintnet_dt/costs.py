@@ -1,0 +1,62 @@
+"""Cost: what a step costs a rank, by the plan's own count."""
+
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the traced inputs cost a rank.
+
+    Args:
+        flops, whole_flops: floating-point operations of the forward's matrix products,
+            convolutions and attention, counted as torch.utils.flop_counter does: those
+            that the busiest rank computes, and those of the whole model.
+        bytes_sent: what a rank sends in one forward and backward (ring collectives).
+        collectives: how many there are in one forward and backward.
+        activation_bytes, whole_activation_bytes: of the outputs of all operators of the
+            forward, views not counted: a rank's, and the whole model's.
+        compute_seconds, communication_seconds: of one forward and backward, by the
+            roofline in planning/cost.py; nothing is taken to overlap.
+        device: the name of the DeviceSpec that they are counted for.
+        inputs: the traced inputs' shapes and dtypes.
+    """
+
+    flops: int
+    whole_flops: int
+    bytes_sent: int
+    collectives: int
+    activation_bytes: int
+    whole_activation_bytes: int
+    compute_seconds: float
+    communication_seconds: float
+    device: str
+    inputs: str
+
+    @property
+    def seconds(self) -> float:
+        """Of one forward and backward."""
+        return self.compute_seconds + self.communication_seconds
+
+    def faults(self) -> list[str]:
+        """What is wrong with the fields' types and ranges."""
+        names = {"device", "inputs"}
+        wrong = []
+        for name, value in asdict(self).items():
+            is_count = type(value) in (int, float) and value >= 0
+            if not (isinstance(value, str) if name in names else is_count):
+                wrong.append(f"cost.{name}: {value!r}")
+        return wrong
+
+    def __str__(self) -> str:
+        share = f"{self.flops / self.whole_flops:.1%}" if self.whole_flops else "none"
+        return (
+            f"for {self.inputs}: a rank computes {share} of the forward's"
+            f" {self.whole_flops / 1e12:.3g} TFLOP and sends"
+            f" {self.bytes_sent / 1e6:.2f} MB a step in {self.collectives} collectives;"
+            f" about {_time(self.compute_seconds)} of computing and"
+            f" {_time(self.communication_seconds)} of communication on {self.device}"
+        )
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
