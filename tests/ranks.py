@@ -13,8 +13,8 @@
 The processes are forked, so the function may be a closure, and nothing is imported
 again. Each call has processes of its own, so no test sees what another left behind. The
 calling process must not have initialised a default process group itself, nor run a
-backward: torch for CUDA then refuses one in a fork of it. Tests that need one take
-`own_process`.
+backward: torch that sees a GPU then refuses one in a fork of it. Tests that need one
+take `own_process`; conftest.py refuses a backward outside.
 
 Forks share one hash seed, which processes that torchrun starts do not: ``fresh=True``
 starts new ones, each with a seed of its own (2 s a call).
@@ -145,7 +145,7 @@ def alone(fn, timeout=60):
 
 
 def own_process(test):
-    """A test that runs a backward itself, on a process of its own."""
+    """A test that runs a backward itself, and no ranks, on a process of its own."""
 
     @functools.wraps(test)
     def wrapped(*args, **kwargs):

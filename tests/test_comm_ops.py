@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
+from ranks import alone, run_ranks
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -148,22 +148,28 @@ def test_values_gradients_and_second_gradients(n):
         return found
 
     results = run_ranks(ranks, n)
-    for i, case in enumerate(cases(n)):
-        varies_in, varies_out = case.op in VARIES_IN, case.op in VARIES_OUT
-        xs = [case.input(r).requires_grad_() for r in range(n if varies_in else 1)]
-        ys = case.whole(xs if varies_in else xs * n)
-        pairs = [case.weights(r, xs[r if varies_in else 0], ys[r]) for r in range(n)]
-        ws = [w for w, _ in pairs[: n if varies_out else 1]]
-        loss = sum((w * y.sin()).sum() for w, y in zip(ws, ys))
-        gs = torch.autograd.grad(loss, xs, create_graph=True)
-        second = sum((v * g).sum() for (_, v), g in zip(pairs, gs))
-        gxs = torch.autograd.grad(second, xs, retain_graph=True)
-        gws = torch.autograd.grad(second, ws)
-        for r in range(n):
-            a, b = (r if varies_in else 0), (r if varies_out else 0)
-            for found, right in zip(results[r][i], (ys[r], gs[a], gxs[a], gws[b])):
-                assert found.shape == right.shape, case
-                assert torch.allclose(found, right, rtol=1e-12, atol=1e-12), case
+
+    def of_the_whole():
+        for i, case in enumerate(cases(n)):
+            varies_in, varies_out = case.op in VARIES_IN, case.op in VARIES_OUT
+            xs = [case.input(r).requires_grad_() for r in range(n if varies_in else 1)]
+            ys = case.whole(xs if varies_in else xs * n)
+            pairs = [
+                case.weights(r, xs[r if varies_in else 0], ys[r]) for r in range(n)
+            ]
+            ws = [w for w, _ in pairs[: n if varies_out else 1]]
+            loss = sum((w * y.sin()).sum() for w, y in zip(ws, ys))
+            gs = torch.autograd.grad(loss, xs, create_graph=True)
+            second = sum((v * g).sum() for (_, v), g in zip(pairs, gs))
+            gxs = torch.autograd.grad(second, xs, retain_graph=True)
+            gws = torch.autograd.grad(second, ws)
+            for r in range(n):
+                a, b = (r if varies_in else 0), (r if varies_out else 0)
+                for found, right in zip(results[r][i], (ys[r], gs[a], gxs[a], gws[b])):
+                    assert found.shape == right.shape, case
+                    assert torch.allclose(found, right, rtol=1e-12, atol=1e-12), case
+
+    alone(of_the_whole)
 
 
 @pytest.mark.parametrize("n", [2, 4])
@@ -474,15 +480,20 @@ def test_simulated_groups_give_the_shapes_of_real_ones(n):
     def ranks(rank):
         return [results_of(case, rank, dist.group.WORLD) for case in cases(n)]
 
-    for rank, real in enumerate(run_ranks(ranks, n)):
-        group = copy.deepcopy(SimulatedGroup(rank, n))
-        assert group == SimulatedGroup(rank, n)
-        assert (group_rank(group), group_size(group)) == (rank, n)
-        fake_mode = FakeTensorMode()
-        for case, right in zip(cases(n), real):
-            assert results_of(case, rank, group) == right, case
-            with fake_mode:
-                assert results_of(case, rank, group, fake=True) == right, case
+    results = run_ranks(ranks, n)
+
+    def simulated():
+        for rank, real in enumerate(results):
+            group = copy.deepcopy(SimulatedGroup(rank, n))
+            assert group == SimulatedGroup(rank, n)
+            assert (group_rank(group), group_size(group)) == (rank, n)
+            fake_mode = FakeTensorMode()
+            for case, right in zip(cases(n), real):
+                assert results_of(case, rank, group) == right, case
+                with fake_mode:
+                    assert results_of(case, rank, group, fake=True) == right, case
+
+    alone(simulated)
 
 
 def test_simulated_groups_imagine_the_others_to_hold_the_same():
