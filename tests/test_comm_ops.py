@@ -6,122 +6,22 @@ ranks find; then `gradcheck` has to agree, without such a reference, on composit
 that take replicated inputs to replicated outputs.
 """
 
-import copy
 import itertools
 import warnings
-from typing import NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
+from models.collectives import VARIES_IN, VARIES_OUT, cases, randn
 from ranks import alone, run_ranks
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
 
 from quintnet_dt import groups
 from quintnet_dt.axes.split import Segment, Split
 from quintnet_dt.comm_ops import all_gather, all_reduce, copy_in, reduce_scatter, split
 from quintnet_dt.exchange import _route_of as routes_worked_out
 from quintnet_dt.exchange import exchange
-from quintnet_dt.groups import SimulatedGroup, chunk_sizes, group_rank, group_size
-
-VARIES_IN = "all_reduce", "all_gather", "gather_partial", "reduce_scatter", "exchange"
-VARIES_OUT = "copy_in", "split", "gather_partial", "reduce_scatter", "exchange"
-# each rank's input is a part of the whole
-OF_PARTS = (
-    "all_gather",
-    "gather_partial",
-    "exchange",
-)
-
-# The ranks' lengths along the dim: even, chunks, chunks with an empty one, odd ones.
-SIZES = {
-    2: [(2, 2), (2, 1), (1, 0), (0, 3)],
-    4: [(1, 1, 1, 1), (3, 3, 3, 1), (1, 1, 1, 0), (0, 2, 0, 1)],
-}
-
-
-class Case(NamedTuple):
-    """One call of one operator, on all n ranks."""
-
-    op: str
-    dim: int
-    sizes: tuple[int, ...]
-    given: bool  # whether sizes are given, or found
-    contiguous: bool
-
-    def call(self, x, group):
-        sizes = self.sizes if self.given else None
-        if self.op == "all_reduce":
-            return all_reduce(x, group)
-        if self.op == "copy_in":
-            return copy_in(x, group)
-        if self.op == "split":
-            return split(x, self.dim, group, sizes)
-        if self.op == "reduce_scatter":
-            return reduce_scatter(x, self.dim, group, sizes)
-        if self.op == "exchange":
-            blocks = (Segment(3),)
-            return exchange(x, Split(self.dim, sum(self.sizes) // 3, blocks), group)
-        partial = self.op == "gather_partial"
-        return all_gather(x, self.dim, group, sizes, partial_grad=partial)
-
-    def positions(self):
-        """For an exchange: each rank's part of each of three pieces of the dim."""
-        n = len(self.sizes)
-        return (
-            torch.arange(sum(self.sizes)).view(3, n, -1).transpose(0, 1).reshape(n, -1)
-        )
-
-    def whole(self, xs):
-        """Every rank's result, of every rank's input: plain torch, no ranks."""
-        if self.op == "all_reduce":
-            return [sum(xs)] * len(xs)
-        if self.op == "copy_in":
-            return xs
-        if self.op == "exchange":
-            return [
-                torch.cat(xs, self.dim).index_select(self.dim, at)
-                for at in self.positions()
-            ]
-        if self.op in OF_PARTS:
-            return [torch.cat(xs, self.dim)] * len(xs)
-        x = xs[0] if self.op == "split" else sum(xs)
-        return x.split(self.sizes, self.dim)
-
-    def input(self, rank):
-        shape = [3, 4, 2]
-        shape[self.dim] = self.sizes[rank] if self.op in OF_PARTS else sum(self.sizes)
-        x = randn(shape, rank if self.op in VARIES_IN else 0)
-        return x if self.contiguous else x.mT.contiguous().mT
-
-    def weights(self, rank, x, y):
-        """(w, v): what the loss and its gradient are multiplied with."""
-        w = randn(y.shape, 10 + (rank if self.op in VARIES_OUT else 0))
-        v = randn(x.shape, 20 + (rank if self.op in VARIES_IN else 0))
-        return w.requires_grad_(), v
-
-
-def randn(shape, seed, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=dtype)
-
-
-def cases(n):
-    for op in dict.fromkeys(VARIES_IN + VARIES_OUT):
-        dims = (0,) if op in ("all_reduce", "copy_in") else (0, 1, -1)
-        for dim, sizes in itertools.product(
-            dims, [(6,) * n] if op == "exchange" else SIZES[n]
-        ):
-            even = len(set(sizes)) == 1
-            found = (
-                even if op in OF_PARTS else list(sizes) == chunk_sizes(sum(sizes), n)
-            )
-            for given in (True, False) if found else (True,):
-                for contiguous in (True, False):
-                    yield Case(op, dim, sizes, given, contiguous)
-
+from quintnet_dt.groups import group_rank, group_size
 
 # ------------------------------------------------------------- the equations
 
@@ -437,124 +337,3 @@ def test_compiled_before_torch_2_13_they_raise_or_break_the_graph(monkeypatch):
             torch.compile(f, backend="aot_eager", fullgraph=True)(x)
 
     run_ranks(ranks, 2)
-
-
-# ------------------------------------------------------------- groups of one, simulated
-
-
-def test_a_group_of_one_gives_its_input_back():
-    def ranks(rank):
-        for group in (dist.group.WORLD, SimulatedGroup(0, 1)):
-            x = torch.randn(3, 2, requires_grad=True)
-            assert all_reduce(x, group) is x
-            assert copy_in(x, group) is x
-            for f in (all_gather, split, reduce_scatter):
-                assert f(x, -1, group) is x
-                assert f(x, -1, group, [2]) is x
-                with pytest.raises(ValueError, match="out of range"):
-                    f(x, 2, group)
-                with pytest.raises(ValueError, match="not 2"):
-                    f(x, 1, group, [3])
-
-    run_ranks(ranks, 1)
-
-
-def results_of(case, rank, group, fake=False):
-    """What is known of y and of dx before their values."""
-    x = case.input(rank)
-    if fake:
-        x = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
-    x.requires_grad_()
-    y = case.call(x, group)
-    (g,) = torch.autograd.grad(y.sin().sum(), x)
-    return [(t.shape, t.dtype, t.is_contiguous(), strides(t)) for t in (y, g)]
-
-
-def strides(t):
-    """Those that say something."""
-    return [s for n, s in zip(t.shape, t.stride()) if n > 1] if t.numel() else []
-
-
-@pytest.mark.parametrize("n", [2, 4])
-def test_simulated_groups_give_the_shapes_of_real_ones(n):
-    def ranks(rank):
-        return [results_of(case, rank, dist.group.WORLD) for case in cases(n)]
-
-    results = run_ranks(ranks, n)
-
-    def simulated():
-        for rank, real in enumerate(results):
-            group = copy.deepcopy(SimulatedGroup(rank, n))
-            assert group == SimulatedGroup(rank, n)
-            assert (group_rank(group), group_size(group)) == (rank, n)
-            fake_mode = FakeTensorMode()
-            for case, right in zip(cases(n), real):
-                assert results_of(case, rank, group) == right, case
-                with fake_mode:
-                    assert results_of(case, rank, group, fake=True) == right, case
-
-    alone(simulated)
-
-
-def test_simulated_groups_imagine_the_others_to_hold_the_same():
-    group = SimulatedGroup(1, 2)
-    x = torch.tensor([1, 2, 3])
-    assert all_reduce(x, group).tolist() == [2, 4, 6]
-    assert all_gather(x, 0, group).tolist() == [1, 2, 3, 1, 2, 3]
-    assert all_gather(x, 0, group, [4, 3]).tolist() == [1, 2, 3, 0, 1, 2, 3]
-    assert all_gather(x, 0, group, [1, 3]).tolist() == [1, 1, 2, 3]
-    assert split(x, 0, group).tolist() == [3]
-    assert reduce_scatter(x, 0, group).tolist() == [6]
-    assert copy_in(x, group) is x
-    for rank, size in ((-1, 2), (2, 2), (0, 0)):
-        with pytest.raises(ValueError, match=f"rank={rank}, size={size}"):
-            SimulatedGroup(rank, size)
-
-
-# ------------------------------------------------------------- sizes and errors
-
-
-@pytest.mark.parametrize("n", [1, 2, 4])
-def test_chunk_sizes_are_those_of_dtensor(n):
-    lengths = (1, 2, 3, 4, 5, 7, 8, 10, 13)
-    assert chunk_sizes(0, n) == [0] * n
-
-    def ranks(rank):
-        mesh = init_device_mesh("cpu", (n,))
-        return [
-            len(distribute_tensor(torch.zeros(length), mesh, [Shard(0)]).to_local())
-            for length in lengths
-        ]
-
-    assert list(zip(*run_ranks(ranks, n))) == [
-        tuple(chunk_sizes(k, n)) for k in lengths
-    ]
-
-
-def test_bad_input_is_an_error_on_every_rank_before_anything_is_sent():
-    def ranks(rank):
-        group = dist.group.WORLD
-        x = torch.zeros(3, 4)
-        for f in (all_gather, split, reduce_scatter):
-            for dim in (2, -3):
-                with pytest.raises(ValueError, match=rf"dim {dim} .*shape \(3, 4\)"):
-                    f(x, dim, group)
-            with pytest.raises(ValueError, match="dim 0 is out of range for shape"):
-                f(torch.zeros(()), 0, group)
-            for sizes in ([4], [2, 1, 1], [5, -1], []):
-                with pytest.raises(ValueError, match="expected sizes of 2 ranks"):
-                    f(x, 1, group, sizes)
-        for f in (split, reduce_scatter):
-            with pytest.raises(ValueError, match=r"\(2, 3\) .* sum is 5, not 4"):
-                f(x, 1, group, [2, 3])
-        with pytest.raises(ValueError, match=rf"rank {rank}'s is {2 + rank}, not 4"):
-            all_gather(x, 1, group, [2, 3])
-        for bad in (None, init_device_mesh("cpu", (2,)), -100):
-            with pytest.raises(ValueError, match="a ProcessGroup that this rank is in"):
-                all_reduce(x, bad)
-        return all_reduce(torch.ones(()), group).item()  # and nothing was sent
-
-    assert run_ranks(ranks, 2) == [2.0, 2.0]
-    for length, n in ((-1, 2), (3, 0)):
-        with pytest.raises(ValueError, match=f"found {length} and {n}"):
-            chunk_sizes(length, n)

@@ -6,8 +6,8 @@ import resource
 
 import pytest
 import torch
+from models.saved import call, gpt2, llama, on_meta, same, split, tied_llama
 from ranks import run_ranks
-from test_safetensors import call, gpt2, llama, on_meta, same, split, tied_llama
 from torch import nn
 
 from quintnet_dt import (
