@@ -2,6 +2,7 @@
 an error on every rank."""
 
 import json
+import os
 import resource
 import struct
 import sys
@@ -14,6 +15,8 @@ from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 
 from quintnet_dt import export_safetensors, load_safetensors
+from quintnet_dt.state import safetensors
+from quintnet_dt.state.files import read
 
 
 def broken_files(folder):
@@ -128,6 +131,27 @@ def test_files_that_do_not_fit(tmp_path):
         assert all(p.is_meta for p in meta.parameters())
         load_safetensors(tmp_path / "good", model, progress=False)
         same(model, split(make(Odd), Odd, "tp"))
+
+    run_ranks(ranks, 2)
+
+
+@pytest.mark.parametrize("kept", [0, 0.02, 0.5, 0.99])
+def test_a_file_cut_short_meanwhile(kept, tmp_path):
+    """After its names were read and before its values are: it is opened anew, and what
+    a header tells that is not there is refused. To read it would end the process."""
+    export_safetensors(tmp_path, make(Odd), progress=False)
+    path = tmp_path / "model.safetensors"
+    size = path.stat().st_size
+
+    def cut_and_read(*args):
+        os.truncate(path, min(size - 1, int(kept * size)))
+        return read(*args)
+
+    def ranks(rank):
+        model = split(make(Odd, 1), Odd, "tp")
+        safetensors.read = cut_and_read
+        with pytest.raises(ValueError, match=f"{path}: expected a whole safetensors"):
+            load_safetensors(tmp_path, model, progress=False)
 
     run_ranks(ranks, 2)
 
