@@ -1,13 +1,15 @@
 """Registering the hooks of a split model, and taking them off."""
 
 import threading
-from typing import Any
 
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from ..keys import ModulePath
 from ..parts import named_modules
-from ..places import parameter_owners
+from ..places import Owners, parameter_owners
 from ..tracing.user_hooks import hooks_of, passed, put_last, user_hooks
+from .context import Context
 from .hooks import ModuleHooks
 from .structure import hooks_on
 
@@ -21,7 +23,7 @@ OUR_ID = (
 _ids = threading.Lock()  # torch's counter is one for all threads
 
 
-def hook(module: Any, context: Any, path: Any, owners: Any) -> None:
+def hook(module: nn.Module, context: Context, path: ModulePath, owners: Owners) -> None:
     """Register the hooks of one module."""
     hooks = ModuleHooks(context, path, owners)
     with _ids:
@@ -33,7 +35,7 @@ def hook(module: Any, context: Any, path: Any, owners: Any) -> None:
     hooks.count, hooks.known = sum(map(len, hooks_of(module))), set(user_hooks(module))
 
 
-def unhook(module: Any) -> None:
+def unhook(module: nn.Module) -> None:
     """Take the hooks of one module off."""
     h = hooks_on(module)
     for hooks in (
@@ -45,7 +47,7 @@ def unhook(module: Any) -> None:
             del hooks[key]
 
 
-def install(model: Any, context: Any) -> None:
+def install(model: nn.Module, context: Context) -> None:
     """Register the hooks on every module of `model`."""
     owners = parameter_owners(model)
     for path, module in named_modules(model):

@@ -121,7 +121,7 @@ def kind(x: Any) -> Any:
     return _KINDS.get(type(x), _other)(x)
 
 
-def _number(x: float) -> Any:
+def _number(x: float) -> str | float:
     return NUMBER if x else 0.0
 
 
@@ -147,11 +147,11 @@ def _other(x: Any) -> Any:
     return type(x).__name__
 
 
-def _tensor(x: Any) -> str:
+def _tensor(x: torch.Tensor) -> str:
     return TENSOR
 
 
-def _integer(x: Any) -> str:
+def _integer(x: int | torch.SymInt) -> str:
     return INTEGER
 
 

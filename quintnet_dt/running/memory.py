@@ -1,17 +1,19 @@
 """How a tensor lies in memory: random numbers are drawn in that order, so a mask
 depends on it."""
 
-from typing import Any
+from collections.abc import Sequence
+
+from torch import Tensor
 
 
-def dims_in_memory(shape: tuple[int, ...], strides: Any) -> Any:
+def dims_in_memory(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
     """The dims that are longer than 1 of a tensor of this shape, outermost in memory
     first."""
     longer = [d for d, size in enumerate(shape) if size > 1]
     return tuple(sorted(longer, key=lambda d: strides[d], reverse=True))
 
 
-def is_contiguous(shape: tuple[int, ...], strides: Any) -> bool:
+def is_contiguous(shape: Sequence[int], strides: Sequence[int]) -> bool:
     """Whether a tensor's elements lie in memory in the order of its dims, with nothing
     between them."""
     expected = 1
@@ -22,7 +24,7 @@ def is_contiguous(shape: tuple[int, ...], strides: Any) -> bool:
     return True
 
 
-def laid_out(x: Any, order: tuple[int, ...]) -> Any:
+def laid_out(x: Tensor, order: tuple[int, ...]) -> Tensor:
     """The same tensor, dense, with its dims in this order in memory; those that are not
     named lie innermost."""
     dims = [*order, *(d for d in range(x.dim()) if d not in order)]

@@ -2,9 +2,13 @@
 far."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
+from torch import nn
+
+from ..keys import ModulePath
 from ..places import Owners
+from .kinds import CallKind
 from .program import CallProgram, Program
 
 
@@ -12,9 +16,9 @@ class UserCall(NamedTuple):
     """A call that the user makes, of the model that was split or of a part of it.
     `owners`: as parameter_owners gives them; `compiled`: by torch.compile."""
 
-    path: str
+    path: ModulePath
     owners: Owners
-    module: Any
+    module: nn.Module
     args: tuple
     kwargs: dict
     compiled: bool = False
@@ -61,8 +65,8 @@ class Running:
 class Started(NamedTuple):
     """A module started."""
 
-    path: str
-    module: Any
+    path: ModulePath
+    module: nn.Module
 
 
 class Called(NamedTuple):
@@ -70,7 +74,7 @@ class Called(NamedTuple):
 
     name: str
     program: CallProgram | None
-    kind: Any
+    kind: CallKind | None
 
 
 class Ended(NamedTuple):
@@ -86,8 +90,8 @@ class Ended(NamedTuple):
 class Starts:
     """A module starts, set as it is now."""
 
-    path: str
-    module: Any = None
+    path: ModulePath
+    module: nn.Module | None = None
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,10 @@ class Calls:
 @dataclass(frozen=True)
 class Ends:
     """The innermost module ends."""
+
+
+Past: TypeAlias = Started | Called | Ended
+Next: TypeAlias = Starts | Calls | Ends
 
 
 def watching(frames: list[Frame]) -> Frame | None:

@@ -2,6 +2,7 @@
 are read."""
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -16,17 +17,17 @@ class _Writable(torch.autograd.Function):
     view made by a Function."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> Any:
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
         return torch.empty(0, dtype=x.dtype, device=x.device).set_(
             x.untyped_storage(), x.storage_offset(), x.shape, x.stride()
         )
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
         return grad
 
 
-def writable(x: torch.Tensor) -> Any:
+def writable(x: torch.Tensor) -> torch.Tensor:
     return _Writable.apply(x)
 
 
@@ -70,13 +71,13 @@ def keep_data(param: torch.Tensor, local: torch.Tensor) -> None:
         kept.data.copy_(local.detach())
 
 
-def _place(tensor: torch.Tensor) -> Any:
+def _place(tensor: torch.Tensor) -> tuple[torch.UntypedStorage, int]:
     """Where a tensor's elements begin; of a fake one, which has no address, too."""
     return tensor.untyped_storage(), tensor.storage_offset()
 
 
 @contextlib.contextmanager
-def put_back(context: Any) -> Any:
+def put_back(context: Any) -> Iterator[None]:
     """While a forward runs, for as long as something looks at the model itself: its
     parameters as they are between forwards."""
     shown = [s for running in context.running for s in running.shown]

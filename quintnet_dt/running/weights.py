@@ -2,13 +2,17 @@
 or that ranks do not share."""
 
 import warnings
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from ..around import undisturbed
 from ..comm_ops import all_gather
+from ..keys import ParamName
+from ..places import Owners
 
 SAMPLE = 8  # elements of a parameter that are looked at
 
@@ -26,12 +30,12 @@ class Mark(NamedTuple):
 class Weights:
     """What was seen of the parameters of one split model."""
 
-    def __init__(self, owners: Any, mesh: Any):
+    def __init__(self, owners: Owners, mesh: DeviceMesh):
         self.owners, self.mesh = owners, mesh
         self.marks = {name: _mark(p) for name, p in self.present()}
         self.warned = False
 
-    def present(self) -> Any:
+    def present(self) -> Iterator[tuple[ParamName, DTensor]]:
         """(name, parameter) of those that lie on the tp mesh alone and have values."""
         for name, at in self.owners.items():
             module, attr = at[0]
@@ -113,7 +117,7 @@ class Weights:
 
 
 @torch.no_grad()
-def _mark(p: torch.Tensor) -> Any:
+def _mark(p: DTensor) -> Mark:
     # Bits, so that NaN is equal to itself.
     whole = p.to_local()
     local = whole.flatten()[:SAMPLE]
@@ -127,6 +131,6 @@ def _mark(p: torch.Tensor) -> Any:
     )
 
 
-def _some(names: list[str]) -> Any:
+def _some(names: list[ParamName]) -> str:
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(names[:5]) + more
