@@ -43,7 +43,7 @@ def apply_plan(
     defaults = _default_programs(model, plan)
     context = Context(mesh)
     context.paths = Paths(plan, defaults, planned.programs, mesh, split_id, model)
-    context.programs = next(iter(context.paths.known.values()), [defaults])[0]
+    context.programs = next(iter(context.paths.learned.values()), [defaults])[0]
     parameters = ModelParameters(parameter_owners(model), plan.placements)
     for path, module in named_modules(model):
         style = ShardedModule(context, path, parameters)

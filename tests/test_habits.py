@@ -289,7 +289,7 @@ def test_numbers_that_change_at_every_call():
         sharded, whole = pair(Timed, 2, example_inputs=(inputs(4, 16), 0.5))
         for i in range(6):
             compare(sharded, whole, (inputs(4, 16), 0.1 * i, i))
-        known = hooks_on(sharded).context.paths.known
+        known = hooks_on(sharded).context.paths.learned
         assert len(known) <= 2 * (VALUES + 1)
 
     run_ranks(ranks, 2)

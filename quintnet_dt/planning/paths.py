@@ -28,7 +28,7 @@ VARIANTS = 16  # paths of one kind of call that are kept
 
 
 class Key(NamedTuple):
-    """Under which the programs of a call are known: its kind, and the numbers among its
+    """Under which the programs of a call are kept: its kind, and the numbers among its
     arguments (None where they are not among the first of its kind)."""
 
     kind: tuple
@@ -39,15 +39,15 @@ class Paths:
     """Lists of programs by the Key of a call, which the user makes of the model, or of
     a part of it by itself.
 
-    Args: `defaults`: programs of modules that no traced forward reached; `known`: those
-    of the model by the Signature that they were planned for.
+    Args: `defaults`: programs of modules that no traced forward reached; `learned`:
+    those of the model by the Signature that they were planned for.
     """
 
     def __init__(
         self,
         plan: TensorParallelPlan,
         defaults: Programs,
-        known: dict[Signature, Programs],
+        learned: dict[Signature, Programs],
         mesh: DeviceMesh,
         split_id: str,
         model: nn.Module,
@@ -60,11 +60,11 @@ class Paths:
         self.key = Key((), None)  # that of the latest call
         # the first numbers that each kind of call was given
         self.numbers: dict[tuple, list] = {}
-        self.known: dict[Key, list[Programs]] = {}
+        self.learned: dict[Key, list[Programs]] = {}
         self.states = States()
         state = self.states.of("", model)
-        for given, programs in known.items():
-            self.known[self.key_of("", given, False, state)] = [
+        for given, programs in learned.items():
+            self.learned[self.key_of("", given, False, state)] = [
                 completed(defaults, programs)
             ]
             self.states.changes[""] = programs[""].forward.changes
@@ -91,17 +91,17 @@ class Paths:
         new = self.agree((path, module, args, kwargs), given, same)
         if new:
             programs = self.learn_together(path, owners, module, args, kwargs, compiled)
-            if self.key not in self.known and len(self.known) >= KEPT:
-                del self.known[next(iter(self.known))]
-            self.known.setdefault(self.key, [programs])
-        return self.known[self.key][0]
+            if self.key not in self.learned and len(self.learned) >= KEPT:
+                del self.learned[next(iter(self.learned))]
+            self.learned.setdefault(self.key, [programs])
+        return self.learned[self.key][0]
 
     def agree(self, call: tuple, given: Signature, same: tuple) -> bool:
         """Whether a call, as InStep wants it, is new to any rank. All ranks are found
         to make it, with data that is the `same`."""
         batch = call[2:]
         try:
-            new_here = self.key not in self.known
+            new_here = self.key not in self.learned
             before, new = self.in_step.call(
                 self.key, given.shapes, same, call, new_here
             )
@@ -130,13 +130,13 @@ class Paths:
     def forget_all(self) -> None:
         """Modules were added, removed or replaced: each kind of call is shown right
         anew."""
-        self.known.clear()
+        self.learned.clear()
         self.states.moded.clear()
 
     def forget(self, key: Key) -> None:
         """The numbers of a call that other ranks did not make are not among the first
         of its kind."""
-        if key not in self.known and key.numbers in self.numbers[key.kind]:
+        if key not in self.learned and key.numbers in self.numbers[key.kind]:
             self.numbers[key.kind].remove(key.numbers)
 
     def learn_together(self, *call: Any) -> Programs:
@@ -164,7 +164,7 @@ class Paths:
         """For a copy of the model, whose calls and modules are its own."""
         new = copy.copy(self)
         new.in_step, new.states = copy.copy(self.in_step), self.states.apart()
-        new.known = {key: [*programs] for key, programs in self.known.items()}
+        new.learned = {key: [*programs] for key, programs in self.learned.items()}
         new.numbers = {kind: [*numbers] for kind, numbers in self.numbers.items()}
         new.excused = {*self.excused}
         return new
@@ -177,10 +177,10 @@ class Paths:
         one: what a call computes with a number that indexes shards is checked as it
         runs."""
         kind = (path, given.kind, compiled, *state)
-        known = self.numbers.setdefault(kind, [])
-        if given.numbers not in known and len(known) < VALUES:
-            known.append(given.numbers)
-        return Key(kind, given.numbers if given.numbers in known else None)
+        first = self.numbers.setdefault(kind, [])
+        if given.numbers not in first and len(first) < VALUES:
+            first.append(given.numbers)
+        return Key(kind, given.numbers if given.numbers in first else None)
 
     def random(self, path: ModulePath, module: nn.Module, programs: Programs) -> bool:
         """Whether the ranks need one random state: this call may draw random numbers,
@@ -196,23 +196,24 @@ class Paths:
 
     def variants(self, *call: Any) -> Iterator[Programs]:
         """Other programs for this call, whose forward has turned out to take another
-        path than the one that was shown: those that are known, then one learned from
+        path than the one that was shown: those that were learned, then one learned from
         this call itself."""
-        known = self.known[self.key]  # the modes may have changed within the forward
-        for programs in list(known):
-            known.remove(programs)  # the latest is tried first
-            known.insert(0, programs)
+        # the modes may have changed within the forward
+        learned = self.learned[self.key]
+        for programs in list(learned):
+            learned.remove(programs)  # the latest is tried first
+            learned.insert(0, programs)
             yield programs
-        del known[VARIANTS - 1 :]
-        known.insert(0, self.learn(*call))
-        yield known[0]
+        del learned[VARIANTS - 1 :]
+        learned.insert(0, self.learn(*call))
+        yield learned[0]
 
     @undisturbed
     def learn(self, *call: Any) -> Programs:
         """Programs for this call, shown right in the gradient mode that it was made
         in."""
         made = UserCall(*call)
-        another = self.known.get(self.key)  # paths of such a call
+        another = self.learned.get(self.key)  # paths of such a call
         dear = another[0][made.path].forward.dear if another else None
         with torch.set_grad_enabled(self.grad), as_compiled(made.compiled):
             programs = learn(made, self.plan, self.any_rank, dear)

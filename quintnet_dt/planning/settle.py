@@ -57,14 +57,14 @@ def settle(
                 )
             return Settled(sharding, layout, programs)
         except LayoutError as first:
-            known = len(banned)
+            before = len(banned)
             for error in (first, *first.others):
                 given_up = _give_up(
                     planner, error, sharding, banned, applied is not None
                 )
                 if not given_up and error is first:
                     raise
-            if len(banned) > known:
+            if len(banned) > before:
                 sharding = planner.choose(banned)
 
 

@@ -70,9 +70,9 @@ class States:
 
     def note(self, path: ModulePath, module: nn.Module, changes: list) -> None:
         """A forward was shown that changes these attributes."""
-        known = self.changes.get(path, [])
-        self.changes[path] = known + [key for key in changes if key not in known]
-        if changes and not known:
+        before = self.changes.get(path, [])
+        self.changes[path] = before + [key for key in changes if key not in before]
+        if changes and not before:
             self.first[path] = self.kinds(path, module)
 
 

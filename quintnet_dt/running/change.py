@@ -8,7 +8,7 @@ which would have done the very same up to here. The context's log says what was 
 modules that started, the calls that were counted with what was done around each,
 modules that ended.
 
-`again` replays that log against other programs: of a path that is known, then of one
+`again` replays that log against other programs: of a path that was learned, then of one
 that is learned from this call. Where each module would have been treated alike at its
 borders, and each call been the same with the same actions around it, it gives the
 frames of the modules that are running, each at the number of the call that it is at by

@@ -44,7 +44,7 @@ class ModuleHooks(Hooks):
         self.params = Params(context, owners)
         # Hooks that the module had when it was split: how many; the user's.
         self.count = 0
-        self.known: set[int] = set()
+        self.expected: set[int] = set()
         self.quieted, self.pre_hooks = False, 0
         self.take(context.programs)
         context.hooks.append(self)
@@ -123,8 +123,8 @@ class ModuleHooks(Hooks):
         """Refuse hooks that the user added since, where they would see shards. Those
         that the model adds while it runs are its own affair."""
         quieten(module)
-        self.known |= {k for k in user_hooks(module) if k >= self.context.first_hook}
-        new = user_hooks(module).keys() - self.known
+        self.expected |= {k for k in user_hooks(module) if k >= self.context.first_hook}
+        new = user_hooks(module).keys() - self.expected
         if (
             self.context.mesh is not None
             and new

@@ -32,7 +32,9 @@ def hook(module: nn.Module, context: Context, path: ModulePath, owners: Owners) 
         module.register_forward_hook(hooks.after, with_kwargs=True, always_call=True)
         RemovableHandle.next_id = next_id
     put_last(module)
-    hooks.count, hooks.known = sum(map(len, hooks_of(module))), set(user_hooks(module))
+    hooks.count, hooks.expected = sum(map(len, hooks_of(module))), set(
+        user_hooks(module)
+    )
 
 
 def unhook(module: nn.Module) -> None:

@@ -77,7 +77,7 @@ class Structures:
         registrations.watch()
         self.split_at = registrations.count
         self.looked_at: dict[ModulePath, int] = {}  # the count of registrations then
-        self.known = {"": structure_of(model)}
+        self.expected = {"": structure_of(model)}
 
     def check(self, module: nn.Module, context: Any, prefix: ModulePath) -> None:
         """Before a call of the user's: if modules have become others' since the last,
@@ -86,8 +86,8 @@ class Structures:
             return
         self.looked_at[prefix] = registrations.count
         now = structure_of(module, prefix)
-        if now != self.known.get(prefix):
-            self.known[prefix] = now
+        if now != self.expected.get(prefix):
+            self.expected[prefix] = now
             context.paths.forget_all()
 
     def changed(
@@ -95,7 +95,7 @@ class Structures:
     ) -> list[ModulePath]:
         """Paths of the modules that were changed since the last `check`: within a
         forward, or taken off unseen."""
-        if structure_of(module, prefix) == self.known.get(prefix):
+        if structure_of(module, prefix) == self.expected.get(prefix):
             return []
         return changed_modules(module, context, prefix)
 

@@ -31,7 +31,7 @@ class _Unpickler(pickle.Unpickler):
     """Knows the classes that the index of a checkpoint is made of, and no others."""
 
     def find_class(self, module, name):
-        known = module == "torch" and (
+        allowed = module == "torch" and (
             name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)
         )
         of_index = (
@@ -39,13 +39,15 @@ class _Unpickler(pickle.Unpickler):
             if module == dcp_metadata.__name__
             else None
         )
-        known = known or isinstance(of_index, type) and of_index.__module__ == module
-        known = (
-            known
+        allowed = (
+            allowed or isinstance(of_index, type) and of_index.__module__ == module
+        )
+        allowed = (
+            allowed
             or module.startswith("pathlib")
             and name in ("PosixPath", "PurePosixPath", "WindowsPath")
         )
-        if not known and (module, name) not in _OTHERS:
+        if not allowed and (module, name) not in _OTHERS:
             raise pickle.UnpicklingError(
                 f"expected the index of a checkpoint, found {module}.{name} in it"
             )

@@ -109,9 +109,9 @@ def _image_sizes(model, layer):
     timm = getattr(model, "pretrained_cfg", None)
     size = timm.get("input_size") if size is None and isinstance(timm, dict) else size
     size = size[-1] if isinstance(size, (tuple, list)) and size else size
-    known = [size] if isinstance(size, int) else []
+    own = [size] if isinstance(size, int) else []
     return dict.fromkeys(
-        known + ([64, 224, 32] if isinstance(layer, nn.Conv2d) else [64, 16])
+        own + ([64, 224, 32] if isinstance(layer, nn.Conv2d) else [64, 16])
     )
 
 

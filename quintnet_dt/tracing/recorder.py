@@ -179,9 +179,9 @@ class Recorder(ValueReader):
     def note_hidden_inputs(self, call):
         """What a call's operators read that it was not given: through torch.vmap,
         autograd.grad."""
-        known = {v.id for v in call.inputs.values()}
-        known |= {v.id for node in call.nodes for v in node.outputs}
-        reads = [v for node in call.nodes for v in node.inputs if v.id not in known]
+        here = {v.id for v in call.inputs.values()}
+        here |= {v.id for node in call.nodes for v in node.outputs}
+        reads = [v for node in call.nodes for v in node.inputs if v.id not in here]
         hidden = {
             ("hidden", v.id): v for v in reads if v.param or v.producer is not None
         }
@@ -274,9 +274,9 @@ class Recorder(ValueReader):
         for t in written:
             memory = self.value(t).memory
             self.value(t, producer, new=True).memory = memory
-        known = {id(x) for x in given.values()}
+        before = {id(x) for x in given.values()}
         made = [
-            self.value(t, producer, new=id(t) not in known and id(t) in self._values)
+            self.value(t, producer, new=id(t) not in before and id(t) in self._values)
             for _, t in tensors(out)
         ]
         made += [

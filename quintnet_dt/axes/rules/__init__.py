@@ -70,8 +70,8 @@ def register_axis_rule(op: Any, rule: str | Rule) -> None:
         )
     """
     expected = "register_axis_rule: expected"
-    known = isinstance(op, (str, CustomOpDef, *OPERATORS))
-    match = re.search(r"(\w+)(?:::|\.)(\w+)", str(op)) if known else None
+    valid = isinstance(op, (str, CustomOpDef, *OPERATORS))
+    match = re.search(r"(\w+)(?:::|\.)(\w+)", str(op)) if valid else None
     if match is None:
         raise (ValueError if isinstance(op, str) else TypeError)(
             f"{expected} an operator such as torch.ops.mylib.op, or 'mylib::op', found"

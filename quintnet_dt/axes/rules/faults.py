@@ -21,11 +21,11 @@ def _in_patterns(line: Line) -> Iterator[str]:
     before, after = names_in(line.inputs), names_in(line.outputs)
     if (REST, "") in before and (REST, "") not in after:
         yield "expected '...' after '->' too"
-    known = {name.text for name in before}
+    named = {name.text for name in before}
     new = [
         name
         for name in after
-        if name.mark or name.text not in known and name.text[0] != OWN
+        if name.mark or name.text not in named and name.text[0] != OWN
     ]
     if new:
         found = "".join(new[0])
