@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
-from .axes.split import Split
-from .groups import Group, SimulatedGroup, chunk_sizes, group_rank, group_size
+from .axes.split import Segment, Split
+from .groups import Group, SimulatedGroup, Units, chunk_sizes, group_rank, group_size
 from .private import constant
 
 
@@ -21,7 +21,7 @@ def exchange(x: Tensor, split: Split, group: Group) -> Tensor:
     way.
 
     An all-to-all, for weights whose rows are stored in another order than they are used
-    in. The ranks share the units evenly.
+    in.
     """
     n = group_size(group)
     if n == 1:
@@ -29,14 +29,15 @@ def exchange(x: Tensor, split: Split, group: Group) -> Tensor:
     dim = split.dim % x.dim()
     # on fake tensors no positions can be worked out
     if isinstance(group, SimulatedGroup):
-        route = Route(x.shape[dim], split.length // n)
+        used = sum(length for _, length in split.ranges(group.rank, n))
+        route = Route(x.shape[dim], used)
     else:
         # numbers of a compiled graph too, in which those of a split may be symbols
-        blocks = tuple(
-            (index(outer), index(split.units * inner))
-            for outer, inner in split.segments
+        segments = tuple(
+            (index(outer), index(inner)) for outer, inner in split.segments
         )
-        route = _route(blocks, group_rank(group), n, x.device)
+        units = Units(index(split.units), split.balanced)
+        route = _route(segments, units, group_rank(group), n, x.device)
     return Exchange.apply(x, dim, group, route, False)
 
 
@@ -57,25 +58,33 @@ def _route(*key) -> Route:
 
 @lru_cache
 @torch.inference_mode(False)
-def _route_of(blocks: tuple, rank: int, n: int, device: torch.device) -> Route:
-    """The Route of a dim of blocks after each other, each (how many, of what length).
-    Worked out once, and not at each step."""
-    start, found = 0, []
-    for count, length in blocks:
-        rows = torch.arange(start, start + count * length, device="cpu")
-        # (blocks, ranks, length of a part) -> (ranks, ...)
-        found.append(rows.view(count, n, -1).transpose(0, 1).reshape(n, -1))
-        start += count * length
-    positions, sizes = torch.cat(found, 1), chunk_sizes(start, n)
+def _route_of(
+    segments: tuple, units: Units, rank: int, n: int, device: torch.device
+) -> Route:
+    """The Route of a dim that is shared by a Split of these segments and units. Worked
+    out once, and not at each step."""
+    parts = tuple(Segment(*segment) for segment in segments)
+    split = Split(0, units.count, parts, units.balanced)
+    sizes = chunk_sizes(split.length, n)
+    positions = [_positions(split, r, n) for r in range(n)]
     # who stores each
-    owners = positions // sizes[0]
-    given = [p[o == rank] - sum(sizes[:rank]) for p, o in zip(positions, owners)]
+    owners = [p // max(sizes[0], 1) for p in positions]
+    first = sum(sizes[:rank])
+    given = [p[o == rank] - first for p, o in zip(positions, owners)]
     return Route(
         sizes[rank],
-        positions.shape[1],
+        len(positions[rank]),
         torch.cat(given).to(device),
         [len(g) for g in given],
         torch.bincount(owners[rank], minlength=n).tolist(),
+    )
+
+
+def _positions(split: Split, rank: int, n: int) -> Tensor:
+    """Where in the whole dim a rank's part of each block lies."""
+    ranges = split.ranges(rank, n)
+    return torch.cat(
+        [torch.arange(start, start + length, device="cpu") for start, length in ranges]
     )
 
 

@@ -69,3 +69,30 @@ def chunk_sizes(length: int, n: int) -> list[int]:
         raise ValueError(f"expected length >= 0 and n >= 1, found {length} and {n}")
     full = -(-length // n)
     return [min(full, max(0, length - full * r)) for r in range(n)]
+
+
+@dataclass(frozen=True)
+class Units:
+    """How many units ranks share: as `chunk_sizes` deals them out, or `balanced`: the
+    first ranks have one more than the others, and none is without while there are as
+    many as ranks."""
+
+    count: int
+    balanced: bool = False
+
+    def sizes(self, n: int) -> list[int]:
+        """How many each of n ranks has."""
+        if not self.balanced:
+            return chunk_sizes(self.count, n)
+        least, more = divmod(self.count, n)
+        return [least + (rank < more) for rank in range(n)]
+
+
+def part_of(size: int, units: Units, group: Group) -> int | None:
+    """This rank's part of a size that is dealt out to the group in these units; None if
+    it cannot be. What is within a unit may have any length."""
+    n = group_size(group)
+    if units.count % n == 0:
+        return None if size % n else size // n
+    mine = units.sizes(n)[group_rank(group)]
+    return None if size % units.count else size // units.count * mine

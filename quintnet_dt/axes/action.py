@@ -19,6 +19,9 @@ SUM = "Partial -> Replicate"
 MEAN = "Partial(avg) -> Replicate"
 GATHER = "Shard -> Replicate"
 SPLIT = "Replicate -> Shard"
+# Of key-value heads fewer than ranks, the one that this rank's query heads attend to; its
+# gradient is Partial.
+TAKE_HEADS = "Replicate -> this rank's heads"
 # An addend of a sum over ranks, which is to count once: the first rank's, and zeros
 # elsewhere.
 ADD_ONCE = "Replicate -> Partial"
@@ -30,7 +33,8 @@ TO_DTENSOR = "Shard -> DTensor"
 @dataclass(frozen=True)
 class Action:
     """One collective on one tensor: its kind is one of the names above, `split` says
-    how the shard lies in the whole tensor where there is one."""
+    how the shard lies in the whole tensor where there is one; of a mean, of how many
+    units it is."""
 
     kind: str
     split: Any = None  # a Split

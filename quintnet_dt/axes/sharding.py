@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
+from ..groups import Units
 from ..keys import ParamName
 from .factors import leaves
 from .split import NotSplit, Segment, Split
@@ -29,6 +30,12 @@ class Axis:
     factors: tuple
     # The Axes in which a weight's own axis is found.
     axes: Any = field(default=None, compare=False, repr=False)
+    # as Units are
+    balanced: bool = field(default=False, compare=False)
+
+    @property
+    def units(self) -> Units:
+        return Units(self.size, self.balanced)
 
     @property
     def size(self) -> Any:
@@ -49,7 +56,7 @@ class Axis:
             if segments is NotSplit.IN_PART:
                 return segments
             if segments:
-                found.append(Split(dim, self.size, segments))
+                found.append(Split(dim, self.size, segments, self.balanced))
         if len(found) > 1:
             return NotSplit.IN_PART
         return found[0] if found else NotSplit.ABSENT

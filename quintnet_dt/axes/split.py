@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.placement_types import Placement
 
-from ..groups import chunk_sizes
+from ..groups import Units
 from ..private import _StridedShard
 
 
@@ -29,7 +29,7 @@ class Range(NamedTuple):
 @dataclass(frozen=True)
 class Split:
     """A dim that the ranks share along an axis of `units`: of every block, a rank has
-    its run of units, as `torch.chunk` deals them out.
+    its run of units, as `torch.chunk` deals them out, or `balanced` as in Units.
 
     The dim is its segments one after the other, `outer x units x inner` elements each:
 
@@ -42,6 +42,7 @@ class Split:
     dim: int
     units: int
     segments: tuple[Segment, ...] = (Segment(),)
+    balanced: bool = False
 
     @classmethod
     def of_blocks(cls, dim: int, length: int, blocks: int = 1) -> "Split":
@@ -54,6 +55,10 @@ class Split:
         """Of how many equal blocks the dim is; None where they are unequal."""
         return self.segments[0].outer if len(self.segments) == 1 else None
 
+    def sizes(self, n: int) -> list[int]:
+        """How many units each of n ranks has."""
+        return Units(self.units, self.balanced).sizes(n)
+
     @property
     def width(self) -> int:
         """How many elements of the dim belong to one unit."""
@@ -65,12 +70,12 @@ class Split:
 
     def local_shape(self, shape: tuple[int, ...], rank: int, n: int) -> tuple[int, ...]:
         """The shape of a rank's part of a tensor of this shape."""
-        local = self.width * chunk_sizes(self.units, n)[rank]
+        local = self.width * self.sizes(n)[rank]
         return (*shape[: self.dim], local, *shape[self.dim + 1 :])
 
     def ranges(self, rank: int, n: int) -> list[Range]:
         """Where a rank's part lies in the dim, block by block."""
-        sizes = chunk_sizes(self.units, n)
+        sizes = self.sizes(n)
         before, mine = sum(sizes[:rank]), sizes[rank]
         start, found = 0, []
         for outer, inner in self.segments:

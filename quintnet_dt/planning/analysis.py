@@ -51,6 +51,8 @@ class Analysis:
         # replicated, of which each rank takes its part
         self.slices: set[ValueId] = set()
         self.sum_gradient: set[ValueId] = set()  # replicated, their gradients partial
+        # key-value heads, replicated, of which each rank takes those that it attends to
+        self.heads: dict[ValueId, Split] = {}
         self.add_once: set[ValueId] = set()  # addends of a partial sum
         # the tensor on whose shard on_shard.py works instead
         self.instead: Value | None = None
@@ -84,7 +86,8 @@ class Analysis:
             return False
         if target.dtype.is_floating_point or given.get("weight") is not None:
             return False
-        classes = Split(min(1, len(logits.shape) - 1), self.axis.size)
+        dim = min(1, len(logits.shape) - 1)
+        classes = Split(dim, self.axis.size, balanced=self.axis.balanced)
         if self.axis.find(self.axes, logits) != classes:
             return False
         self.instead = logits
@@ -177,8 +180,6 @@ class Analysis:
         summed = effect.contract & self.factors
         if summed and summed != self.factors:
             raise Refused(f"{name} sums over a part of the axis")
-        if summed and effect.mean and self.axis not in self.through:
-            raise Refused("it takes a mean over shards that may be uneven")
         return bool(summed)
 
     def take_operands(
@@ -191,9 +192,11 @@ class Analysis:
             if self.states.get(v.id) is not None:
                 continue
             split = self.axis.find(self.axes, v)
-            if split is NotSplit.IN_PART:
+            if heads := self.grouped_heads(v):
+                self.heads[v.id] = heads
+            elif split is NotSplit.IN_PART:
                 raise Refused(f"{op_name(node.op)} has a part of the axis")
-            if split:
+            elif split:
                 self.slice_source(node, v)
             elif is_float(v) and summed:
                 self.count_once(node, v, effect)
@@ -215,6 +218,18 @@ class Analysis:
             self.buffers.add(source.id)
         self.slices.add(source.id)
 
+    def grouped_heads(self, v: Value) -> Split | None:
+        """How key-value heads lie in an input of an attention, where each is one to
+        several of the query heads that are the axis."""
+        attends = self.call.name == "scaled_dot_product_attention"
+        if not attends or v.id not in self.external or len(v.shape) < 3:
+            return None
+        dim = len(v.shape) - 3
+        heads, of_axis = tuple(self.axes.final(v)[dim]), self.axis.factors
+        if not heads or heads == of_axis or heads != of_axis[: len(heads)]:
+            return None
+        return Split(dim, v.shape[dim])
+
     def count_once(self, node: Node, v: Value, effect: Effect) -> None:
         """An operand without the axis, of a node that sums over it: it must be an
         addend."""
@@ -231,7 +246,8 @@ class Analysis:
 
     def look_up(self, node: Node) -> None:
         table = node.inputs[0]
-        all_rows = self.axis.find(self.axes, table) == Split(0, self.axis.size)
+        rows = Split(0, self.axis.size, balanced=self.axis.balanced)
+        all_rows = self.axis.find(self.axes, table) == rows
         if self.call.name != "embedding" or not all_rows:
             raise Refused("it looks rows up otherwise than F.embedding in all rows")
         self.instead = table

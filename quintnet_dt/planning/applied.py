@@ -1,5 +1,6 @@
 """What an applied plan shards, in the graph of another forward."""
 
+from dataclasses import replace
 from itertools import combinations
 
 from ..axes.axes import Axes, lone_axis, own_axis
@@ -8,7 +9,7 @@ from ..keys import CallIndex, ParamName
 from ..plan import EXCHANGED, WEIGHT_GATHERED, Entry, TensorParallelPlan
 from ..tracing.graph import Graph, Value
 from .alone import indices
-from .candidates import divides, spans
+from .candidates import shareable, spans, stored
 
 # Call -> the weights it uses that are split by themselves, and the axis of each.
 _Alone = dict[CallIndex, dict[ParamName, Axis]]
@@ -41,11 +42,20 @@ def _axis_of_model(
     """The axis of the model along which a parameter is split as the plan says."""
     if not entry.units:
         return None
+    exchanged = entry.how == EXCHANGED
     for factors in spans([axes.final(value)[dim]]):
         for i, j in combinations(range(len(factors) + 1), 2):
+            if not shareable(factors[i:j], n):
+                continue
             axis = Axis(tuple(factors[i:j]))
-            split = axis.find(axes, value) if divides(axis.factors, n) else None
-            if split and (split.blocks == entry.pieces) != (entry.how == EXCHANGED):
+            if axis.size % n:
+                axis = replace(axis, balanced=exchanged)
+            split = axis.find(axes, value)
+            if not split or split.dim != dim:
+                continue
+            # contiguous, or in pieces: as the plan has it
+            ways = [stored(axis, split, n, contiguous) for contiguous in (True, False)]
+            if any((w.exchanged, w.blocks) == (exchanged, entry.pieces) for w in ways):
                 return axis
     return None
 

@@ -33,8 +33,12 @@ class Candidate:
 def candidates(task: Task) -> Iterator[Candidate]:
     """Every axis of the model that the ranks can share."""
     for factors, names in _axes_of_params(task).items():
-        axis = Axis(factors)
-        params = _params_along(task, axis, names)
+        splits = _splits_along(task, Axis(factors), names)
+        axis = Axis(factors, balanced=_balanced(splits.values(), task.n))
+        params = {
+            name: stored(axis, split, task.n, task.contiguous)
+            for name, split in splits.items()
+        }
         elements = sum(map(task.numel, params))
         touched = {i: c for f in factors for i, c in task.calls_with.get(f, {}).items()}
         calls = [call for _, call in sorted(touched.items())]
@@ -44,23 +48,23 @@ def candidates(task: Task) -> Iterator[Candidate]:
 
 
 def _axes_of_params(task: Task) -> dict[tuple[Factor, ...], list[ParamName]]:
-    """Adjacent factors -> parameters with them: one that n divides, or as many as it
-    takes."""
+    """Adjacent factors -> parameters with them: one that the ranks can share, or as
+    many as it takes for n to divide them."""
     found: dict[tuple[Factor, ...], list[ParamName]] = {}
     for name, v in task.params.items():
         for factors in spans(task.axes.final(v)):
             for i, j in combinations(range(len(factors) + 1), 2):
                 fewer_do = j - i > 1 and divides(factors[i : j - 1], task.n)
-                if divides(factors[i:j], task.n) and not fewer_do:
+                if shareable(factors[i:j], task.n) and not fewer_do:
                     found.setdefault(tuple(factors[i:j]), []).append(name)
     return found
 
 
-def _params_along(
+def _splits_along(
     task: Task, axis: Axis, names: Iterable[ParamName]
-) -> dict[ParamName, ShardedParam]:
-    """Those of some parameters that can be split along an axis."""
-    params = {}
+) -> dict[ParamName, Split]:
+    """How an axis splits those of some parameters that it can."""
+    splits = {}
     of_inputs = not task.input_factors.isdisjoint(flat(axis.factors))
     for name in dict.fromkeys(names):
         split = axis.find(task.axes, task.params[name])
@@ -68,15 +72,27 @@ def _params_along(
             continue
         if of_inputs and split.dim in task.cut_by_numbers.get(name, ()):
             continue  # a table of positions, of which another input takes other rows
-        params[name] = _stored(axis, split, task.contiguous)
-    return params
+        splits[name] = split
+    return splits
 
 
-def _stored(axis: Axis, split: Split, contiguous: bool) -> ShardedParam:
+def _balanced(splits: Iterable[Split], n: int) -> bool:
+    """Whether an axis is dealt out in balance: unevenly, but for one whose units are
+    single rows, which lie where DTensor shards them."""
+    as_stored = all(split.blocks == 1 and split.width == 1 for split in splits)
+    return not as_stored and any(split.units % n for split in splits)
+
+
+def stored(axis: Axis, split: Split, n: int, contiguous: bool) -> ShardedParam:
     """How a parameter is stored that an axis of the model splits so."""
-    if split.blocks is None or (contiguous and split.blocks != 1):
+    in_one_block = split.blocks == 1
+    if axis.size % n:
+        as_used = not axis.balanced
+    else:
+        as_used = in_one_block if contiguous else split.blocks is not None
+    if not as_used:
         return ShardedParam(split.dim, axis, exchanged=True)
-    return ShardedParam(split.dim, axis, split.blocks)
+    return ShardedParam(split.dim, axis, split.blocks or 1)
 
 
 def spans(dims: Iterable[Sequence[Factor]]) -> Iterator[Sequence[Factor]]:
@@ -87,8 +103,16 @@ def spans(dims: Iterable[Sequence[Factor]]) -> Iterator[Sequence[Factor]]:
             yield from spans(map(leaves, f.pieces or ()))
 
 
+def shareable(factors: Sequence[Factor], n: int) -> bool:
+    """Whether n ranks can share adjacent factors: evenly, or, of one factor, with as
+    many units to a rank as torch.chunk deals out."""
+    if divides(factors, n):
+        return True
+    return len(factors) == 1 and factors[0].size >= n and not factors[0].unshardable
+
+
 def divides(factors: Sequence[Factor], n: int) -> bool:
-    """Whether n ranks can share adjacent factors."""
+    """Whether n ranks can share adjacent factors evenly."""
     return prod(f.size for f in factors) % n == 0 and not any(
         f.unshardable for f in factors
     )

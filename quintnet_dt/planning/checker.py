@@ -7,9 +7,10 @@ from typing import Any, Callable, NamedTuple
 
 import torch
 
+from ..axes.action import TAKE_HEADS
 from ..axes.axes import Axes
 from ..axes.sharding import Axis, LayoutError
-from ..groups import chunk_sizes
+from ..groups import SimulatedGroup, Units
 from ..keys import ArgPath
 from ..private import silent_fakes
 from ..running.call_program import resize
@@ -50,9 +51,16 @@ class _Attempt:
 class Checker(Rerun):
     """Compares each call with the whole forward's."""
 
-    def __init__(self, graph: Graph, axes: Axes, layout: Layout, n: int, found: Found):
+    def __init__(
+        self,
+        graph: Graph,
+        axes: Axes,
+        layout: Layout,
+        group: SimulatedGroup,
+        found: Found,
+    ):
         super().__init__(graph, layout)
-        self.axes, self.n = axes, n
+        self.axes, self.group, self.n = axes, group, group.size
         # what programs must do beside, of earlier runs and of this one
         self.found = found
         self.changed = False  # whether this run found some that alters the forward
@@ -77,6 +85,7 @@ class Checker(Rerun):
         axis = self.layout.axis_of.get(call.index)
         if axis is not None:
             self.check_kernels(call, axis)
+            self.check_heads(call)
         self._call = call
         try:
             out = self.show(call, func, _Arguments(args, kwargs), axis)
@@ -86,10 +95,19 @@ class Checker(Rerun):
         self.at += 1
         return out
 
+    def check_heads(self, call: Call) -> None:
+        """Whether each rank's query heads attend to one key-value head."""
+        for path in call.inputs:
+            for action in self.layout.uses.get((call.index, path), ()):
+                if action.kind == TAKE_HEADS and self.n % action.split.units:
+                    self.note(
+                        "its key-value heads are not shared by equally many ranks"
+                    )
+
     def check_kernels(self, call: Call, axis: Axis) -> None:
         """Whether the call's operators work on every rank's shard, the last one's
         too."""
-        sizes = chunk_sizes(axis.size, self.n)
+        sizes = axis.units.sizes(self.n)
         if not sizes[-1] and not all(map(copes, call.nodes)):
             self.note(
                 "the last rank would hold nothing of the axis, which this operator"
@@ -121,7 +139,9 @@ class Checker(Rerun):
         state = self.layout.states.get(v.id)
         if not isinstance(state, Axis):
             return v.shape
-        return state.split_of(self.axes, v).local_shape(v.shape, 0, self.n)
+        return state.split_of(self.axes, v).local_shape(
+            v.shape, self.group.rank, self.n
+        )
 
     def show(
         self, call: Call, func: Callable, given: _Arguments, axis: Axis | None
@@ -130,17 +150,18 @@ class Checker(Rerun):
         neither is right."""
         expected = self.expected(call)
         indexing = (
-            bounds(call, given, axis, self.axes, self.n)
+            bounds(call, given, axis, self.axes, self.group)
             if call.name in INDEXING
             else {}
         )
-        taken = {path: Bound(b.given, b.given) for path, b in indexing.items()}
+        taken = {path: Bound(b.given) for path, b in indexing.items()}
         if any(draws(node.op, node.args, node.kwargs) for node in call.nodes):
             given = self.in_order(call, given)
         made = self.attempt(call, func, given, expected, axis)
         # A group norm's result has one shape for any number of groups.
         if made.reason or call.name == "group_norm":
-            translated = self.translate(call, given, expected, indexing)
+            units = Units(1) if axis is None else axis.units
+            translated = self.translate(call, given, expected, indexing, units)
             if translated is not None:
                 given, taken = translated, indexing
                 made = self.attempt(call, func, given, expected, axis)
@@ -161,11 +182,13 @@ class Checker(Rerun):
         given: _Arguments,
         expected: Shapes,
         indexing: dict[ArgPath, Bound],
+        units: Units,
     ) -> _Arguments | None:
         """A call's arguments with the numbers of a shard, where they hold some of the
         whole; the programs will do the same."""
-        divided, multiplied = localise(call, *given, expected, self.n)
-        local = {path: b.local for path, b in indexing.items() if b.local != b.given}
+        divided, multiplied = localise(call, *given, expected, units, self.n)
+        local = {path: b.local(self.group) for path, b in indexing.items()}
+        local = {path: x for path, x in local.items() if x != indexing[path].given}
         if not divided and not multiplied and not local:
             return None
         if divided:
@@ -173,7 +196,7 @@ class Checker(Rerun):
         if multiplied:
             self.found.multiplied[call.index] = multiplied
         self.changed = True
-        resized = resize(tuple(given), divided, multiplied, self.n, call)
+        resized = resize(tuple(given), divided, multiplied, self.group, call)
         return _Arguments(*replace(resized, local))
 
     def attempt(
@@ -196,7 +219,7 @@ class Checker(Rerun):
         if shapes != expected:
             return _Attempt(out, shapes, f"{wanted}, found {list(shapes.values())}")
         return _Attempt(
-            out, shapes, other_elements(call, self.cuts, axis, self.axes, self.n)
+            out, shapes, other_elements(call, self.cuts, axis, self.axes, self.group)
         )
 
     def stand_in(self, call: Call, shape: tuple[int, ...]) -> torch.Tensor:
@@ -233,11 +256,18 @@ class Checker(Rerun):
         for (path, now), (_, then) in zip(leaves(tuple(given)), leaves(call.args)):
             if not isinstance(now, (int, float, complex)) or now == then:
                 continue
-            fewer = path == groups and now * self.n == then
+            fewer = path == groups and now == self.share_of(then, axis)
             is_size = call.name in SIZES or fewer or path in places
             if not isinstance(now, int) or not is_size:
                 return f"its argument {then} becomes {now} on shards"
         return ""
+
+    def share_of(self, number: int, axis: Axis | None) -> float:
+        """This rank's share of a number of the whole axis's."""
+        if axis is None:
+            return number
+        mine = axis.units.sizes(self.n)[self.group.rank]
+        return number * mine / axis.size
 
     def places_on_shard(self, call: Call, axis: Axis | None) -> set[ArgPath]:
         """The paths of the numbers with which a call indexes the dim that is

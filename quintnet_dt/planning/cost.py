@@ -18,6 +18,7 @@ from ..axes.action import (
     SPLIT,
     SUM,
     SUM_GRADIENT,
+    TAKE_HEADS,
     TO_DTENSOR,
     Action,
 )
@@ -32,7 +33,7 @@ from .work import Work
 # How often a rank sends its part of a tensor in the forward; those that send in the
 # backward alone.
 _FORWARD = {SUM: 2, MEAN: 2, GATHER: 1, ADD_ONCE: 0, TO_DTENSOR: 0}
-_BACKWARD = {SUM_GRADIENT: 2, SPLIT: 1}
+_BACKWARD = {SUM_GRADIENT: 2, SPLIT: 1, TAKE_HEADS: 2}
 
 # A cross entropy over classes exchanges for each row a maximum, a sum and the target's
 # logit: three sums, of which one has a gradient.

@@ -92,7 +92,7 @@ def _entry(
     elif param.axis in sharding.through:
         size = param.axis.size
         entry.units = size
-        entry.why = f"an axis of {size} units, {size // task.n} a rank"
+        entry.why = f"an axis of {size} units, {-(-size // task.n)} a rank"
         if param.exchanged:
             entry.how = EXCHANGED
         elif not completed.at_once(name, param.axis):

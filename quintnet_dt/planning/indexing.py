@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..axes.split import Range, joined
-from ..groups import chunk_sizes
+from ..groups import SimulatedGroup, Units, part_of
 from ..running.program import Bound
 from ..utils import leaves
 from .operators import op_name
@@ -93,12 +93,14 @@ def whole_cuts(call: Any) -> Any:
     ]
 
 
-def other_elements(call: Any, local_cuts: Any, axis: Any, axes: Any, n: int) -> Any:
+def other_elements(
+    call: Any, local_cuts: Any, axis: Any, axes: Any, group: SimulatedGroup
+) -> Any:
     """Why a call on shards takes other elements than the whole forward's call; "" where
-    every rank takes its own.
+    every rank that has as much of the axis as this one takes its own.
 
-    Args: `local_cuts`: Cuts of rank 0's call; `axis`: the Axis that it works on, None
-    if it is replicated.
+    Args: `local_cuts`: Cuts of this rank's call; `axis`: the Axis that it works on,
+    None if it is replicated.
     """
     expected = whole_cuts(call)
     if [cut.name for _, cut in expected] != [cut.name for cut in local_cuts]:
@@ -111,7 +113,7 @@ def other_elements(call: Any, local_cuts: Any, axis: Any, axes: Any, n: int) -> 
                     f"{whole.name} takes {local.parts} of dim {whole.dim} on shards,"
                     f" not {whole.parts}"
                 )
-        elif not _own_parts(node, whole, local, at, axis, axes, n):
+        elif not _own_parts(node, whole, local, at, axis, axes, group):
             return (
                 f"{whole.name} takes {local.parts} of a shard, which are not those that"
                 f" it has of {whole.parts}"
@@ -120,18 +122,27 @@ def other_elements(call: Any, local_cuts: Any, axis: Any, axes: Any, n: int) -> 
 
 
 def _own_parts(
-    node: Any, whole: Any, local: Any, at: Any, axis: Any, axes: Any, n: int
+    node: Any,
+    whole: Any,
+    local: Any,
+    at: Any,
+    axis: Any,
+    axes: Any,
+    group: SimulatedGroup,
 ) -> bool:
     """Whether each rank's parts of its shard are its shards of the whole's parts, where
     the dim that is cut is sharded."""
-    sizes = chunk_sizes(axis.size, n)
-    if len(set(sizes)) > 1 or len(whole.parts) != len(local.parts):
-        return False  # numbers that suit one rank's length suit no other's
+    n = group.size
+    sizes = axis.units.sizes(n)
+    # of other lengths, others are shown
+    alike = [rank for rank in range(n) if sizes[rank] == sizes[group.rank]]
+    if len(whole.parts) != len(local.parts):
+        return False
     for out, theirs, mine in zip(node.outputs, whole.parts, local.parts):
         out_at = axis.find(axes, out)
         if theirs.step != 1 or mine.step != 1 or not out_at or out_at.dim != at.dim:
             return False
-        for rank in range(n):
+        for rank in alike:
             wanted = [
                 Range(theirs.start + start, length)
                 for start, length in joined(out_at.ranges(rank, n))
@@ -201,9 +212,9 @@ def _is_int(x: Any) -> Any:
     return isinstance(x, int) and not isinstance(x, bool)
 
 
-def bounds(call: Any, given: Any, axis: Any, axes: Any, n: int) -> Any:
-    """{path: Bound} of the numbers with which a call indexes a sharded dim: as they
-    are, and as they would be of a shard. `given`: its (args, kwargs) on shards."""
+def bounds(call: Any, given: Any, axis: Any, axes: Any, group: SimulatedGroup) -> Any:
+    """{path: Bound} of the numbers with which a call indexes a sharded dim, dealt out
+    where they can be. `given`: its (args, kwargs) on shards."""
     at = None if axis is None else axis.find(axes, call.args[0][0])
     if not at:
         return {}
@@ -211,13 +222,14 @@ def bounds(call: Any, given: Any, axis: Any, axes: Any, n: int) -> Any:
     numbers = {
         path: x for path, x in leaves(given) if dims.get(path) == at.dim and _is_int(x)
     }
-    return {path: Bound(x, _of_shard(x, size, n)) for path, x in numbers.items()}
+    return {path: _bound(x, size, axis.units, group) for path, x in numbers.items()}
 
 
-def _of_shard(x: Any, size: int, n: int) -> Any:
-    """A number that indexes a dim of `size`, for a shard of it; one beyond its ends is
-    beyond the shard's."""
-    return x // n if abs(x) < size and x % n == 0 else x
+def _bound(x: int, size: int, units: Units, group: SimulatedGroup) -> Bound:
+    """A number that indexes a dim of `size`; one beyond its ends is beyond the
+    shard's."""
+    dealt_out = abs(x) < size and part_of(abs(x), units, group) is not None
+    return Bound(x, units if dealt_out else None)
 
 
 def _from_end(x: Any, size: int) -> Any:

@@ -17,6 +17,7 @@ from ..axes.action import (
     SPLIT,
     SUM,
     SUM_GRADIENT,
+    TAKE_HEADS,
     TO_DTENSOR,
     Action,
     OnShard,
@@ -240,6 +241,8 @@ class _Pass:
                 self.layout.buffers.setdefault(call.index, {})[path] = self.action(
                     SPLIT, v, axis
                 )
+            elif v.id in analysis.heads:
+                self.use(call, path, Action(TAKE_HEADS, analysis.heads[v.id]))
             elif v.id in analysis.slices:
                 self.use(call, path, self.action(SPLIT, v, axis))
             elif v.id in analysis.add_once:
@@ -274,7 +277,10 @@ class _Pass:
             if state is PARTIAL:
                 self.pending[v.id] = v
             elif state is AVERAGED:
-                self.complete(v, Action(MEAN))
+                axis = self.layout.axis_of[v.producer]
+                self.complete(
+                    v, Action(MEAN, Split(0, axis.size, balanced=axis.balanced))
+                )
             elif isinstance(state, Axis) and not self.goes_on(v, state):
                 self.complete(v, self.action(GATHER, v, state))
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from ..axes.action import SPLIT, SUM
 from ..axes.sharding import Axis, LayoutError
+from ..groups import Units
 from ..keys import ArgPath, CallIndex, ModulePath
 from ..running.memory import is_contiguous
 from ..running.program import Actions, Bound, CallProgram, Forward, Program
@@ -28,7 +29,7 @@ class Found:
     """What the proof found that programs must do beside the layout's actions, by
     call."""
 
-    divided: dict[CallIndex, list[ArgPath]] = field(default_factory=dict)
+    divided: dict[CallIndex, dict[ArgPath, Units]] = field(default_factory=dict)
     multiplied: dict[CallIndex, list[ArgPath]] = field(default_factory=dict)
     bounds: dict[CallIndex, dict[ArgPath, Bound]] = field(default_factory=dict)
     # Of dims in memory, that its input has in the whole model.

@@ -1,5 +1,5 @@
 """The proof: the forward run again on one rank's shapes, call by call beside the whole
-one.
+one; where an axis is shared unevenly, on those of each kind of rank.
 
 With the programs installed on a ghost whose parameters have their local shapes, the
 forward must make the same calls in the same order with the same scalar arguments, and
@@ -49,18 +49,34 @@ def prove(
     found = Found()
     for _ in range(_RUNS):
         programs = make_programs(graph, layout, found)
-        checker = Checker(graph, axes, layout, n, found)
-        try:
-            run_local(model, args, kwargs, programs, checker, sharding, n, device)
-        except LayoutError as e:
-            checker.failed.append(e)
-        if checker.failed:
-            error, *others = checker.failed
-            error.others = others
-            raise error
-        if not checker.changed:
-            return make_programs(graph, layout, found) if checker.pinned else programs
+        changed = pinned = False
+        for rank in representatives(sharding, n):
+            checker = Checker(graph, axes, layout, SimulatedGroup(rank, n), found)
+            try:
+                run_local(model, args, kwargs, programs, checker, sharding, device)
+            except LayoutError as e:
+                checker.failed.append(e)
+            if checker.failed:
+                error, *others = checker.failed
+                error.others = others
+                raise error
+            pinned |= checker.pinned
+            changed |= checker.changed
+            if changed:
+                break
+        if not changed:
+            return make_programs(graph, layout, found) if pinned else programs
     raise LayoutError("sizes written into the code could not be replaced")
+
+
+def representatives(sharding: Sharding, n: int) -> list[int]:
+    """Ranks, one of each kind: those of a kind have as much of every axis."""
+    axes = {p.axis for p in sharding.params.values() if not p.gathered}
+    uneven = [axis.units.sizes(n) for axis in axes if axis.size % n]
+    kinds: dict[tuple[int, ...], int] = {}
+    for rank in range(n):
+        kinds.setdefault(tuple(sizes[rank] for sizes in uneven), rank)
+    return list(kinds.values())
 
 
 def run_local(
@@ -70,20 +86,24 @@ def run_local(
     programs: dict[ModulePath, Program],
     checker: Checker,
     sharding: Sharding,
-    n: int,
     device: Any = None,
 ) -> None:
-    """Run rank 0's forward of n on fake tensors under `checker`."""
+    """Run one rank's forward on fake tensors under its `checker`."""
+    group = checker.group
 
     def local_shape(name: str, p: Any) -> Any:
         whole = tuple(whole_shape(p))
         if name not in sharding.params:
             return whole
-        return sharding.params[name].split(whole).local_shape(whole, 0, n)
+        return (
+            sharding.params[name]
+            .split(whole)
+            .local_shape(whole, group.rank, group.size)
+        )
 
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     copied = ghost(model, fake_mode, local_shape=local_shape, device=device)
-    context = Context(group=SimulatedGroup(0, n))
+    context = Context(group=group)
     context.programs = programs
     install(copied, context)
     inputs = fake_inputs(fake_mode, args, kwargs)

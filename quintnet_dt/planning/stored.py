@@ -56,7 +56,7 @@ def given_axis(v: Value, action: Action, axes: Axes) -> Axis:
             f.size for f in factors[i:j]
         )
         if (outer, units) == (split.blocks, split.units):
-            return Axis(tuple(factors[i:j]))
+            return Axis(tuple(factors[i:j]), balanced=split.balanced)
     raise LayoutError(
         f"a shard kept from an earlier call, of shape {v.shape}, is used in another way"
         " than there"

@@ -5,7 +5,8 @@ A plan is chosen for the size at which models run (`Scale`): what is traced may 
 tokens, or a small sibling of the model that is meant.
 """
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,9 +14,9 @@ from math import fsum, prod, sqrt
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import flop_registry
 
 from ..axes.axes import Axes
+from ..axes.factors import Factor
 from ..axes.sharding import Axis
 from ..axes.split import Split
 from ..devices import DeviceSpec
@@ -39,13 +40,13 @@ class Scale:
     rows: float = 1.0
     width: float = 1.0
 
-    @property
-    def flops(self) -> float:
-        return self.rows * self.width**2
+    def flops(self, order: int) -> float:
+        """Of a product with weights, or of two activations. `order`: how often a
+        length of the inputs is in it, as in the scores of an attention."""
+        return self.rows**order * self.width**2
 
-    @property
-    def activations(self) -> float:
-        return self.rows * self.width
+    def activations(self, order: int) -> float:
+        return self.rows**order * self.width
 
     @property
     def weights(self) -> float:
@@ -58,6 +59,7 @@ class NodeWork:
     views; `moved`: all that it reads or writes. `passes`: 1, or 3 where a backward
     follows."""
 
+    node: Node
     flops: int
     made: tuple[Value, ...]
     moved: tuple[Value, ...]
@@ -80,6 +82,7 @@ class Work:
     def __init__(self, graph: Graph, axes: Axes, n: int, device: DeviceSpec):
         self.graph, self.axes, self.n, self.device = graph, axes, n, device
         self.scale = Scale()
+        self.orders: dict[ValueId, int] = {}
         self.nodes: dict[CallIndex, list[NodeWork]] = {
             call.index: [work for node in call.nodes if (work := _work(node, axes))]
             for call in graph.calls
@@ -110,10 +113,28 @@ class Work:
 
     def nbytes(self, value: Value) -> float:
         """Bytes of a value at the size that is counted."""
-        scale = self.scale
-        return value.nbytes * (
-            scale.weights if self.of_weights(value) else scale.activations
-        )
+        if self.of_weights(value):
+            return value.nbytes * self.scale.weights
+        return value.nbytes * self.scale.activations(self._order(value))
+
+    def _order(self, value: Value) -> int:
+        """How often a length of the inputs is in a value: twice in the scores of an
+        attention."""
+        if value.id not in self.orders:
+            dims = self.axes.final(value)
+            found = Counter(f for dim in dims for f in dim if f in self._lengths)
+            self.orders[value.id] = max(found.values(), default=1)
+        return self.orders[value.id]
+
+    @cached_property
+    def _lengths(self) -> set[Factor]:
+        """The factors of the inputs that no parameter has."""
+        given = self.graph.modules[0].inputs.values()
+        lengths = {f for v in given for dim in self.axes.final(v) for f in dim}
+        of_weights = self.graph.params.values()
+        return lengths - {
+            f for v in of_weights for dim in self.axes.final(v) for f in dim
+        }
 
     def of_weights(self, value: Value) -> bool:
         """Whether a value is made of parameters alone."""
@@ -131,37 +152,54 @@ class Work:
         return fsum(self.share([call], {call.index: axis}).seconds)
 
     def share(self, calls: Iterable[Call], axis_of: Mapping[CallIndex, Axis]) -> Share:
-        """What a rank does of some calls, given the axes whose shards they work on."""
+        """What the fullest rank does of some calls, given the axes whose shards they
+        work on."""
         total = Share()
         for call in calls:
             axis = axis_of.get(call.index)
             for work in self.nodes[call.index]:
-                shares = {} if axis is None else self._shares(work, axis)
-                total.flops += work.flops * min(shares.values(), default=1.0)
+                splits = {} if axis is None else self._splits(work, axis)
+                flops = self._flops(work, splits)
+                total.flops += flops
                 total.activation_bytes += sum(
-                    v.nbytes * shares.get(v.id, 1.0) for v in work.made
+                    v.nbytes * self._part(v, splits) for v in work.made
                 )
-                total.seconds.append(self._node_seconds(work, shares))
+                total.seconds.append(self._node_seconds(work, flops, splits))
         return total
 
-    def _node_seconds(self, work: NodeWork, shares: Mapping[ValueId, float]) -> float:
+    def _splits(self, work: NodeWork, axis: Axis) -> dict[ValueId, Split]:
+        """How the values are split that an operator works on."""
+        found = {v.id: axis.find(self.axes, v) for v in work.moved}
+        return {i: split for i, split in found.items() if isinstance(split, Split)}
+
+    def _part(self, value: Value, splits: Mapping[ValueId, Split]) -> float:
+        """The share of a value that the fullest rank has."""
+        split = splits.get(value.id)
+        return 1.0 if split is None else split.sizes(self.n)[0] / split.units
+
+    def _flops(self, work: NodeWork, splits: Mapping[ValueId, Split]) -> int:
+        if not work.flops or not splits:
+            return work.flops
+
+        def local_shape(value: Value) -> tuple[int, ...]:
+            split = splits.get(value.id)
+            if split is None:
+                return value.shape
+            return split.local_shape(value.shape, 0, self.n)
+
+        return flops_of(work.node, self.axes, local_shape)
+
+    def _node_seconds(
+        self, work: NodeWork, flops: int, splits: Mapping[ValueId, Split]
+    ) -> float:
         """Forward and backward by a roofline (Williams, Waterman and Patterson 2009,
         https://doi.org/10.1145/1498765.1498785): as long as its operations take or its
-        memory, whichever is more. `shares`: of the values of which a rank has only a
-        part."""
-        flops = work.flops * self.scale.flops * min(shares.values(), default=1.0)
-        moved = sum(self.nbytes(v) * shares.get(v.id, 1.0) for v in work.moved)
-        computing = flops / self.device.peak(work.dtype)
+        memory, whichever is more."""
+        # two activations multiplied: each place of a length with each
+        order = 1 if any(map(self.of_weights, work.moved)) else 2
+        moved = sum(self.nbytes(v) * self._part(v, splits) for v in work.moved)
+        computing = flops * self.scale.flops(order) / self.device.peak(work.dtype)
         return work.passes * max(computing, moved / self.device.memory_bandwidth)
-
-    def _shares(self, work: NodeWork, axis: Axis) -> dict[ValueId, float]:
-        """The share that the fullest rank has of each value that the axis splits."""
-        share = -(-axis.size // self.n) / axis.size
-        return {
-            v.id: share
-            for v in work.moved
-            if isinstance(axis.find(self.axes, v), Split)
-        }
 
 
 def _work(node: Node, axes: Axes) -> NodeWork | None:
@@ -174,46 +212,55 @@ def _work(node: Node, axes: Axes) -> NodeWork | None:
     moved = tuple({v.id: v for v in (*node.inputs, *new.values())}.values())
     differentiable = any(v.differentiable for v in new.values())
     passes = 1 + BACKWARD * differentiable
-    return NodeWork(_flops(node, axes), made, moved, moved[-1].dtype, passes)
+    flops = flops_of(node, axes, lambda value: value.shape)
+    return NodeWork(node, flops, made, moved, moved[-1].dtype, passes)
 
 
-def _flops(node: Node, axes: Axes) -> int:
-    """Of one operator in the forward, as torch.utils.flop_counter counts them; those
-    operators too that it has no formula for."""
+def flops_of(
+    node: Node, axes: Axes, shape_of: Callable[[Value], tuple[int, ...]]
+) -> int:
+    """Floating-point operations of one operator in the forward, as
+    torch.utils.flop_counter counts them, on tensors of these shapes; those operators
+    too that it has no formula for."""
+    # It needs what is private in torch: not for the import of the library.
+    from torch.utils.flop_counter import flop_registry
+
     packet = getattr(node.op, "_overloadpacket", node.op)
     name = getattr(getattr(node.op, "_schema", None), "name", "")
     if packet in flop_registry:
-        args, kwargs = _on_meta((node.args, node.kwargs))
-        outs = [_on_meta(v) for v in node.outputs]
-        return flop_registry[packet](
-            *args, **kwargs, out_val=outs[0] if len(outs) == 1 else tuple(outs)
-        )
+        args, kwargs = _with_shapes((node.args, node.kwargs), shape_of)
+        outs = tuple(shape_of(v) for v in node.outputs)
+        out = outs[0] if len(outs) == 1 else outs
+        return flop_registry[packet](*args, **kwargs, out_val=out)
     if name == "aten::_grouped_mm":
-        rows, weights = node.inputs[:2]
-        return 2 * prod(rows.shape) * weights.shape[-1]
+        rows, weights = map(shape_of, node.inputs[:2])
+        return 2 * prod(rows) * weights[-1]
     if "scaled_dot_product" in name:
-        query, key, value = node.inputs[:3]
-        pairs = prod(query.shape[:-1]) * key.shape[-2]
-        return 2 * pairs * (query.shape[-1] + value.shape[-1])
+        query, key, value = map(shape_of, node.inputs[:3])
+        pairs = prod(query[:-1]) * key[-2]
+        return 2 * pairs * (query[-1] + value[-1])
     if not name.startswith("aten::") and axes.effect(node).contract:
-        return _flops_of_product(node, axes)
+        return _flops_of_product(node, axes, shape_of)
     return 0
 
 
-def _flops_of_product(node: Node, axes: Axes) -> int:
+def _flops_of_product(
+    node: Node, axes: Axes, shape_of: Callable[[Value], tuple[int, ...]]
+) -> int:
     """Of an operator of the user's whose rule says that it sums over an axis: a
     multiplication and an addition for each place along all of its axes."""
     values = (*node.inputs, *node.outputs)
     along = {f for v in values for dim in axes.final(v) for f in dim}
-    return 2 * prod(f.size for f in along)
+    share = min(prod(shape_of(v)) / max(v.numel, 1) for v in values)
+    return round(2 * prod(f.size for f in along) * share)
 
 
-def _on_meta(obj: Any) -> Any:
-    """Arguments with tensors of no memory in the place of Values."""
+def _with_shapes(obj: Any, shape_of: Callable[[Value], tuple[int, ...]]) -> Any:
+    """Arguments with shapes in the place of Values."""
     if isinstance(obj, Value):
-        return torch.empty(obj.shape, dtype=obj.dtype, device="meta")
+        return shape_of(obj)
     if isinstance(obj, (tuple, list)):
-        return type(obj)(_on_meta(x) for x in obj)
+        return type(obj)(_with_shapes(x, shape_of) for x in obj)
     if isinstance(obj, dict):
-        return {key: _on_meta(x) for key, x in obj.items()}
+        return {key: _with_shapes(x, shape_of) for key, x in obj.items()}
     return obj

@@ -1,15 +1,25 @@
 """How each kind of action is run: one collective on one tensor, differentiable."""
 
+from dataclasses import replace
 from typing import Any, Callable
 
 import torch
 from torch import Tensor
 
 from .. import comm_ops
-from ..axes.action import ADD_ONCE, EXCHANGE, GATHER, MEAN, SPLIT, SUM, SUM_GRADIENT
+from ..axes.action import (
+    ADD_ONCE,
+    EXCHANGE,
+    GATHER,
+    MEAN,
+    SPLIT,
+    SUM,
+    SUM_GRADIENT,
+    TAKE_HEADS,
+)
 from ..axes.split import Split
 from ..exchange import exchange
-from ..groups import Group, chunk_sizes, group_rank, group_size
+from ..groups import Group, group_rank, group_size
 
 
 class _AddOnce(torch.autograd.Function):
@@ -46,19 +56,19 @@ def _along(collective: Callable, whole: bool) -> Callable:
     def act(x: Tensor, split: Split, group: Group) -> Tensor:
         if len(split.segments) > 1:
             parts = x.split(_lengths(x, split), split.dim)
-            each = [
-                Split(split.dim, split.units, (segment,)) for segment in split.segments
-            ]
+            each = [replace(split, segments=(segment,)) for segment in split.segments]
             made = [act(part, one, group) for part, one in zip(parts, each)]
             return torch.cat(made, split.dim)
-        units = chunk_sizes(split.units, group_size(group))
+        units = split.sizes(group_size(group))
         present = split.units if whole else units[group_rank(group)]
         dim, inner = split.dim, split.segments[0].inner
         # what is within a unit may have another length than when traced
         if split.blocks == 1:
             inner = x.shape[dim] // present if present else inner
             return collective(x, dim, group, [u * inner for u in units])
-        blocks = x.unflatten(dim, (-1, present, inner))
+        # of nothing, -1 could be any number
+        outer = -1 if present else split.segments[0].outer
+        blocks = x.unflatten(dim, (outer, present, inner))
         return collective(blocks, dim + 1, group, units).flatten(dim, dim + 2)
 
     return act
@@ -70,6 +80,20 @@ def _lengths(x: Tensor, split: Split) -> list[int]:
     return [units * outer * inner for outer, inner in split.segments]
 
 
+def _mean(x: Tensor, split: Split, group: Group) -> Tensor:
+    """The mean of the ranks' means, each of its units; one of none is NaN."""
+    units = split.sizes(group_size(group))
+    if 0 in units:
+        x = x.nan_to_num()
+    return comm_ops.all_reduce(x * (units[group_rank(group)] / split.units), group)
+
+
+def _take_heads(x: Tensor, split: Split, group: Group) -> Tensor:
+    """Of fewer heads than ranks, each of which as many ranks attend to, this rank's."""
+    head = group_rank(group) * split.units // group_size(group)
+    return comm_ops.copy_in(x, group).narrow(split.dim, head, 1)
+
+
 _gather = _along(comm_ops.all_gather, whole=False)
 _split = _along(comm_ops.split, whole=True)
 
@@ -78,9 +102,10 @@ ACTIONS = {
         comm_ops.copy_in(x, group) if x.requires_grad else x
     ),
     SUM: lambda x, split, group: comm_ops.all_reduce(x, group),
-    MEAN: lambda x, split, group: comm_ops.all_reduce(x, group) / group_size(group),
+    MEAN: _mean,
     GATHER: _gather,
     SPLIT: _split,
+    TAKE_HEADS: _take_heads,
     EXCHANGE: exchange,
     ADD_ONCE: lambda x, split, group: _AddOnce.apply(x, group_rank(group) == 0),
 }

@@ -6,7 +6,7 @@ from typing import Any, Callable
 import torch
 
 from ..axes.action import GATHER, Action
-from ..groups import SimulatedGroup, group_size
+from ..groups import Group, SimulatedGroup, Units, group_size, part_of
 from ..keys import ArgPath
 from ..private import RecomputationEnds
 from ..utils import lookup, quiet, replace, tensors
@@ -44,11 +44,14 @@ def _arguments(
     """What a call is given on shards."""
     args, kwargs = frame.context.apply((args, kwargs), call.inputs, call.unwritten)
     if call.divided or call.multiplied:
-        n = group_size(frame.context.group)
-        args, kwargs = resize((args, kwargs), call.divided, call.multiplied, n, frame)
+        group = frame.context.group
+        args, kwargs = resize(
+            (args, kwargs), call.divided, call.multiplied, group, frame
+        )
     if call.bounds:
         args, kwargs = replace(
-            (args, kwargs), {p: b.local for p, b in call.bounds.items()}
+            (args, kwargs),
+            {p: b.local(frame.context.group) for p, b in call.bounds.items()},
         )
     if call.order is not None:
         args, kwargs = _in_order(args, kwargs, call.order)
@@ -73,21 +76,33 @@ def _in_order(args: tuple, kwargs: dict, order: tuple[int, ...]) -> tuple[tuple,
 
 
 def resize(
-    obj: Any, divided: list[ArgPath], multiplied: list[ArgPath], n: int, where: Any
+    obj: Any,
+    divided: dict[ArgPath, Units],
+    multiplied: list[ArgPath],
+    group: Group,
+    where: Any,
 ) -> Any:
-    """Divide the sizes at some paths by n, and multiply those at others; a negative one
-    stands for what is left, and does already."""
-    sizes = {p: lookup(obj, p) for p in divided}
-    odd = [x for x in sizes.values() if not isinstance(x, int) or x > 0 and x % n]
-    if odd:
+    """Give the sizes at some paths a rank's part of what they are of the whole, and
+    multiply those at others by the number of ranks; a negative one stands for what is
+    left, and does already."""
+    n = group_size(group)
+    new = {p: _part(lookup(obj, p), units, group) for p, units in divided.items()}
+    if None in new.values():
+        odd = [lookup(obj, p) for p, size in new.items() if size is None]
         where = getattr(where, "path", where)
         raise RuntimeError(
-            f"{where}: expected sizes that {n} ranks divide, as when it was traced,"
+            f"{where}: expected sizes that {n} ranks share, as when it was traced,"
             f" found {odd}"
         )
-    new = {p: x if x < 0 else x // n for p, x in sizes.items()}
     new |= {p: lookup(obj, p) * n for p in multiplied}
     return replace(obj, new)
+
+
+def _part(size: Any, units: Units, group: Group) -> int | None:
+    """A rank's part of a size, as `part_of`; -1 stands for what is left anyway."""
+    if not isinstance(size, int):
+        return None
+    return size if size < 0 else part_of(size, units, group)
 
 
 def _gather_buffers(

@@ -139,7 +139,15 @@ class Context:
         """A DTensor of which `x` is this rank's part."""
         if isinstance(self.group, SimulatedGroup):
             return x
-        return DTensor.from_local(x, self.mesh, [split.placement()], run_check=False)
+        whole: dict[str, Any] = {}
+        if split.units % self.mesh.size():
+            # Of parts that are not equal, DTensor has to be told.
+            shape = list(x.shape)
+            shape[split.dim] = split.length
+            stride = torch.empty(shape, device="meta").stride()
+            whole = {"shape": torch.Size(shape), "stride": stride}
+        placements = [split.placement()]
+        return DTensor.from_local(x, self.mesh, placements, run_check=False, **whole)
 
     def apply(self, obj: Any, at: Any, fixed: Any = (), depth: Any = -1) -> Any:
         """Apply `at[path]` to the tensor at each path of a nested argument. A tensor

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from .. import comm_ops
 from ..axes.action import SPLIT, Action, OnShard
-from ..groups import chunk_sizes, group_rank, group_size
+from ..groups import group_rank, group_size
 
 
 def on_shard(
@@ -38,12 +38,12 @@ def _drop_out(
     """This rank's part of the whole tensor's mask: results and random states are those
     of the whole model."""
     with torch.no_grad():
-        sizes = chunk_sizes(action.split.units, group_size(context.group))
+        sizes = action.split.sizes(group_size(context.group))
         shape = list(x.shape)
+        mine, length = sizes[group_rank(context.group)], shape[action.split.dim]
+        # what is within a unit may have another length than when traced
         shape[action.split.dim] = (
-            shape[action.split.dim]
-            // sizes[group_rank(context.group)]
-            * action.split.units
+            length // mine * action.split.units if mine else action.split.length
         )
         # A mask is drawn in the order of memory.
         if order is None:
@@ -60,7 +60,7 @@ def _drop_out(
 def _mine(context: Any, action: OnShard, ids: Any) -> Any:
     """Which of the ids in [0, action.split.units) are elsewhere, and this rank's
     counted from its first (others are 0)."""
-    sizes = chunk_sizes(action.split.units, group_size(context.group))
+    sizes = action.split.sizes(group_size(context.group))
     rank = group_rank(context.group)
     ids = ids - sum(sizes[:rank])
     absent = (ids < 0) | (ids >= sizes[rank])
@@ -118,6 +118,8 @@ def _cross_entropy(
     """
     x = input.movedim(min(1, input.dim() - 1), -1)
     x = x.float() if x.dtype.itemsize < 4 else x
+    if not x.shape[-1]:  # no class here: one that is never the target's
+        x = F.pad(x, (0, 1), value=-float("inf"))
     with torch.no_grad():
         top = comm_ops.all_gather(x.amax(-1)[None], 0, context.group).amax(0)
     x = x - top.unsqueeze(-1)

@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from ..axes.action import Action, OnShard
+from ..groups import Group, Units, part_of
 from ..keys import ArgPath, CallNumber, ModulePath, ParamName
 from .kinds import CallKind
 
@@ -15,11 +16,19 @@ Actions: TypeAlias = tuple[Action, ...]  # on one tensor, in order
 
 @dataclass(frozen=True)
 class Bound:
-    """A number with which a call indexes a sharded dim: as the code gives it, and what
-    it is on a shard."""
+    """A number that indexes a sharded dim. `units`: in which it is dealt out to the
+    ranks; None where all take it as it is."""
 
     given: int
-    local: int
+    units: Units | None = None
+
+    def local(self, group: Group) -> int:
+        """The number for this rank's shard."""
+        if self.units is None:
+            return self.given
+        part = part_of(abs(self.given), self.units, group)
+        assert part is not None, f"{self} cannot be dealt out"
+        return part if self.given >= 0 else -part
 
 
 @dataclass
@@ -31,9 +40,9 @@ class CallProgram:
     outputs: dict[ArgPath, Actions] = field(default_factory=dict)
     # Those inputs that no later call writes to.
     unwritten: set[ArgPath] = field(default_factory=set)
-    # Sizes to divide by the number of ranks, and to multiply: computed from a shard's
-    # own size.
-    divided: list[ArgPath] = field(default_factory=list)
+    # Sizes of which a rank has its part, dealt out in so many units, and those to
+    # multiply by the number of ranks: computed from a shard's own size.
+    divided: dict[ArgPath, Units] = field(default_factory=dict)
     multiplied: list[ArgPath] = field(default_factory=list)
     # The numbers that index a sharded dim.
     bounds: dict[ArgPath, Bound] = field(default_factory=dict)
