@@ -6,11 +6,11 @@ from dataclasses import replace
 
 from ..axes.axes import Axes
 from ..axes.sharding import LayoutError
-from ..keys import ModulePath, ParamName
+from ..keys import ParamName
 from ..parts import named_modules, named_parameters
 from ..plan import TensorParallelPlan
 from ..running.context import AGAIN
-from ..running.program import Program
+from ..running.program import Program, Programs
 from ..running.record import UserCall
 from ..running.structure import hooks_on, pass_added
 from ..tracing.graph import Graph
@@ -21,8 +21,6 @@ from .planner import Planner
 from .settle import settle
 from .signature import device_of
 from .task import Task
-
-Programs = dict[ModulePath, Program]
 
 
 def learn(
@@ -109,8 +107,8 @@ def at_split(call: UserCall, programs: Programs) -> Programs:
     context, found = hooks_on(call.module).context, {}
     for inner, module in named_modules(call.module):
         hooks = hooks_on(module)
-        known = hooks is not None and hooks.context is context
-        path = hooks.path if known else ".".join(filter(None, (call.path, inner)))
+        ours = hooks is not None and hooks.context is context
+        path = hooks.path if ours else ".".join(filter(None, (call.path, inner)))
         if inner in programs:
             found[path] = programs[inner]
     return found

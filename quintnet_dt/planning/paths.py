@@ -17,9 +17,10 @@ from ..keys import ModulePath
 from ..places import Owners
 from ..plan import TensorParallelPlan
 from ..private import as_compiled
+from ..running.program import Programs
 from ..running.record import UserCall
 from ..together import any_rank, together
-from .learning import Programs, at_split, completed, learn
+from .learning import at_split, completed, learn
 from .signature import Signature, States, signature
 
 VALUES = 2  # numbers of a kind of call that have programs of their own; all others share theirs

@@ -3,17 +3,20 @@ programs."""
 
 import threading
 from functools import partial
-from typing import Any
+from typing import Any, Callable
 
 import torch
 from torch.overrides import TorchFunctionMode
 
+from ..keys import ModulePath
 from ..private import compiling, not_compiled, top_not_compiled, within_compiled
 from ..tracing.composites import restated
 from ..utils import by_torch, call_name, silence
 from .call_program import run_program
 from .change import difference, go_on, is_next, other_programs, refuse
-from .record import Called, Calls, Ends, Frame, Starts, watching
+from .context import Context
+from .program import CallProgram, Program
+from .record import Called, Calls, Ends, Frame, Next, Starts, watching
 from .shown import put_back
 
 _BACKWARDS = {"grad", "backward"}
@@ -28,7 +31,9 @@ class _Calls(threading.local, TorchFunctionMode):
         self.frames: list[Frame] = []
         self.backwards = 0  # that a forward runs now, one in the other
 
-    def push(self, context: Any, program: Any, hooks: Any, compiled: bool) -> None:
+    def push(
+        self, context: Context, program: Program, hooks: Any, compiled: bool
+    ) -> None:
         if not self.frames:
             self.__enter__()
         self.frames.append(Frame(context, program, hooks, compiled))
@@ -49,7 +54,7 @@ class _Calls(threading.local, TorchFunctionMode):
             if not self.frames:
                 self.__exit__(None, None, None)
 
-    def start(self, context: Any, path: Any) -> None:
+    def start(self, context: Context, path: ModulePath) -> None:
         """A module starts. If the forward that was shown did not reach it while calls
         are counted, this is another path."""
         frame = next(
@@ -61,7 +66,7 @@ class _Calls(threading.local, TorchFunctionMode):
             )
 
     def change(
-        self, context: Any, event: Any, what: str, frame: Frame | None = None
+        self, context: Context, event: Next, what: str, frame: Frame | None = None
     ) -> None:
         """The forward takes another path than the one that was shown: `event` comes
         next. Go on with programs shown for this path, if what has run so far is the
@@ -75,10 +80,10 @@ class _Calls(threading.local, TorchFunctionMode):
         frames, self.frames, depth, silence.depth = self.frames, [], silence.depth, 0
         try:
             with put_back(context):
-                programs, running = other_programs(context, event)
-            if programs is not None:
+                other = other_programs(context, event)
+            if other is not None:
                 frames = [f for f in frames if f.context is not context] + go_on(
-                    context, programs, running
+                    context, *other
                 )
                 return
         finally:
@@ -87,7 +92,7 @@ class _Calls(threading.local, TorchFunctionMode):
                 self.__enter__()
         refuse(frame, what)
 
-    def backward(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+    def backward(self, func: Callable, *args: Any, **kwargs: Any) -> Any:
         """Run a backward within a forward. Checkpoints run modules again in it, by the
         programs in
         force: they have frames of their own, and are no part of the path that the
@@ -105,7 +110,7 @@ class _Calls(threading.local, TorchFunctionMode):
 
     @top_not_compiled
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         frame = self.frames[-1]
         if torch.compiler.is_compiling() or not frame.compiled:
@@ -118,7 +123,7 @@ class _Calls(threading.local, TorchFunctionMode):
         finally:
             frame.compiled = True
 
-    def run(self, func: Any, args: tuple, kwargs: dict) -> Any:
+    def run(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         name = None if silence.depth else call_name(func)
         if name is None:
             return func(*args, **kwargs)
@@ -147,13 +152,13 @@ class _Calls(threading.local, TorchFunctionMode):
 calls = _Calls()
 
 
-def _expected(frame: Frame, name: str, args: tuple, kwargs: dict) -> Any:
+def _expected(frame: Frame, name: str, args: tuple, kwargs: dict) -> bool:
     """Whether a call is the one that comes next in the forward that was shown."""
     compiled = compiling(frame.context)
     return is_next(frame.program, frame.number, name, args, kwargs, compiled)
 
 
-def _count(frame: Frame, name: str) -> Any:
+def _count(frame: Frame, name: str) -> CallProgram | None:
     """Note that a call is made; its CallProgram, None where it has none."""
     number = frame.number
     frame.number += 1

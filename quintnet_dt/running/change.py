@@ -15,15 +15,14 @@ frames of the modules that are running, each at the number of the call that it i
 those programs. `go_on` puts them in force. Where no programs fit, the call raises.
 """
 
-from typing import Any
-
 from ..utils import lookup
-from .program import NOTHING
-from .record import Called, Calls, Frame, Started, Starts, watching
+from .context import Context
+from .program import NOTHING, Program, Programs
+from .record import Called, Calls, Frame, Next, Started, Starts, watching
 
 
 def is_next(
-    program: Any,
+    program: Program,
     number: int,
     name: str,
     args: tuple,
@@ -31,7 +30,7 @@ def is_next(
     compiled: bool = False,
 ) -> bool:
     """Whether a call is the one that was shown under this number."""
-    names = program.names
+    names = program.names or ()
     if number >= len(names) or names[number] != name:
         return False
     kind, call = program.kinds.get(number), program.calls.get(number)
@@ -42,9 +41,10 @@ def is_next(
     return all(lookup((args, kwargs), p) == b.given for p, b in call.bounds.items())
 
 
-def difference(program: Any, number: int, name: str) -> Any:
+def difference(program: Program, number: int, name: str) -> str:
     """Why `is_next` says no."""
-    was = program.names[number] if number < len(program.names) else "none"
+    names = program.names or ()
+    was = names[number] if number < len(names) else "none"
     if was != name:
         return f"it was {was} then, and is {name} now"
     return (
@@ -53,20 +53,22 @@ def difference(program: Any, number: int, name: str) -> Any:
     )
 
 
-def other_programs(context: Any, event: Any) -> Any:
+def other_programs(
+    context: Context, event: Next
+) -> tuple[Programs, list[Frame]] | None:
     """(Programs for the path that the forward takes, the frames of what runs by them);
-    (None, None) where there are none. `event` is what comes next."""
+    None where there are none. `event` is what comes next."""
     for programs in context.paths.variants(*context.call) if context.call else ():
         frames = again(context, programs, event)
         if frames is not None:
             return programs, frames
-    return None, None
+    return None
 
 
-def again(context: Any, programs: Any, event: Any) -> Any:
+def again(context: Context, programs: Programs, event: Next) -> list[Frame] | None:
     """The frames of the modules that are running, had the call so far gone by other
     programs, and were `event` next; None where they would have done something else."""
-    frames = []
+    frames: list[Frame] = []
     for past in context.log:
         if isinstance(past, Started):
             old, new = (p.get(past.path, NOTHING) for p in (context.programs, programs))
@@ -83,14 +85,14 @@ def again(context: Any, programs: Any, event: Any) -> Any:
     return frames if _may_come(context, programs, frames, event) else None
 
 
-def _same_borders(old: Any, new: Any) -> bool:
+def _same_borders(old: Program, new: Program) -> bool:
     """Whether two programs do the same where a module starts and ends."""
     return all(
         getattr(old, a) == getattr(new, a) for a in ("params", "inputs", "outputs")
     )
 
 
-def _same_call(frames: Any, past: Any) -> bool:
+def _same_call(frames: list[Frame], past: Called) -> bool:
     """Whether the frames' programs would have done the same with a call; it is
     counted."""
     frame = watching(frames)
@@ -106,13 +108,15 @@ def _same_call(frames: Any, past: Any) -> bool:
     return True
 
 
-def _at_end(frame: Frame) -> Any:
+def _at_end(frame: Frame) -> bool:
     """Whether a module makes no more calls, by its program."""
     names = frame.program.names
     return names is None or frame.number == len(names)
 
 
-def _may_come(context: Any, programs: Any, frames: Any, event: Any) -> Any:
+def _may_come(
+    context: Context, programs: Programs, frames: list[Frame], event: Next
+) -> bool:
     if isinstance(event, Starts):
         reached = context.paths.reached(event.path, programs)
         return reached and (
@@ -126,14 +130,13 @@ def _may_come(context: Any, programs: Any, frames: Any, event: Any) -> Any:
     return _at_end(frames[-1])
 
 
-def go_on(context: Any, programs: Any, frames: Any) -> Any:
+def go_on(context: Context, programs: Programs, frames: list[Frame]) -> list[Frame]:
     """Run on by other programs, from these frames of the running modules; returns those
     that stay on calls' stack."""
     context.programs = programs
     staying: list[Frame] = []
-    if programs[
-        context.call.path
-    ].forward.random:  # nothing was drawn so far, or they share one already
+    # nothing was drawn so far, or they share one already
+    if context.call and programs[context.call.path].forward.random:
         context.share_random()
     for i, frame in enumerate(frames):
         # One that ends is still to be popped.

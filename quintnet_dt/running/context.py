@@ -3,6 +3,7 @@ arguments."""
 
 import copy
 import weakref
+from collections.abc import Collection, Iterable
 from functools import partial
 from typing import Any
 
@@ -10,13 +11,17 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from ..agreement import share_random_state
-from ..axes.action import TO_DTENSOR
-from ..groups import SimulatedGroup, group_of
+from ..axes.action import TO_DTENSOR, Action
+from ..axes.split import Split
+from ..groups import Group, SimulatedGroup, group_of
+from ..keys import ArgPath
 from ..private import at_end_of_backward, compiling
 from ..tracing.user_hooks import user_hooks_of_all
 from ..utils import lookup, quiet, replace
 from .actions import ACTIONS
-from .record import Running, UserCall
+from .program import Actions, Programs
+from .record import Past, Running, UserCall
+from .structure import Structures
 
 AGAIN = (
     "the model was changed since (adapters added or merged?); call"
@@ -40,10 +45,10 @@ class Context:
         # forward.
         self.recomputing = False
         self.weights: Any = None  # Weights
-        self.structures: Any = None  # Structures
+        self.structures: Structures | None = None
         self.paths: Any = None  # Paths
         self.call: UserCall | None = None  # that the user made, while it runs
-        self.log: list = []  # what it has done so far: Started, Called, Ended
+        self.log: list[Past] = []  # what it has done so far: Started, Called, Ended
         self.forward = object()  # the one that runs
         # Weak references to the tensors that keep what an action made of them in it.
         self.holders: list = []
@@ -57,37 +62,37 @@ class Context:
         self.running: list[Running] = []  # a Running of each module, one in the other
 
     @property
-    def group(self) -> Any:
+    def group(self) -> Group:
         if self._group is None:
             self._group = group_of(self.mesh)
         return self._group
 
     @property
-    def programs(self) -> Any:
+    def programs(self) -> Programs:
         return self._programs
 
     @programs.setter
-    def programs(self, programs: Any) -> None:
+    def programs(self, programs: Programs) -> None:
         if programs is not self._programs:
             self._programs = programs
             for hooks in self.hooks:
                 hooks.take(programs)
 
-    def resume(self, programs: Any) -> None:
+    def resume(self, programs: Programs) -> None:
         """A backward has begun, of a forward that ran by these programs."""
         self.programs = programs
         if not self.recomputing:
             self.recomputing = True
             at_end_of_backward(partial(setattr, self, "recomputing", False))
 
-    def __deepcopy__(self, memo: Any) -> Any:
+    def __deepcopy__(self, memo: dict) -> "Context":
         new = Context(self.mesh, self._group)
         new._programs, new.paths = self._programs, self.paths and self.paths.apart()
         new.structures = copy.deepcopy(self.structures)
         new.hooks_of_all = self.hooks_of_all
         return new  # without `weights`: a copy's own are not looked at
 
-    def __getstate__(self) -> Any:
+    def __getstate__(self) -> dict:
         return {
             **vars(self),
             "_group": None,
@@ -125,7 +130,7 @@ class Context:
             share_random_state(self.mesh)
         self.random_is_shared = True
 
-    def act(self, actions: Any, x: torch.Tensor) -> Any:
+    def act(self, actions: Iterable[Action], x: torch.Tensor) -> torch.Tensor:
         """Apply actions to a tensor."""
         with quiet():
             for a in actions:
@@ -135,7 +140,7 @@ class Context:
                     x = ACTIONS[a.kind](x, a.split, self.group)
         return x
 
-    def to_dtensor(self, x: torch.Tensor, split: Any) -> Any:
+    def to_dtensor(self, x: torch.Tensor, split: Split) -> torch.Tensor:
         """A DTensor of which `x` is this rank's part."""
         if isinstance(self.group, SimulatedGroup):
             return x
@@ -149,7 +154,13 @@ class Context:
         placements = [split.placement()]
         return DTensor.from_local(x, self.mesh, placements, run_check=False, **whole)
 
-    def apply(self, obj: Any, at: Any, fixed: Any = (), depth: Any = -1) -> Any:
+    def apply(
+        self,
+        obj: Any,
+        at: dict[ArgPath, Actions],
+        fixed: Collection[ArgPath] = (),
+        depth: int = -1,
+    ) -> Any:
         """Apply `at[path]` to the tensor at each path of a nested argument. A tensor
         that several calls of one forward read is communicated once, unless it changes.
         Whether it does is asked of its version; where none is kept (inference mode,
@@ -181,7 +192,7 @@ class Context:
                     changes[path] = self.remembered(actions, x)
             return replace(obj, changes)
 
-    def remembered(self, actions: Any, x: torch.Tensor) -> Any:
+    def remembered(self, actions: Actions, x: torch.Tensor) -> torch.Tensor:
         """The actions on a tensor, done once in a forward while it does not change. The
         result is kept with the tensor, so that it lives no longer."""
         version = 0 if x.is_inference() else x._version
@@ -205,7 +216,9 @@ class Context:
                 vars(x).pop("_tp_kept", None)
         self.holders.clear()
 
-    def once(self, actions: Any, x: torch.Tensor, kept: Any) -> Any:
+    def once(
+        self, actions: Actions, x: torch.Tensor, kept: list | None
+    ) -> torch.Tensor:
         """The actions on a tensor, done once for those that read it in one compiled
         forward."""
         if kept is None:

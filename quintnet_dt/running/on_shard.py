@@ -5,16 +5,18 @@ from typing import Any, Callable
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from .. import comm_ops
 from ..axes.action import SPLIT, Action, OnShard
 from ..groups import group_rank, group_size
+from .context import Context
 
 
 def on_shard(
-    context: Any,
+    context: Context,
     action: OnShard,
-    func: Any,
+    func: Callable,
     args: tuple,
     kwargs: dict,
     order: tuple[int, ...] | None = None,
@@ -27,14 +29,14 @@ def on_shard(
 
 
 def _drop_out(
-    context: Any,
+    context: Context,
     action: OnShard,
     order: tuple[int, ...] | None,
-    func: Any,
-    x: torch.Tensor,
+    func: Callable,
+    x: Tensor,
     *rest: Any,
     **kwargs: Any,
-) -> Any:
+) -> Tensor:
     """This rank's part of the whole tensor's mask: results and random states are those
     of the whole model."""
     with torch.no_grad():
@@ -57,7 +59,7 @@ def _drop_out(
     return x.mul_(mask) if inplace else x * mask
 
 
-def _mine(context: Any, action: OnShard, ids: Any) -> Any:
+def _mine(context: Context, action: OnShard, ids: Tensor) -> tuple[Tensor, Tensor, int]:
     """Which of the ids in [0, action.split.units) are elsewhere, and this rank's
     counted from its first (others are 0)."""
     sizes = action.split.sizes(group_size(context.group))
@@ -68,15 +70,15 @@ def _mine(context: Any, action: OnShard, ids: Any) -> Any:
 
 
 def _look_up(
-    context: Any,
+    context: Context,
     action: OnShard,
-    func: Any,
-    input: Any,
-    weight: Any,
-    padding_idx: Any = None,
+    func: Callable,
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
     *args: Any,
     **kwargs: Any,
-) -> Any:
+) -> Tensor:
     """An embedding of which this rank has some rows: zeros for the others, so that the
     ranks' results sum to the whole.
 
@@ -97,18 +99,18 @@ def _look_up(
 
 
 def _cross_entropy(
-    context: Any,
+    context: Context,
     action: OnShard,
-    func: Any,
-    input: Any,
-    target: Any,
-    weight: Any = None,
-    size_average: Any = None,
-    ignore_index: Any = -100,
-    reduce: Any = None,
-    reduction: Any = "mean",
-    label_smoothing: Any = 0.0,
-) -> Any:
+    func: Callable,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
     """The cross entropy of logits of which this rank has some classes (Megatron-LM,
     arXiv 1909.08053, section 3): the ranks exchange a maximum, a sum of exponentials
     and the target's logit for each row, and not the logits.

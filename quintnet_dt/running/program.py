@@ -116,5 +116,7 @@ class Program:
         return True
 
 
+Programs: TypeAlias = dict[ModulePath, Program]  # of the modules of a model
+
 # That of a module that no traced forward reached: its calls are its callers'.
 NOTHING = Program(aside=True)
