@@ -182,7 +182,7 @@ def check_claim(node, axes, axis, env, outs):
     at_of = {v.id: axis.find(axes, v) for v in node.inputs}
     if NotSplit.IN_PART in at_of.values():
         return 0  # a part of the axis, or the axis twice: never sharded
-    if any(effect.whole.get(i, set()) & mine for i, at in at_of.items() if at):
+    if any(effect.unsharded.get(i, set()) & mine for i, at in at_of.items() if at):
         return 0
     hit = effect.contract & mine
     out_at = [axis.find(axes, v) for v in node.outputs]

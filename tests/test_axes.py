@@ -364,7 +364,9 @@ def test_an_operator_without_a_rule_needs_everything_whole():
     graph, axes = axes_of(Unknown(), torch.randn(2, 4))
     (node,) = [n for c in graph.calls for n in c.nodes if "inv" in n.op._schema.name]
     v = node.inputs[0]
-    assert axes.effect(node).whole[v.id] == {f for dim in axes.final(v) for f in dim}
+    assert axes.effect(node).unsharded[v.id] == {
+        f for dim in axes.final(v) for f in dim
+    }
 
 
 def test_rows_of_a_table_that_are_a_part_of_its_dim_are_not_looked_up_as_if_they_were_all():

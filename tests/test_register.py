@@ -245,7 +245,7 @@ def test_an_operator_by_any_of_its_handles(by):
 def test_a_rule_is_a_function_too():
     def heads(node, axes):
         x, y = node.inputs[0], node.outputs[0]
-        axes.whole(node, x, axes.dims(x)[-1])
+        axes.unsharded(node, x, axes.dims(x)[-1])
         axes.set(y, [*axes.dims(x)[:-1], axes.dims(y)[-1]])
 
     for name in ("swish", "linear"):

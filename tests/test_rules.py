@@ -72,7 +72,7 @@ def test_noise_is_never_drawn_a_shard_at_a_time(noise):
     ]
     for node in nodes:
         for v in node.inputs:
-            assert axes.effect(node).whole.get(v.id, set()) >= {
+            assert axes.effect(node).unsharded.get(v.id, set()) >= {
                 f for d in axes.final(v) for f in d
             }, node.op
     assert nodes

@@ -15,17 +15,19 @@ class Effect:
 
     # summed over: the output is Partial
     contract: set[Factor] = field(default_factory=set)
-    # of each input, needed whole
-    whole: dict[ValueId, set[Factor]] = field(default_factory=dict)
+    # of each input, needed unsharded
+    unsharded: dict[ValueId, set[Factor]] = field(default_factory=dict)
     bias: ValueId | None = None  # an addend that is to be added once
     lookup: bool = False  # the contraction is a lookup of rows by index
     mean: bool = False  # the contraction is a mean
 
     def of_leaves(self) -> "Effect":
         """The same, of the leaves that the factors have become."""
-        whole = {value: set(flat(factors)) for value, factors in self.whole.items()}
+        unsharded = {
+            value: set(flat(factors)) for value, factors in self.unsharded.items()
+        }
         return Effect(
-            set(flat(self.contract)), whole, self.bias, self.lookup, self.mean
+            set(flat(self.contract)), unsharded, self.bias, self.lookup, self.mean
         )
 
 
@@ -55,9 +57,9 @@ class Findings:
         else:
             self._dims[value.id] = [list(d) for d in dims]
 
-    def whole(self, node: Node, value: Value, factors: Iterable[Factor]) -> None:
-        """A node needs these factors of an input whole."""
-        self.effects[id(node)].whole.setdefault(value.id, set()).update(factors)
+    def unsharded(self, node: Node, value: Value, factors: Iterable[Factor]) -> None:
+        """A node needs these factors of an input unsharded."""
+        self.effects[id(node)].unsharded.setdefault(value.id, set()).update(factors)
 
     def contract(self, node: Node, factors: Iterable[Factor]) -> None:
         """A node sums over these factors."""

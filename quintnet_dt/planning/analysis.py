@@ -150,7 +150,7 @@ class Analysis:
         for i in operands:
             if (
                 self.states.get(i) is self.axis
-                and effect.whole.get(i, set()) & self.factors
+                and effect.unsharded.get(i, set()) & self.factors
             ):
                 raise Refused(f"{name} needs the whole dim")
         summed = self.sums_over_axis(name, effect)

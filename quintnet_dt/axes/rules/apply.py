@@ -44,7 +44,7 @@ def _apply(line: Line, node: Node, axes: Findings) -> None:
             unify(found, _bind(dim, length(found), factors))
             for name in dim:
                 if name.mark == WHOLE:
-                    axes.whole(node, value, factors[name.text])
+                    axes.unsharded(node, value, factors[name.text])
     kept = {name.text for name in names_in(line.outputs)}
     for name in names_in(line.inputs):
         effect.lookup |= name.mark == LOOKED_UP
@@ -108,9 +108,9 @@ def _bind(dim: Dim, n: int, factors: Factors) -> list[Factor]:
         for name in names
         if name not in factors or may_broadcast and not factors[name]
     ]
-    known = prod(length(factors[name]) for name in names if name not in new)
+    given = prod(length(factors[name]) for name in names if name not in new)
     for name in new:
-        factors[name] = fresh(n // max(known, 1))
+        factors[name] = fresh(n // max(given, 1))
     found = every(factors[name] for name in names)
     if len(names) > 1 and length(found) != n:
         lengths = " x ".join(str(length(factors[name])) for name in names)

@@ -17,7 +17,7 @@ def index(node: Node, axes: Findings) -> None:
         return unknown(node, axes)
     dims = axes.dims(value)
     for k in indices:
-        axes.whole(node, value, dims[k])
+        axes.unsharded(node, value, dims[k])
     # The dims of the indices, which broadcast, take the place of the indexed ones; they
     # come first where those are not adjacent.
     first = min(indices)
@@ -49,7 +49,7 @@ def along(node: Node, axes: Findings) -> None:
             if v in alike and passing[i]:
                 unify(dims[i], found)
             else:
-                axes.whole(node, v, found)
+                axes.unsharded(node, v, found)
     if all(v in alike or len(v.shape) == 1 for v in node.inputs):
         axes.set(
             out, [d if p else fresh(n) for d, p, n in zip(dims, passing, out.shape)]

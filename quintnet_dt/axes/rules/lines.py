@@ -78,7 +78,7 @@ def _attention(line: str) -> Rule:
             return unknown(node, axes)
         if arg(node, "is_causal"):
             queries = node.inputs[0]
-            axes.whole(node, queries, axes.dims(queries)[2])
+            axes.unsharded(node, queries, axes.dims(queries)[2])
         as_the_line_says(node, axes)
 
     return apply

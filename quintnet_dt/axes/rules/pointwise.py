@@ -43,7 +43,7 @@ def glu(node: Node, axes: Findings) -> None:
     half, c = fresh(2), fresh(out.shape[dim])
     dims = list(axes.dims(value))
     unify(dims[dim], half + c)
-    axes.whole(node, value, half)
+    axes.unsharded(node, value, half)
     dims[dim] = c
     axes.set(out, dims)
 
@@ -69,7 +69,7 @@ def flex_attention(node: Node, axes: Findings) -> None:
         dims = list(axes.dims(v))
         if v.id in qkv:
             unify(heads, dims.pop(1))
-        axes.whole(node, v, every(dims))
+        axes.unsharded(node, v, every(dims))
     for out in node.outputs:
         dims = [fresh(n) for n in out.shape]
         dims[1] = heads

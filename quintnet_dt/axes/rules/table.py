@@ -3,7 +3,7 @@ a node.
 
 A rule is a function (node, axes) that sets the dims of the node's outputs (`axes.set`),
 and says which factors of its inputs the operator sums over (`axes.contract`) or needs
-whole (`axes.whole`). An operator without a rule is assumed to need every dim whole,
+whole (`axes.unsharded`). An operator without a rule is assumed to need every dim whole,
 which is always right, never fast.
 """
 
@@ -33,10 +33,10 @@ def rule(names: str) -> Callable[[Rule], Rule]:
 def unknown(node: Node, axes: Findings) -> None:
     """Everything is needed whole."""
     for v in node.inputs:
-        axes.whole(node, v, every(axes.dims(v)))
+        axes.unsharded(node, v, every(axes.dims(v)))
     for v in node.outputs:
         if v.id in node.mutated or any(v is x for x in node.inputs):
-            axes.whole(node, v, every(axes.dims(v)))
+            axes.unsharded(node, v, every(axes.dims(v)))
 
 
 def every(dims: Iterable[list[Factor]]) -> list[Factor]:
@@ -105,9 +105,9 @@ def pass_but(node: Node, axes: Findings, dims: list[int]) -> None:
     dims."""
     value, *others = node.inputs
     for v in others:
-        axes.whole(node, v, every(axes.dims(v)))
+        axes.unsharded(node, v, every(axes.dims(v)))
     for i in dims:
-        axes.whole(node, value, axes.dims(value)[i])
+        axes.unsharded(node, value, axes.dims(value)[i])
     before = list(enumerate(axes.dims(value)))
     passing = [(i, d) for i, d in before if i not in dims]
     for out in node.outputs:

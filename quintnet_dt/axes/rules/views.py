@@ -92,12 +92,12 @@ def _set_parts(
         taken = take(cut, value.shape[dim] // equal)
         if taken is not None:
             parts, shared = taken
-            axes.whole(node, value, parts)
+            axes.unsharded(node, value, parts)
     for out in outs:
         size = out.shape[dim]
         part = piece(cut, start, size) if shared is None else shared
         if part is None or size == 0:
-            axes.whole(node, value, cut)
+            axes.unsharded(node, value, cut)
             part = fresh(size)
         dims[dim] = part
         axes.set(out, dims)
@@ -140,7 +140,7 @@ def cat(node: Node, axes: Findings) -> None:
     dims = aligned(axes, tensors, out.shape)
     dims[dim] = fresh(out.shape[dim])
     for v in tensors:
-        axes.whole(node, v, axes.dims(v)[dim])
+        axes.unsharded(node, v, axes.dims(v)[dim])
     axes.set(out, dims)
 
 
