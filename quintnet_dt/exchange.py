@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .axes.split import Segment, Split
-from .groups import Group, SimulatedGroup, Units, chunk_sizes, group_rank, group_size
+from .groups import Group, SimulatedGroup, chunk_sizes, group_rank, group_size
 from .private import constant
 
 
@@ -36,9 +36,24 @@ def exchange(x: Tensor, split: Split, group: Group) -> Tensor:
         segments = tuple(
             (index(outer), index(inner)) for outer, inner in split.segments
         )
-        units = Units(index(split.units), split.balanced)
-        route = _route(segments, units, group_rank(group), n, x.device)
+        units, rank = index(split.units), group_rank(group)
+        route = _route(segments, units, split.balanced, rank, n, x.device)
     return Exchange.apply(x, dim, group, route, False)
+
+
+@lru_cache
+def most_sent(split: Split, n: int, back: bool) -> int:
+    """How many rows of a split's dim the rank that sends most sends in an exchange; and
+    `back`, those that have come, in the backward."""
+    sizes, sent = chunk_sizes(split.length, n), []
+    for rank in range(n):
+        first = sum(sizes[:rank])
+        last = first + sizes[rank]
+        ranges = split.ranges(rank, n)
+        used = sum(length for _, length in ranges)
+        stay = sum(max(0, min(s + k, last) - max(s, first)) for s, k in ranges)
+        sent.append(sizes[rank] - stay + (used - stay) * back)
+    return max(sent)
 
 
 class Route(NamedTuple):
@@ -59,12 +74,17 @@ def _route(*key) -> Route:
 @lru_cache
 @torch.inference_mode(False)
 def _route_of(
-    segments: tuple, units: Units, rank: int, n: int, device: torch.device
+    segments: tuple,
+    units: int,
+    balanced: bool,
+    rank: int,
+    n: int,
+    device: torch.device,
 ) -> Route:
     """The Route of a dim that is shared by a Split of these segments and units. Worked
     out once, and not at each step."""
     parts = tuple(Segment(*segment) for segment in segments)
-    split = Split(0, units.count, parts, units.balanced)
+    split = Split(0, units, parts, balanced)
     sizes = chunk_sizes(split.length, n)
     positions = [_positions(split, r, n) for r in range(n)]
     # who stores each

@@ -1,6 +1,7 @@
 """Making a plan: a forward of the model is traced, what to shard is chosen, and the
 choice is proven to compute what the whole model does."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -155,18 +156,36 @@ def _user_dims(
 
 def _trace(model: nn.Module, example_inputs: Any, device: torch.device) -> _Forward:
     """A forward on the user's inputs, or on the first that were made up and fit."""
-    given = None if example_inputs is None else [inputs.check(example_inputs)]
     failed: Exception | None = None
-    for args, kwargs in given or inputs.made_up(model, device):
+    for args, kwargs, most_calls in _tries(model, example_inputs, device):
         try:
-            return _Forward(trace(model, args, kwargs, device=device), args, kwargs)
+            graph = trace(model, args, kwargs, device=device, most_calls=most_calls)
+            return _Forward(graph, args, kwargs)
         except (StrayParameter, SplitWithin):
             raise
         except Exception as e:
-            if given and not isinstance(e, UnknownValues):
+            if example_inputs is not None and not isinstance(e, UnknownValues):
                 raise
-            failed = failed or e
+            if most_calls is None:
+                failed = failed or e
     raise _Untraced(why_blind(failed)) from failed
+
+
+def _tries(
+    model: nn.Module, example_inputs: Any, device: torch.device
+) -> Iterator[tuple[tuple, dict, int | None]]:
+    """What to trace a forward on, (args, kwargs), and with how many calls at most: the
+    user's inputs; else of a training step's size, but not through a loop over tokens;
+    else small ones."""
+    if example_inputs is not None:
+        yield *inputs.check(example_inputs), None
+        return
+    # a few calls a module, and what lies around them
+    quick = 2000 + 20 * sum(1 for _ in model.modules())
+    for args, kwargs in inputs.made_up(model, device, real_size=True):
+        yield args, kwargs, quick
+    for args, kwargs in inputs.made_up(model, device):
+        yield args, kwargs, None
 
 
 def check_model(model: nn.Module) -> None:

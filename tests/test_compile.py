@@ -85,8 +85,10 @@ def test_blocks_share_one_graph_each(build, labels):
         backend = Counted("aot_eager")
         for block in blocks(sharded):
             block.compile(fullgraph=True, backend=backend)
+        # transformers' own loss is in float32, here of classes on both ranks
+        tol = 1e-6 if labels else 1e-9
         for length in (8, 12, 15, 8):
-            compare(sharded, sharded, whole, given(length, labels))
+            compare(sharded, sharded, whole, given(length, labels), tol=tol)
         assert (
             backend.graphs <= 4
         ), (

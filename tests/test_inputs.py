@@ -183,3 +183,42 @@ def test_a_model_that_nothing_fits_is_planned_with_a_warning():
     with pytest.warns(UserWarning, match="example_inputs"):
         plan = plan_tensor_parallel(Odd(), 2)
     assert "example_inputs" in plan.note and plan["layer.weight"].dim is not None
+
+
+@pytest.mark.parametrize("longest, length", [(None, 1024), (512, 508), (4096, 1024)])
+def test_inputs_of_a_training_steps_size(longest, length):
+    """2,048 tokens, or as many as the model's config says that it takes."""
+    model = Model(nn.Embedding(10, 4))
+    if longest:
+        model.config = SimpleNamespace(n_positions=longest)
+    plan = plan_tensor_parallel(model, 2)
+    assert plan.cost.inputs == f"2 x {length} int64"
+
+
+def test_an_image_of_a_training_steps_size():
+    plan = plan_tensor_parallel(Model(nn.Conv2d(3, 4, 3)), 2)
+    assert plan.cost.inputs == "2 x 3 x 224 x 224 float32"
+
+
+class Loops(nn.Module):
+    """A recurrence over tokens in Python."""
+
+    def __init__(self, reads=False):
+        super().__init__()
+        self.emb, self.cell = nn.Embedding(10, 8), nn.Linear(8, 8)
+        self.reads = reads
+
+    def forward(self, x):
+        state, steps = 0.0, []
+        for token in self.emb(x).unbind(1):
+            state = torch.tanh(self.cell(token) + state)
+            if not self.reads or state.sum() != 0:
+                steps.append(state)
+        return torch.stack(steps, 1)
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_short_ones_where_a_forward_loops_over_tokens_or_reads_values(reads):
+    """It would be traced call by call, or run on the weights themselves."""
+    plan = plan_tensor_parallel(Loops(reads), 2)
+    assert plan.cost.inputs == "2 x 16 int64"

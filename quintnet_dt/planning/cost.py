@@ -25,6 +25,7 @@ from ..axes.action import (
 from ..axes.split import Split
 from ..costs import Cost
 from ..devices import DeviceSpec
+from ..exchange import most_sent
 from ..keys import CallIndex, ValueId
 from ..tracing.graph import Graph, Value
 from .layout import Layout
@@ -147,7 +148,12 @@ def _action_bytes(value: Value, action: Action, work: Work) -> float:
     n = work.n
     share = work.nbytes(value) * (n - 1) / n
     if action.kind == EXCHANGE:
-        return share * (2 if value.differentiable else 1) / n
+        split = action.split
+        rows = most_sent(split, n, value.differentiable)
+        return work.nbytes(value) * rows / split.length
+    if action.kind in (GATHER, SPLIT) and action.split.units:
+        # parts are filled up to the longest
+        share *= n * action.split.sizes(n)[0] / action.split.units
     if action.kind in _BACKWARD:
         return share * _BACKWARD[action.kind] if value.differentiable else 0
     return share * _FORWARD[action.kind]

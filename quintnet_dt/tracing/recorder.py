@@ -26,11 +26,17 @@ from .reading import ValueReader
 from .user_hooks import passed, put_last, user_hooks, user_hooks_of_all
 
 
-class Recorder(ValueReader):
-    """Builds a Graph. Subclasses watch or steer single calls through `run_call`."""
+class TooManyCalls(RuntimeError):
+    """A forward that is traced only if that is quick is not."""
 
-    def __init__(self):
+
+class Recorder(ValueReader):
+    """Builds a Graph. Subclasses watch or steer single calls through `run_call`.
+    `most_calls`: how many there may be."""
+
+    def __init__(self, most_calls=None):
         super().__init__()
+        self.most_calls = most_calls
         self._values = {}  # id(tensor) -> its present Value
         self._stack = []  # module calls that are running
 
@@ -141,6 +147,8 @@ class Recorder(ValueReader):
         inputs = self.values((args, kwargs))
         given = replace((args, kwargs), inputs)
         run, index = self._stack[-1], len(self.graph.calls)
+        if self.most_calls is not None and index > self.most_calls:
+            raise TooManyCalls(f"expected at most {self.most_calls} calls")
         call = Call(index, func, name, run, given, inputs, source=source_line())
         custom, call.checkpoints = callers()
         if custom or hides_gradients(name, func) or transform() is not None:

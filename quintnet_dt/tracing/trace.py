@@ -35,7 +35,7 @@ from .escapes import let_go
 from .fakes import fake_inputs, real_inputs
 from .ghost import SplitWithin, StrayParameter, ghost
 from .higher import higher_order
-from .recorder import Recorder
+from .recorder import Recorder, TooManyCalls
 
 
 class UnknownValues(RuntimeError):
@@ -49,13 +49,15 @@ class UnknownValues(RuntimeError):
         )
 
 
-def trace(model, args=(), kwargs=None, *, device=None, any_rank=bool):
+def trace(model, args=(), kwargs=None, *, device=None, any_rank=bool, most_calls=None):
     """Run the model's forward once on a ghost and record it.
 
     Args: model, whole (its parameters have their whole shapes); `args`, `kwargs`:
     example inputs; `device`: where a model on the meta device is imagined to be;
     `any_rank`: of a model that is split, tells whether what is so here is so on any
-    rank, since real parameters are gathered by all ranks or none. Returns: Graph.
+    rank, since real parameters are gathered by all ranks or none; `most_calls`: raise
+    TooManyCalls where there are more, or where it must run on the parameters themselves.
+    Returns: Graph.
 
     What a forward reads of values that follow from its inputs alone (is there padding?)
     is known. One that reads values which depend on parameters (which expert is hit?),
@@ -63,7 +65,9 @@ def trace(model, args=(), kwargs=None, *, device=None, any_rank=bool):
     """
     kwargs = kwargs or {}
     # the copies, so that what they keep is found
-    graph, *alive = _on_fakes(model, args, kwargs, device)
+    graph, *alive = _on_fakes(model, args, kwargs, device, most_calls)
+    if graph is None and most_calls is not None:
+        raise TooManyCalls("it must run on the parameters themselves")
     if any_rank(graph is None):
         alive = ghost(model, device=device), real_inputs(args, kwargs)
         graph = record(alive[0], *alive[1])
@@ -75,10 +79,11 @@ def trace(model, args=(), kwargs=None, *, device=None, any_rank=bool):
     return graph
 
 
-def _on_fakes(model, args, kwargs, device):
+def _on_fakes(model, args, kwargs, device, most_calls):
     """The Graph of a forward on fake tensors, and the copies that it ran on; None where
     it must run on real ones."""
-    fake_mode, recorder = FakeTensorMode(allow_non_fake_inputs=True), Recorder()
+    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+    recorder = Recorder(most_calls)
     compiles = "torch._dynamo" in sys.modules
     try:
         copied = ghost(model, fake_mode, device=device)
@@ -88,7 +93,7 @@ def _on_fakes(model, args, kwargs, device):
             copied,
             fakes,
         )
-    except (StrayParameter, SplitWithin):
+    except (StrayParameter, SplitWithin, TooManyCalls):
         raise
     except Exception as e:
         on_meta = any(p.device.type == "meta" for p in parameters(model))
@@ -102,7 +107,9 @@ def _on_fakes(model, args, kwargs, device):
             raise UnknownValues(recorder.asked) from e
         if not again and (on_meta or shards):
             raise
-    return _on_fakes(model, args, kwargs, device) if again else (None, None, None)
+    if not again:
+        return None, None, None
+    return _on_fakes(model, args, kwargs, device, most_calls)
 
 
 def _check_hooks(model, graph):
