@@ -98,7 +98,9 @@ def test_axes_run_through(name):
             }
             for m in local
         }
-        assert how == dict.fromkeys(local, {"local"}), plan
+        # where two axes meet, one of the layers' results are completed at once
+        assert all(x <= {"local", "gathered"} for x in how.values()), plan
+        assert {"local"} in how.values(), plan
 
 
 @contextlib.contextmanager

@@ -133,18 +133,43 @@ def test_logits_stay_sharded(n):
     run_ranks(ranks, n)
 
 
-@pytest.mark.parametrize(
-    "options", [dict(weight=torch.rand(VOCABULARY).double()), dict(size=47)]
-)
-def test_what_the_shards_cannot_do_is_gathered(options):
-    """Class weights; a vocabulary that the ranks do not divide."""
+@pytest.mark.parametrize("n", [2, 4])
+def test_an_odd_vocabulary(n):
+    """Logits of which the ranks have unequal parts, inside and outside."""
 
     def ranks(rank):
-        whole = make(lambda: Labels(**options))
+        whole = make(lambda: Labels(47))
         sharded = apply_tensor_parallel(
-            copy.deepcopy(whole), 2, plan=wide(2), loss_parallel="size" in options
+            copy.deepcopy(whole), n, plan=wide(n), loss_parallel=True
         )
-        ids, labels = batch(options.get("size", VOCABULARY))
+        ids, labels = batch(47)
+        found, expected = sharded(ids, labels), whole(ids, labels)
+        assert found["logits"].placements == (Shard(2),)
+        close(found["loss"], expected["loss"], "loss")
+        close(found["logits"].full_tensor(), expected["logits"], "logits")
+        found["loss"].backward(), expected["loss"].backward()
+        same_grads(sharded, whole)
+        sharded.zero_grad(), whole.zero_grad()
+        with loss_parallel():
+            logits = sharded(ids)["logits"].flatten(0, 1)
+            loss = F.cross_entropy(logits, labels.flatten())
+            loss.backward()
+        again = F.cross_entropy(whole(ids)["logits"].flatten(0, 1), labels.flatten())
+        again.backward()
+        close(loss.full_tensor(), again, "loss")
+        same_grads(sharded, whole)
+
+    run_ranks(ranks, n)
+
+
+def test_what_the_shards_cannot_do_is_gathered():
+    """Class weights."""
+    weights = torch.rand(VOCABULARY).double()
+
+    def ranks(rank):
+        whole = make(lambda: Labels(weight=weights))
+        sharded = apply_tensor_parallel(copy.deepcopy(whole), 2, plan=wide(2))
+        ids, labels = batch()
         found, expected = sharded(ids, labels), whole(ids, labels)
         same_output(found, expected)
         found["loss"].backward(), expected["loss"].backward()

@@ -57,12 +57,17 @@ class Alone:
             self._best[name] = best
         return self._best[name]
 
+    def gathered(self, name: ParamName, dim: int) -> Way:
+        """To split a weight on one dim, and to gather it before its use."""
+        v = self.task.params[name]
+        return Way(dim, lone_axis(v.shape[dim]), change_by_gather(v, self.task.work))
+
     def way(self, name: ParamName, dim: int, taken: Container[ParamName]) -> Way:
         """To split a weight on one dim: computing on shards where that can be laid out
         and takes less, else gathered."""
         task, v = self.task, self.task.params[name]
         calls = task.users.get(name, [])
-        gathered = Way(dim, lone_axis(v.shape[dim]), change_by_gather(v, task.work))
+        gathered = self.gathered(name, dim)
         if not calls or sum(len(call.inputs) for call in calls) > CROWDED:
             return gathered
         axis = own_axis(task.graph, name, dim)

@@ -10,7 +10,7 @@ for the whole dim are translated.
 from dataclasses import dataclass
 from typing import Any
 
-from ..axes.split import Range, joined
+from ..axes.split import Range, Split, joined
 from ..groups import SimulatedGroup, Units, part_of
 from ..running.program import Bound
 from ..utils import leaves
@@ -140,8 +140,12 @@ def _own_parts(
         return False
     for out, theirs, mine in zip(node.outputs, whole.parts, local.parts):
         out_at = axis.find(axes, out)
-        if theirs.step != 1 or mine.step != 1 or not out_at or out_at.dim != at.dim:
+        if mine.step != theirs.step or not out_at or out_at.dim != at.dim:
             return False
+        if theirs.step != 1:
+            if not _one_of_each(theirs, mine, at, out_at, group):
+                return False
+            continue
         for rank in alike:
             wanted = [
                 Range(theirs.start + start, length)
@@ -150,6 +154,25 @@ def _own_parts(
             if _taken(joined(at.ranges(rank, n)), mine) != wanted:
                 return False
     return True
+
+
+def _one_of_each(
+    whole: Part, local: Part, at: Split, out_at: Split, group: SimulatedGroup
+) -> bool:
+    """Whether a part that is one of every `step` elements is so of a shard too, whose
+    ranges are of whole steps."""
+    step, n = whole.step, group.size
+    if whole.start >= step or local.start != whole.start:
+        return False
+    for rank in range(n):
+        ranges = joined(at.ranges(rank, n))
+        if any(start % step or length % step for start, length in ranges):
+            return False
+        steps = [Range(start // step, length // step) for start, length in ranges]
+        if steps != joined(out_at.ranges(rank, n)):
+            return False
+    mine = sum(length for _, length in at.ranges(group.rank, n))
+    return local.length * step == mine
 
 
 def _taken(ranges: Any, part: Any) -> Any:

@@ -80,6 +80,9 @@ class Planner:
             why = "its axis runs through a module whose forward reads values"
             task.note(candidate.params, why)
             return False
+        if decided := self.decided_by_user(candidate):
+            task.note(candidate.params, f"{decided} is split otherwise by the user")
+            return False
         try:
             layout = self.lay_out(candidate)
         except LayoutError as e:
@@ -91,6 +94,18 @@ class Planner:
             return False
         candidate.seconds = change_by(task.graph, layout, task.work).seconds
         return True
+
+    def decided_by_user(self, candidate: Candidate) -> ParamName | None:
+        """A weight that the user has split on another dim, in a call that the axis runs
+        through: that call computes by the user's placement."""
+        for name, dim in self.task.user_dims.items():
+            if dim is None or name in candidate.params or name not in self.task.params:
+                continue
+            calls = {call.index for call in self.task.users.get(name, ())}
+            splits_it = candidate.axis.find(self.task.axes, self.task.params[name])
+            if splits_it and not candidate.indices.isdisjoint(calls):
+                return name
+        return None
 
     def lay_out(self, candidate: Candidate) -> Layout:
         """The layout of a candidate alone. Weights that a call needs whole are left out
@@ -140,7 +155,9 @@ class Planner:
             if busy and not way.gathered and len(task.params[name].shape) == 1:
                 # A row-parallel layer's bias: split, it would break the axis that runs
                 # there.
-                continue
+                if name not in task.user_dims:
+                    continue
+                way = self.alone.gathered(name, way.dim)
             sharding.params.update(way.params(name))
             if way.gathered:
                 task.why[name] = way.why

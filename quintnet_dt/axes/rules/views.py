@@ -104,6 +104,20 @@ def _set_parts(
         start += size
 
 
+def _set_every(axes: Findings, node: Node, dim: int, start: int, step: int) -> None:
+    """An output that is one of every `step` elements of a dim: one of each of its
+    units."""
+    value, out = node.inputs[0], node.outputs[0]
+    dims = list(axes.dims(value))
+    of_each = start < step and out.shape[dim] * step == value.shape[dim]
+    taken = take(dims[dim], out.shape[dim]) if of_each else None
+    if taken is None:
+        return pass_but(node, axes, [dim])
+    dims[dim], within = taken
+    axes.unsharded(node, value, within)
+    axes.set(out, dims)
+
+
 @rule("slice")
 def slice_(node: Node, axes: Findings) -> None:
     value, out = node.inputs[0], node.outputs[0]
@@ -111,10 +125,12 @@ def slice_(node: Node, axes: Findings) -> None:
     size, length = value.shape[dim], out.shape[dim]
     if out.shape == value.shape:
         return axes.set(out, axes.dims(value))
-    if arg(node, "step") != 1 or length == 0:
-        return pass_but(node, axes, [dim])
-    start = arg(node, "start") or 0
+    start, step = arg(node, "start") or 0, arg(node, "step")
     start = max(start + size, 0) if start < 0 else start
+    if length == 0:
+        return pass_but(node, axes, [dim])
+    if step != 1:
+        return _set_every(axes, node, dim, start, step)
     all_equal = len(axes.sliced[value.id, dim]) == 1
     _set_parts(axes, node, dim, [out], start, length if all_equal else 0)
 
