@@ -1,5 +1,6 @@
 """Axes that the ranks do not divide: heads dealt out whole, odd vocabularies, fewer
-key-value heads than ranks; and parts of a dim that are one of every so many."""
+key-value heads than ranks; and parts of a dim that are one of every so many, or are
+written to."""
 
 import copy
 
@@ -63,6 +64,17 @@ def means(m, x):
     return m.out(h) * h.mean(-1, keepdim=True)
 
 
+def written(m, x):
+    """Keys of two parts, written into one tensor, as DeepSeek-V3's attention does."""
+    b, t, _ = x.shape
+    query, key = m.q(x).view(b, t, 12, 6), m.k(x).view(b, t, 12, 4)
+    shared = x[..., :2].unsqueeze(2).expand(-1, -1, key.shape[2], -1)
+    both = key.new_empty(*key.shape[:-1], 6)
+    both[..., :4].copy_(key)
+    both[..., 4:].copy_(shared)
+    return m.o((query * both).flatten(2))
+
+
 def dropped(m, x):
     return m.out(F.dropout(F.relu(m.inp(x)), 0.3))
 
@@ -80,6 +92,17 @@ CASES = {
             interleaved, lambda: {"inp": nn.Linear(D, 96), "out": nn.Linear(48, D)}
         ),
         local={"inp.weight": 0, "out.weight": 1},
+    ),
+    "writes into slices": dict(
+        build=model(
+            written,
+            lambda: {
+                "q": nn.Linear(D, 72),
+                "k": nn.Linear(D, 48),
+                "o": nn.Linear(72, D),
+            },
+        ),
+        local={"q.weight": 0, "k.weight": 0, "o.weight": 1},
     ),
     "means": dict(
         build=model(
@@ -102,6 +125,9 @@ TEXTS = {
     ),
     "odd vocabulary, tied": dict(
         build=lambda: llama(vocab_size=397, tie_word_embeddings=True)
+    ),
+    "padding in a vocabulary": dict(
+        build=lambda: llama(vocab_size=396, tie_word_embeddings=True, pad_token_id=390)
     ),
     "few key-value heads": dict(
         build=lambda: llama(**SMALL_HEADS), local={"q_proj.weight": 0}

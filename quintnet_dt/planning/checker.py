@@ -15,6 +15,7 @@ from ..keys import ArgPath
 from ..private import silent_fakes
 from ..running.call_program import resize
 from ..running.memory import dims_in_memory, laid_out
+from ..running.on_shard import without_padding
 from ..running.program import Bound
 from ..tracing.graph import Call, Graph, Value
 from ..tracing.hidden import UNSEEN
@@ -209,6 +210,8 @@ class Checker(Rerun):
     ) -> _Attempt:
         """Make a call."""
         self.cuts = []
+        if call.index in self.layout.instead and call.name == "embedding":
+            func = without_padding(func)
         wanted = f"expected shapes {list(expected.values())} on shards"
         try:
             with silent_fakes():

@@ -15,6 +15,7 @@ from .lay_out import lay_out
 from .layout import Layout
 from .search import best_set
 from .task import Task
+from .work import Scale
 
 # A call that reads so many times as many weights as an axis runs through is not split
 # along it.
@@ -56,12 +57,14 @@ class Planner:
             if self.saved(c) >= 0:
                 found.append(c)
             else:
-                why = (
-                    "sharded through the model, its axis would take"
-                    f" {-self.saved(c) * 1e3:.3g} ms more a step"
-                )
-                self.task.note(c.params, why)
+                self.task.note(c.params, self.why_not(c))
         return found
+
+    def why_not(self, candidate: Candidate) -> str:
+        longer = "sharded through the model, its axis would take longer"
+        if self.task.work.scale != Scale():
+            return longer  # the time of a larger model
+        return f"{longer}, {-self.saved(candidate) * 1e3:.3g} ms a step"
 
     def saved(self, candidate: Candidate) -> float:
         """Seconds that a candidate saves against its weights split alone."""

@@ -34,9 +34,10 @@ def conflicts(candidates: Sequence[Candidate]) -> list[set[int]]:
     is split once, and a call works on one axis."""
     at: dict[ParamName | CallIndex, list[int]] = {}
     for number, c in enumerate(candidates):
-        keys: list[ParamName | CallIndex] = [*c.params, *c.indices]
-        for key in keys:
-            at.setdefault(key, []).append(number)
+        for name in c.params:
+            at.setdefault(name, []).append(number)
+        for call in c.indices:
+            at.setdefault(call, []).append(number)
     near: list[set[int]] = [set() for _ in candidates]
     for numbers in {tuple(numbers) for numbers in at.values()}:
         for number in numbers:

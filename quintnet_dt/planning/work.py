@@ -6,7 +6,7 @@ tokens, or a small sibling of the model that is meant.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -97,19 +97,30 @@ class Work:
     def _scale_to_real(self) -> Scale:
         """From the products with weights: how many rows each weight is applied to in
         the mean, and how wide those are that most of the work is done with."""
-        flops = elements = widths = 0.0
-        for work in (work for works in self.nodes.values() for work in works):
-            if not work.flops:
-                continue
-            for weight in filter(self.of_weights, work.moved):
-                flops += work.flops
-                elements += weight.numel
-                experts = weight.shape[0] if len(weight.shape) == 3 else 1
-                widths += work.flops * sqrt(weight.numel / experts)
+        flops = 0.0
+        elements = 0
+        widths = 0.0
+        for work, weight in self._products_with_weights():
+            experts = weight.shape[0] if len(weight.shape) == 3 else 1
+            flops += work.flops
+            elements += weight.numel
+            widths += work.flops * sqrt(weight.numel / experts)
         if not flops or not elements:
             return Scale()
-        rows, width = flops / elements / 2, widths / flops
-        return Scale(max(1.0, REAL_ROWS / rows), max(1.0, REAL_WIDTH / width))
+        rows = flops / elements / 2
+        width = widths / flops
+        return Scale(
+            rows=max(1.0, REAL_ROWS / rows),
+            width=max(1.0, REAL_WIDTH / width),
+        )
+
+    def _products_with_weights(self) -> Iterator[tuple[NodeWork, Value]]:
+        for works in self.nodes.values():
+            for work in works:
+                if not work.flops:
+                    continue
+                for weight in filter(self.of_weights, work.moved):
+                    yield work, weight
 
     def nbytes(self, value: Value) -> float:
         """Bytes of a value at the size that is counted."""
@@ -120,26 +131,32 @@ class Work:
     def _order(self, value: Value) -> int:
         """How often a length of the inputs is in a value: twice in the scores of an
         attention."""
-        if value.id not in self.orders:
-            dims = self.axes.final(value)
-            found = Counter(f for dim in dims for f in dim if f in self._lengths)
-            self.orders[value.id] = max(found.values(), default=1)
+        if value.id in self.orders:
+            return self.orders[value.id]
+        found: Counter[Factor] = Counter()
+        for dim in self.axes.final(value):
+            found.update(f for f in dim if f in self._lengths)
+        self.orders[value.id] = max(found.values(), default=1)
         return self.orders[value.id]
-
-    @cached_property
-    def _lengths(self) -> set[Factor]:
-        """The factors of the inputs that no parameter has."""
-        given = self.graph.modules[0].inputs.values()
-        lengths = {f for v in given for dim in self.axes.final(v) for f in dim}
-        of_weights = self.graph.params.values()
-        return lengths - {
-            f for v in of_weights for dim in self.axes.final(v) for f in dim
-        }
 
     def of_weights(self, value: Value) -> bool:
         """Whether a value is made of parameters alone."""
         made_of = self.graph.made_of
         return value.id in made_of or value.memory.id in made_of
+
+    @cached_property
+    def _lengths(self) -> set[Factor]:
+        """The factors of the inputs that no parameter has."""
+        given = self._factors(self.graph.modules[0].inputs.values())
+        of_weights = self._factors(self.graph.params.values())
+        return given - of_weights
+
+    def _factors(self, values: Iterable[Value]) -> set[Factor]:
+        found: set[Factor] = set()
+        for value in values:
+            for dim in self.axes.final(value):
+                found.update(dim)
+        return found
 
     @cached_property
     def whole(self) -> dict[CallIndex, float]:

@@ -98,6 +98,18 @@ def _look_up(
     )
 
 
+def without_padding(func: Callable) -> Callable:
+    """F.embedding in the proof, of a rank's rows, which the padding's may not be
+    among."""
+
+    def look_up(
+        input: Tensor, weight: Tensor, padding_idx: Any = None, *rest: Any, **kw: Any
+    ) -> Tensor:
+        return func(input, weight, None, *rest, **kw)
+
+    return look_up
+
+
 def _cross_entropy(
     context: Context,
     action: OnShard,

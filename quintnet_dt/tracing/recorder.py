@@ -189,6 +189,9 @@ class Recorder(ValueReader):
         autograd.grad."""
         here = {v.id for v in call.inputs.values()}
         here |= {v.id for node in call.nodes for v in node.outputs}
+        # Autograd makes a view anew, of what it is a view of, when it is written to.
+        written = {i for node in call.nodes for i in node.mutated}
+        here |= {v.memory.id for v in call.inputs.values() if v.id in written}
         reads = [v for node in call.nodes for v in node.inputs if v.id not in here]
         hidden = {
             ("hidden", v.id): v for v in reads if v.param or v.producer is not None
