@@ -137,7 +137,10 @@ def localised(node, local, out_shapes, at_of):
     elif name == "slice" and at_of.get(x.id):
         dim = rules.table.arg(node, "dim") % len(x.shape)
         whole, part = x.shape[dim], local[x.id].shape[dim]
-        for i in (2, 3):
+        # one of every so many begins within a unit
+        first = rules.table.arg(node, "start") or 0
+        within = 0 < first < rules.table.arg(node, "step")
+        for i in (3,) if within else (2, 3):
             if len(args) > i and args[i] is not None and whole != part:
                 args[i] = min(max(args[i], -whole), whole) * part // whole
     elif name == "native_group_norm":

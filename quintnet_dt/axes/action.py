@@ -33,8 +33,8 @@ TO_DTENSOR = "Shard -> DTensor"
 @dataclass(frozen=True)
 class Action:
     """One collective on one tensor: its kind is one of the names above, `split` says
-    how the shard lies in the whole tensor where there is one; of a mean, of how many
-    units it is."""
+    how the shard lies in the whole tensor where there is one; of a mean and of an
+    addend, of which units the sum is."""
 
     kind: str
     split: Any = None  # a Split

@@ -38,6 +38,11 @@ class Axis:
         return Units(self.size, self.balanced)
 
     @property
+    def all_units(self) -> Split:
+        """A dim that is the axis and nothing else."""
+        return Split(0, self.size, balanced=self.balanced)
+
+    @property
     def size(self) -> Any:
         return _size(self.factors)
 

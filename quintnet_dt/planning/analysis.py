@@ -246,8 +246,7 @@ class Analysis:
 
     def look_up(self, node: Node) -> None:
         table = node.inputs[0]
-        rows = Split(0, self.axis.size, balanced=self.axis.balanced)
-        all_rows = self.axis.find(self.axes, table) == rows
+        all_rows = self.axis.find(self.axes, table) == self.axis.all_units
         if self.call.name != "embedding" or not all_rows:
             raise Refused("it looks rows up otherwise than F.embedding in all rows")
         self.instead = table

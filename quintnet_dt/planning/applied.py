@@ -49,6 +49,8 @@ def _axis_of_model(
                 continue
             axis = Axis(tuple(factors[i:j]))
             if axis.size % n:
+                if axis.size != entry.units:
+                    continue
                 axis = replace(axis, balanced=exchanged)
             split = axis.find(axes, value)
             if not split or split.dim != dim:

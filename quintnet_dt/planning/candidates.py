@@ -87,7 +87,7 @@ def stored(axis: Axis, split: Split, n: int, contiguous: bool) -> ShardedParam:
     """How a parameter is stored that an axis of the model splits so."""
     in_one_block = split.blocks == 1
     if axis.size % n:
-        as_used = not axis.balanced
+        as_used = in_one_block and split.width == 1 and not axis.balanced
     else:
         as_used = in_one_block if contiguous else split.blocks is not None
     if not as_used:

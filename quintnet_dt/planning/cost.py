@@ -33,7 +33,7 @@ from .work import Work
 
 # How often a rank sends its part of a tensor in the forward; those that send in the
 # backward alone.
-_FORWARD = {SUM: 2, MEAN: 2, GATHER: 1, ADD_ONCE: 0, TO_DTENSOR: 0}
+_FORWARD = {SUM: 2, MEAN: 2, GATHER: 1, TO_DTENSOR: 0}
 _BACKWARD = {SUM_GRADIENT: 2, SPLIT: 1, TAKE_HEADS: 2}
 
 # A cross entropy over classes exchanges for each row a maximum, a sum and the target's
@@ -61,7 +61,7 @@ def sent(graph: Graph, layout: Layout, work: Work) -> Sent:
     done, n = set(_actions(graph, layout)), work.n
     # Rounded once: the same in any order of the set.
     total = fsum(_action_bytes(graph.values[i], action, work) for i, action in done)
-    collectives = sum(_collectives(graph.values[i], action) for i, action in done)
+    collectives = sum(_collectives(graph.values[i], action, n) for i, action in done)
     losses = [
         (i, x.split) for i, x in layout.instead.items() if x.call == "cross_entropy"
     ]
@@ -154,15 +154,24 @@ def _action_bytes(value: Value, action: Action, work: Work) -> float:
     if action.kind in (GATHER, SPLIT) and action.split.units:
         # parts are filled up to the longest
         share *= n * action.split.sizes(n)[0] / action.split.units
+    if action.kind == ADD_ONCE:
+        return 2 * share if _shared_unevenly(value, action, n) else 0
     if action.kind in _BACKWARD:
         return share * _BACKWARD[action.kind] if value.differentiable else 0
     return share * _FORWARD[action.kind]
 
 
-def _collectives(value: Value, action: Action) -> int:
+def _shared_unevenly(value: Value, action: Action, n: int) -> bool:
+    """Whether the gradient of an addend is the first rank's: see actions.py."""
+    return value.differentiable and action.split.units % n > 0
+
+
+def _collectives(value: Value, action: Action, n: int) -> int:
     """How many collectives one action on a value is, forward and backward."""
-    if action.kind in (ADD_ONCE, TO_DTENSOR):
+    if action.kind == TO_DTENSOR:
         return 0
+    if action.kind == ADD_ONCE:
+        return int(_shared_unevenly(value, action, n))
     if action.kind in _BACKWARD:
         return int(value.differentiable)
     return 2 if action.kind == EXCHANGE and value.differentiable else 1

@@ -246,7 +246,7 @@ class _Pass:
             elif v.id in analysis.slices:
                 self.use(call, path, self.action(SPLIT, v, axis))
             elif v.id in analysis.add_once:
-                self.use(call, path, Action(ADD_ONCE))
+                self.use(call, path, Action(ADD_ONCE, axis.all_units))
             elif v.id in analysis.sum_gradient:
                 self.use(call, path, Action(SUM_GRADIENT))
         if analysis.instead is not None:
@@ -278,9 +278,7 @@ class _Pass:
                 self.pending[v.id] = v
             elif state is AVERAGED:
                 axis = self.layout.axis_of[v.producer]
-                self.complete(
-                    v, Action(MEAN, Split(0, axis.size, balanced=axis.balanced))
-                )
+                self.complete(v, Action(MEAN, axis.all_units))
             elif isinstance(state, Axis) and not self.goes_on(v, state):
                 self.complete(v, self.action(GATHER, v, state))
 

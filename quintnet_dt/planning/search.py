@@ -68,11 +68,22 @@ class _Search:
             self.branches += 1
             if self.branches > MOST_BRANCHES:
                 return self.greedy(numbers)
-            pivot = max(sorted(numbers), key=lambda i: len(self.near[i] & numbers))
-            without = self.best(numbers - {pivot})
-            taken = self.best(numbers - {pivot} - self.near[pivot]) | {pivot}
+            pivot = self.most_in_the_way(numbers)
+            others = numbers - {pivot}
+            without = self.best(others)
+            taken = self.best(others - self.near[pivot]) | {pivot}
             self.found[numbers] = max(taken, without, key=self.worth)
         return self.found[numbers]
+
+    def most_in_the_way(self, numbers: _Numbers) -> int:
+        """The candidate that conflicts with most of the others."""
+        most, found = -1, -1
+        for i in sorted(numbers):
+            conflicting = len(self.near[i] & numbers)
+            if conflicting > most:
+                most = conflicting
+                found = i
+        return found
 
     def greedy(self, numbers: _Numbers) -> _Numbers:
         chosen: set[int] = set()

@@ -88,6 +88,16 @@ def _mean(x: Tensor, split: Split, group: Group) -> Tensor:
     return comm_ops.all_reduce(x * (units[group_rank(group)] / split.units), group)
 
 
+def _add_once(x: Tensor, split: Split | None, group: Group) -> Tensor:
+    """An addend on the first rank. Ranks that have unequal parts may sum its gradient
+    in another order; then all take the first one's, bit for bit."""
+    first = group_rank(group) == 0
+    if split is None or split.units % group_size(group) == 0:
+        return _AddOnce.apply(x, first)
+    x = comm_ops.copy_in(x, group)
+    return x if first else x.masked_fill(torch.ones_like(x, dtype=torch.bool), 0)
+
+
 def _take_heads(x: Tensor, split: Split, group: Group) -> Tensor:
     """Of fewer heads than ranks, each of which as many ranks attend to, this rank's."""
     head = group_rank(group) * split.units // group_size(group)
@@ -107,5 +117,5 @@ ACTIONS = {
     SPLIT: _split,
     TAKE_HEADS: _take_heads,
     EXCHANGE: exchange,
-    ADD_ONCE: lambda x, split, group: _AddOnce.apply(x, group_rank(group) == 0),
+    ADD_ONCE: _add_once,
 }
