@@ -11,7 +11,7 @@ from torch import nn
 from quintnet_dt import apply_tensor_parallel
 from quintnet_dt.axes.axes import Axes
 from quintnet_dt.canonical import canonical
-from quintnet_dt.planning.cost import cost
+from quintnet_dt.planning.cost import change_by
 from quintnet_dt.planning.lay_out import lay_out
 from quintnet_dt.planning.planner import Planner
 from quintnet_dt.planning.task import Task
@@ -66,7 +66,7 @@ def keywords(size):
     return double({name: inputs[name] for name in set(inputs)})
 
 
-def bytes_weighed(n):
+def seconds_weighed(n):
     """Of many weights, in the order of a set of their names."""
     sizes = 7, 36, 11, 48, 13, 57, 17, 60, 19, 69, 23
     model = nn.Sequential(
@@ -75,7 +75,8 @@ def bytes_weighed(n):
     graph = trace(model, (torch.ones(5, 7),))
     planner = Planner(Task(graph, Axes(graph), n))
     layout = lay_out(graph, planner.task.axes, planner.choose())
-    return cost(graph, layout, n), planner.bytes_apart(set(graph.params))
+    seconds = change_by(graph, layout, planner.task.work).seconds
+    return seconds, planner.seconds_apart(set(graph.params))
 
 
 def split_and_called(rank, n):
@@ -87,7 +88,7 @@ def split_and_called(rank, n):
     split = sum(
         e.dim is not None for e in sharded.tensor_parallel_plan.entries.values()
     )
-    return hash("alpha"), bytes_weighed(n), split
+    return hash("alpha"), seconds_weighed(n), split
 
 
 def test_ranks_with_other_hash_seeds():
