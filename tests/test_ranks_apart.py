@@ -92,7 +92,7 @@ def split_and_called(rank, n):
 
 
 def test_ranks_with_other_hash_seeds():
-    """On 3 ranks bytes are no whole numbers, whose sum depends on the order in which
+    """On 3 ranks seconds are no whole numbers, whose sum depends on the order in which
     they are added."""
     hashes, weighed, split = zip(*run_ranks(split_and_called, 3, 3, fresh=True))
     assert (
