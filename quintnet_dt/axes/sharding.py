@@ -40,7 +40,11 @@ class Axis:
     @property
     def all_units(self) -> Split:
         """A dim that is the axis and nothing else."""
-        return Split(0, self.size, balanced=self.balanced)
+        return Split(
+            dim=0,
+            units=self.size,
+            balanced=self.balanced,
+        )
 
     @property
     def size(self) -> Any:

@@ -1,6 +1,7 @@
 """One call on a shard: what it needs of its inputs, and what comes out."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from ..axes.axes import Axes, Effect
 from ..axes.sharding import Axis
@@ -26,8 +27,7 @@ class Analysis:
     gradients summed or are added once, and what comes out; or the reason why it needs
     the whole.
 
-    Args: `state`: of the call's inputs by id, those sharded along the axis alone;
-    `through`: the axes that stay sharded through the model.
+    Args: `state`: of the call's inputs by id, those sharded along the axis alone.
     """
 
     def __init__(
@@ -36,13 +36,11 @@ class Analysis:
         call: Call,
         axis: Axis,
         state: dict[ValueId, State],
-        through: set[Axis],
     ):
-        self.axes, self.call, self.axis, self.through = (
+        self.axes, self.call, self.axis = (
             axis.axes or axes,
             call,
             axis,
-            through,
         )
         self.factors = set(axis.factors)
         self.external = {v.id: v for v in call.inputs.values()}
@@ -87,7 +85,7 @@ class Analysis:
         if target.dtype.is_floating_point or given.get("weight") is not None:
             return False
         dim = min(1, len(logits.shape) - 1)
-        classes = Split(dim, self.axis.size, balanced=self.axis.balanced)
+        classes = replace(self.axis.all_units, dim=dim)
         if self.axis.find(self.axes, logits) != classes:
             return False
         self.instead = logits

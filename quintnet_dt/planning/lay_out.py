@@ -203,9 +203,7 @@ class _Pass:
             along: dict[ValueId, State] = {
                 i: s if s == axis else None for i, s in state.items()
             }
-            analysis = Analysis(
-                self.axes, call, axis, along, self.sharding.through
-            ).solve()
+            analysis = Analysis(self.axes, call, axis, along).solve()
             reason = analysis.reason or dearer(
                 call, analysis, along, self.sharding.dear, self.layout.dear
             )
@@ -238,9 +236,8 @@ class _Pass:
         self.layout.axis_of[call.index] = axis
         for path, v in call.inputs.items():
             if v.id in analysis.buffers:
-                self.layout.buffers.setdefault(call.index, {})[path] = self.action(
-                    SPLIT, v, axis
-                )
+                at = self.layout.buffers.setdefault(call.index, {})
+                at[path] = self.action(SPLIT, v, axis)
             elif v.id in analysis.heads:
                 self.use(call, path, Action(TAKE_HEADS, analysis.heads[v.id]))
             elif v.id in analysis.slices:
