@@ -7,6 +7,8 @@ import inspect
 import os
 import sys
 import threading
+from types import FrameType
+from typing import NamedTuple
 
 import torch
 
@@ -184,16 +186,25 @@ def source_line():
 _CHECKPOINT = os.path.join(_TORCH, "utils", "checkpoint.py")
 
 
+class Callers(NamedTuple):
+    """What calls the code that runs. `function`: the frame of the forward of an
+    autograd.Function that is not torch's own, which has a backward of its own;
+    `checkpoints`: how many frames of torch.utils.checkpoint, which run it again."""
+
+    function: FrameType | None
+    checkpoints: int
+
+
 def callers():
-    """Of the code that runs: whether it is in the forward of an autograd.Function that
-    is not torch's own, which has a backward of its own; and how many frames of
-    torch.utils.checkpoint it is in, which run it again."""
-    frame, custom, checkpoints = sys._getframe(1), False, 0
+    frame, function, checkpoints = sys._getframe(1), None, 0
     while frame is not None:
-        custom |= _own_backward(frame.f_code)
+        if functions_of(frame.f_code):
+            function = (
+                frame  # of those within each other the first, whose backward runs
+            )
         checkpoints += frame.f_code.co_filename == _CHECKPOINT
         frame = frame.f_back
-    return custom, checkpoints
+    return Callers(function, checkpoints)
 
 
 _HIGHER_ORDER = os.path.join(_TORCH, "_higher_order_ops") + os.sep
@@ -209,14 +220,16 @@ def within_higher_order():
 
 
 @functools.cache
-def _own_backward(code):
-    """Whether this is the code of the forward, undecorated, of an autograd.Function
-    that is not torch's own."""
-    kinds, forwards = [torch.autograd.Function], []
+def functions_of(code):
+    """The autograd.Functions, but torch's own, whose forward, undecorated, is this
+    code."""
+    kinds, found = [torch.autograd.Function], []
     for kind in kinds:  # grows as it is read
         kinds += kind.__subclasses__()
-        forwards += [] if kind.__module__.startswith("torch.") else [kind.forward]
-    return any(getattr(inspect.unwrap(f), "__code__", None) is code for f in forwards)
+        forward = inspect.unwrap(kind.forward)
+        if getattr(forward, "__code__", None) is code:
+            found.append(kind)
+    return [kind for kind in found if not kind.__module__.startswith("torch.")]
 
 
 _BACKWARD_HOOKS = os.path.join(_TORCH, "utils", "hooks.py")

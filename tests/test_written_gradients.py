@@ -62,6 +62,110 @@ class CustomFunctions(Net):
         return self.b(Normed.apply(self.a(x)))
 
 
+class Gelu(torch.autograd.Function):
+    """As BLOOM's: a backward of its own that does the same at each element."""
+
+    @staticmethod
+    def forward(ctx, x, scale=1.0):
+        ctx.save_for_backward(x)
+        ctx.scale = scale
+        return x * torch.sigmoid(1.7 * x) * scale
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        s = torch.sigmoid(1.7 * x)
+        return grad * ctx.scale * (s + 1.7 * x * s * (1 - s)), None
+
+
+class Rounded(torch.autograd.Function):
+    """Straight through: with a context set up apart, of any number of arguments."""
+
+    @staticmethod
+    def forward(*args):
+        x, scale = args
+        return torch.round(x * scale) / scale
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.clone(), None
+
+
+@model("gradients", X, Y, (X, "no_grad"), local=True)
+class PointwiseFunctions(Net):
+    def __init__(self):
+        super().__init__(
+            qkv=nn.Linear(16, 48), o=nn.Linear(16, 16), a=nn.Linear(16, 32)
+        )
+        self.b = nn.Linear(32, 16)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        x = x + self.o(attend(Rounded.apply(q, 64.0), k, Gelu.apply(v, 0.5)))
+        return x + self.b(checkpoint(Gelu.apply, self.a(x), use_reentrant=False))
+
+
+class BySize(Gelu):
+    """A pointwise backward that divides by a size: not the same on a shard."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad / grad.shape[-1]
+
+
+class Gated(torch.autograd.Function):
+    """The gradient of a number that is learned sums over all elements."""
+
+    @staticmethod
+    def forward(ctx, x, gate):
+        ctx.save_for_backward(x, gate)
+        return x * gate
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, gate = ctx.saved_tensors
+        return grad * gate, (grad * x).sum()
+
+
+class InPlace(BySize):
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.clone().cumsum(-1)
+
+
+@model("gradients", X, Y)
+class FunctionsThatNeedTheWhole(Net):
+    def __init__(self):
+        super().__init__(f=mlp(), g=mlp(), h=mlp(), gate=torch.tensor(0.7))
+
+    def forward(self, x):
+        x = self.f[2](BySize.apply(self.f[0](x)))
+        x = self.g[2](Gated.apply(self.g[0](x), self.gate))
+        return self.h[2](InPlace.apply(self.h[0](x)))
+
+
+@model("gradients", X, Y)
+class PointwiseFunctionsBesideWholes(Net):
+    """On sums that wait, on what others need whole, on what the model returns."""
+
+    def __init__(self):
+        super().__init__(f=mlp(), g=mlp(), a=nn.Linear(16, 32))
+
+    def forward(self, x):
+        x = self.g(Gelu.apply(self.f[2](torch.relu(self.f[0](x))), 2.0))
+        shard = Gelu.apply(self.a(x))
+        norm = shard / shard.norm(dim=-1, keepdim=True)
+        return norm, Gelu.apply(self.a(x) * x.mean())
+
+
 @model("gradients", X, Y, (X, "no_grad"))
 class HooksOnTensors(Net):
     def __init__(self):

@@ -20,7 +20,9 @@ def scaled_by(graph: Graph, call: Call, partial: set[ValueId]) -> list[ArgPath] 
     Args: `partial`: ids of the call's inputs that are partial; its others are
     replicated.
     """
-    if call.why_whole or not graph.numbered(call, call.module):
+    if call.why_whole or call.own_backward:
+        return None
+    if not graph.numbered(call, call.module):
         return None
     if any(graph.use_count.get(i) != 1 or i in graph.seen_by_hooks for i in partial):
         return None

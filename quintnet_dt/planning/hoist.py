@@ -76,7 +76,9 @@ class _Hoisting:
     def movable(self, call: Call) -> _Movable | None:
         """A call whose results all enter regions, and with which nothing else is
         done."""
-        if call.why_whole or call.index in self.layout.axis_of:
+        if call.why_whole or call.own_backward:
+            return None
+        if call.index in self.layout.axis_of:
             return None
         if not self.graph.numbered(call, call.module) or self.writes_or_is_overwritten(
             call

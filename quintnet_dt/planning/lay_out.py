@@ -28,6 +28,7 @@ from ..axes.split import Split
 from ..axes.state import AVERAGED, PARTIAL, State
 from ..keys import ArgPath, ValueId
 from ..tracing.graph import Call, Graph, Value
+from ..tracing.hidden import OPAQUE
 from .analysis import Analysis
 from .deferral import scaled_by
 from .layout import Blocker, Layout
@@ -89,7 +90,8 @@ class _Pass:
             self.layout.root[path] = [Action(TO_DTENSOR, split)]
             return
         read_once = self.graph.use_count[v.id] == 1 and v.producer is not None
-        if read_once and v.id not in self.graph.made_in_place:
+        within = read_once and self.graph.calls[v.producer].own_backward
+        if read_once and not within and v.id not in self.graph.made_in_place:
             self.layout.values[v.id] = [Action(GATHER, split)]
         else:
             self.layout.root[path] = [Action(GATHER, split)]
@@ -122,7 +124,16 @@ class _Pass:
             )
         return split
 
+    def made_by(self, v: Value) -> Call:
+        """The call that makes a value which is to be completed there. That may not lie
+        within a forward with a backward of its own, which would not know of it."""
+        call = self.graph.calls[v.producer]
+        if call.own_backward:
+            raise LayoutError(OPAQUE, call, self.layout.axis_of.get(call.index))
+        return call
+
     def sum_value(self, v: Value) -> None:
+        self.made_by(v)
         self.pending.pop(v.id, None)
         self.layout.values.setdefault(v.id, []).append(Action(SUM))
         self.now[v.id] = None
@@ -131,13 +142,11 @@ class _Pass:
         """An action on an argument. The call gets another tensor, so a write that comes
         later would miss the model's."""
         v = call.inputs[path]
+        state = self.now.get(v.id)
+        axis = state if isinstance(state, Axis) else self.layout.axis_of.get(call.index)
+        if call.own_backward:
+            raise LayoutError(OPAQUE, call, axis)
         if self.graph.last_write.get(v.memory.id, -1) >= call.index:
-            state = self.now.get(v.id)
-            axis = (
-                state
-                if isinstance(state, Axis)
-                else self.layout.axis_of.get(call.index)
-            )
             raise LayoutError("a tensor is written to in place", call, axis)
         self.layout.uses.setdefault((call.index, path), []).append(action)
 
@@ -285,5 +294,6 @@ class _Pass:
         return axis in self.sharding.through or v.id in self.graph.made_of
 
     def complete(self, v: Value, action: Action) -> None:
+        self.made_by(v)
         self.layout.values.setdefault(v.id, []).append(action)
         self.now[v.id] = None

@@ -69,6 +69,9 @@ class Call:
     nodes: list = field(default_factory=list)
     source: str = "?"
     why_whole: str = ""  # why it must get whole tensors, with whole gradients; else ""
+    # It is in the forward of an autograd.Function that may run on any shard, but whose
+    # backward would not know of what is done with its inputs and outputs.
+    own_backward: bool = False
     # As `utils.callers` counts them; more than its module's: it is run again when that
     # is not running.
     checkpoints: int = 0

@@ -22,6 +22,7 @@ from .higher import HigherOrder
 from .known import Known
 from .module_settings import STEADY, settings_of
 from .operators import aliased, draws, written_by
+from .own_backward import pointwise_function
 from .reading import ValueReader
 from .user_hooks import passed, put_last, user_hooks, user_hooks_of_all
 
@@ -39,6 +40,8 @@ class Recorder(ValueReader):
         self.most_calls = most_calls
         self._values = {}  # id(tensor) -> its present Value
         self._stack = []  # module calls that are running
+        # the autograd.Function of the last call in one: its frame, and what was found
+        self._function = None
 
     @property
     def paused(self):
@@ -94,7 +97,7 @@ class Recorder(ValueReader):
         """The forward is over: only the graph is left."""
         for v in self.graph.values:
             v.differentiable = v.tensor.requires_grad
-        self._values, self.known = {}, Known()
+        self._values, self.known, self._function = {}, Known(), None
 
     def value(self, tensor, producer=None, new=False):
         if new or id(tensor) not in self._values:
@@ -120,7 +123,7 @@ class Recorder(ValueReader):
                 " between modules by a Python if"
             )
         parent = self._stack[-1] if self._stack else None
-        given, checkpoints = self.values((args, kwargs)), callers()[1]
+        given, checkpoints = self.values((args, kwargs)), callers().checkpoints
         call = ModuleCall(
             path,
             parent,
@@ -150,8 +153,10 @@ class Recorder(ValueReader):
         if self.most_calls is not None and index > self.most_calls:
             raise TooManyCalls(f"expected at most {self.most_calls} calls")
         call = Call(index, func, name, run, given, inputs, source=source_line())
-        custom, call.checkpoints = callers()
-        if custom or hides_gradients(name, func) or transform() is not None:
+        function, call.checkpoints = callers()
+        call.own_backward = function is not None and self.is_pointwise(function)
+        hides = function is not None and not call.own_backward
+        if hides or hides_gradients(name, func) or transform() is not None:
             call.why_whole = OPAQUE
         self._call = call
         try:
@@ -163,6 +168,17 @@ class Recorder(ValueReader):
         self.note_hidden_inputs(call)
         call.outputs = {path: self.value(t, producer=index) for path, t in tensors(out)}
         return out
+
+    def is_pointwise(self, function):
+        """Whether an autograd.Function, of whose forward this is the frame, does the
+        same at each element."""
+        if self._function is None or self._function[0] is not function:
+
+            def trainable(t):
+                return self.value(t).trainable
+
+            self._function = function, pointwise_function(function, trainable)
+        return self._function[1]
 
     def note_written(self, call, args):
         """Note the parameters that a call writes to."""
