@@ -96,3 +96,12 @@ def part_of(size: int, units: Units, group: Group) -> int | None:
         return None if size % n else size // n
     mine = units.sizes(n)[group_rank(group)]
     return None if size % units.count else size // units.count * mine
+
+
+def whole_of(size: int, units: Units, group: Group) -> int | None:
+    """The size of which this rank's part is `size`; None if there is none."""
+    n = group_size(group)
+    if units.count % n == 0:
+        return size * n
+    mine = units.sizes(n)[group_rank(group)]
+    return None if not mine or size % mine else size // mine * units.count

@@ -75,6 +75,40 @@ def written(m, x):
     return m.o((query * both).flatten(2))
 
 
+def merged(heads):
+    """As BLOOM's attention: heads beside the batch, whose size is computed back."""
+
+    def forward(m, x):
+        b, t, _ = x.shape
+        parts = m.inp(x).view(b, t, heads, 3, 8)
+        q, k, v = (
+            parts[..., i, :].transpose(1, 2).reshape(b * heads, t, 8) for i in range(3)
+        )
+        slopes = torch.arange(1, heads + 1, dtype=x.dtype)[None, :, None, None] / heads
+        alibi = (slopes * torch.arange(t)).expand(b, -1, -1, -1)
+        scores = torch.baddbmm(alibi.reshape(b * heads, 1, t), q, k.mT)
+        found = scores.view(b, heads, t, -1).softmax(-1).view(b * heads, t, t) @ v
+        batch = found.shape[0] // heads
+        found = found.view(batch, heads, t, 8).transpose(1, 2)
+        return m.out(found.reshape(batch, t, heads * 8))
+
+    def layers():
+        return {"inp": nn.Linear(D, heads * 24), "out": nn.Linear(heads * 8, D)}
+
+    return model(forward, layers)
+
+
+def by_its_shape(m, x):
+    """As Falcon's: one key for a group of heads, given their shape; and what is made
+    for as many heads as there seem to be."""
+    b, t, _ = x.shape
+    parts = m.inp(x).view(b, t, -1, 4, 8)
+    query, key = parts[:, :, :, :-1], parts[:, :, :, [-1]]
+    key = torch.broadcast_to(key, query.shape).flatten(2, 3)
+    times = x[..., :1, None].expand(b, t, query.shape[2] * 3, 8)
+    return m.out((query.flatten(2, 3) * key * times).flatten(2))
+
+
 def dropped(m, x):
     return m.out(F.dropout(F.relu(m.inp(x)), 0.3))
 
@@ -86,6 +120,19 @@ CASES = {
     ),
     "heads of one weight, by sizes": dict(
         build=fused("sizes", 5, 5, 8), local={"inp.weight": 0, "out.weight": 1}
+    ),
+    "heads beside the batch": dict(
+        build=merged(12), local={"inp.weight": 0, "out.weight": 1}
+    ),
+    "uneven heads beside the batch": dict(
+        build=merged(5), local={"inp.weight": 0, "out.weight": 1}
+    ),
+    "one key for three heads, by its shape": dict(
+        build=model(
+            by_its_shape,
+            lambda: {"inp": nn.Linear(D, 5 * 32), "out": nn.Linear(120, D)},
+        ),
+        local={"out.weight": 1},
     ),
     "rows in turn": dict(
         build=model(

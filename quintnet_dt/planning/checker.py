@@ -10,7 +10,7 @@ import torch
 from ..axes.action import TAKE_HEADS
 from ..axes.axes import Axes
 from ..axes.sharding import Axis, LayoutError
-from ..groups import SimulatedGroup, Units
+from ..groups import SimulatedGroup
 from ..keys import ArgPath
 from ..private import silent_fakes
 from ..running.call_program import resize
@@ -161,8 +161,7 @@ class Checker(Rerun):
         made = self.attempt(call, func, given, expected, axis)
         # A group norm's result has one shape for any number of groups.
         if made.reason or call.name == "group_norm":
-            units = Units(1) if axis is None else axis.units
-            translated = self.translate(call, given, expected, indexing, units)
+            translated = self.translate(call, given, expected, indexing, axis)
             if translated is not None:
                 given, taken = translated, indexing
                 made = self.attempt(call, func, given, expected, axis)
@@ -183,21 +182,21 @@ class Checker(Rerun):
         given: _Arguments,
         expected: Shapes,
         indexing: dict[ArgPath, Bound],
-        units: Units,
+        axis: Axis | None,
     ) -> _Arguments | None:
         """A call's arguments with the numbers of a shard, where they hold some of the
         whole; the programs will do the same."""
-        divided, multiplied = localise(call, *given, expected, units, self.n)
+        sharded = [axis] if axis else list(dict.fromkeys(self.layout.axis_of.values()))
+        units = list(dict.fromkeys(axis.units for axis in sharded))
+        sizes = localise(call, tuple(given), expected, units, self.group)
         local = {path: b.local(self.group) for path, b in indexing.items()}
         local = {path: x for path, x in local.items() if x != indexing[path].given}
-        if not divided and not multiplied and not local:
+        if not sizes and not local:
             return None
-        if divided:
-            self.found.divided[call.index] = divided
-        if multiplied:
-            self.found.multiplied[call.index] = multiplied
+        if sizes:
+            self.found.sizes[call.index] = sizes
         self.changed = True
-        resized = resize(tuple(given), divided, multiplied, self.group, call)
+        resized = resize(tuple(given), sizes, self.group, call)
         return _Arguments(*replace(resized, local))
 
     def attempt(

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 
 from ..axes.action import SPLIT, SUM
 from ..axes.sharding import Axis, LayoutError
-from ..groups import Units
 from ..keys import ArgPath, CallIndex, ModulePath
 from ..running.memory import is_contiguous
 from ..running.program import Actions, Bound, CallProgram, Forward, Program
+from ..running.sizes import LocalSize
 from ..tracing.graph import Call, Graph, ModuleCall, Value
 from ..tracing.hidden import HIDDEN
 from .layout import Layout
@@ -29,8 +29,7 @@ class Found:
     """What the proof found that programs must do beside the layout's actions, by
     call."""
 
-    divided: dict[CallIndex, dict[ArgPath, Units]] = field(default_factory=dict)
-    multiplied: dict[CallIndex, list[ArgPath]] = field(default_factory=dict)
+    sizes: dict[CallIndex, dict[ArgPath, LocalSize]] = field(default_factory=dict)
     bounds: dict[CallIndex, dict[ArgPath, Bound]] = field(default_factory=dict)
     # Of dims in memory, that its input has in the whole model.
     order: dict[CallIndex, tuple[int, ...]] = field(default_factory=dict)

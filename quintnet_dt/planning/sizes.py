@@ -1,34 +1,25 @@
 """The numbers in a model's code that size a tensor: which of them are of the whole,
 where a call works on a shard."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
-from ..groups import Units
+from ..groups import Group, Units, whole_of
 from ..keys import ArgPath
+from ..running.sizes import LocalSize, PartOf, Rest, WholeOf
 from ..tracing.graph import Call
 from ..utils import leaves, lookup, tensors
 
 # Calls whose integers are sizes: they may differ between the whole and the shard when
 # what comes out is as expected.
-SIZES = set(
-    "view reshape expand unflatten zeros ones full empty new_zeros new_ones new_full"
-    " new_empty".split()
-)
+VIEWS = {"view", "reshape", "unflatten"}
+SHAPED = {"view", "reshape", "expand", "broadcast_to"}
+SIZES = VIEWS | SHAPED
+SIZES |= set("zeros ones full empty new_zeros new_ones new_full new_empty".split())
 CONVOLUTIONS = (
     "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split()
 )
 # Where the number of groups is among the arguments, by position and by name.
 GROUPS = {"group_norm": (1, "num_groups"), **dict.fromkeys(CONVOLUTIONS, (6, "groups"))}
-
-
-class Localised(NamedTuple):
-    """Paths in (args, kwargs) of the sizes that a call on shards needs for a rank's
-    part, and of those that it needs multiplied by the number of ranks: what the code
-    computed from a shard's own size, `y.shape[-1] // heads`."""
-
-    # of how many units the whole size is dealt out
-    divided: dict[ArgPath, Units]
-    multiplied: list[ArgPath]
 
 
 def integers(obj: Any) -> dict[ArgPath, int]:
@@ -48,43 +39,78 @@ def groups_at(call: Call, args: tuple) -> ArgPath | None:
 
 
 def localise(
-    call: Call, args: tuple, kwargs: dict, expected: dict, units: Units, n: int
-) -> Localised:
-    """The sizes to change for a call to give the expected shapes on one of `n` ranks,
-    which share these `units`."""
-    given = (args, kwargs)
+    call: Call, given: tuple, expected: dict, units: list[Units], group: Group
+) -> dict[ArgPath, LocalSize]:
+    """By path, the sizes in (args, kwargs) to change for a call to give the expected
+    shapes on a rank. `units`: of the axis that it works on shards of; of any axis, where
+    it works on none."""
+    args, kwargs = given
     groups = groups_at(call, args)
     if groups is not None and groups in integers(given):
         return _groups(call, given, groups, units)
     if call.name == "unflatten":  # its first integer names the dim, whose sizes follow
         dim = args[1] % args[0].dim()
-        sizes = list(integers(given).items())[1:]
-        return _sizes(call, sizes, expected, dim, units, n)
-    if call.name in ("view", "reshape", "expand") or call.name.startswith("new_"):
-        sizes = list(integers(given).items())
-        return _sizes(call, sizes, expected, 0, units, n)
-    return Localised({}, [])
+        sizes = dict(list(integers(given).items())[1:])
+    elif call.name in SHAPED or call.name.startswith("new_"):
+        dim, sizes = 0, integers(given)
+    else:
+        return {}
+    return _Sizes(call, sizes, expected, dim, units, group).changed()
 
 
-def _groups(call: Call, given: tuple, groups: ArgPath, units: Units) -> Localised:
+def _groups(
+    call: Call, given: tuple, groups: ArgPath, units: list[Units]
+) -> dict[ArgPath, LocalSize]:
     """Each rank has its groups: of channels that are sharded, or of a convolution's
     weight."""
     whole, local = next(iter(call.inputs.values())), next(tensors(given))[1]
     split = call.name != "group_norm" or whole.shape[1] != local.shape[1]
     unchanged = lookup(given, groups) == lookup(call.args, groups)
-    return Localised({groups: units} if split and unchanged else {}, [])
+    return {groups: PartOf(units[0])} if split and unchanged and units else {}
 
 
-def _sizes(
-    call: Call, sizes: list, expected: dict, dim: int, units: Units, n: int
-) -> Localised:
+class _Sizes:
     """Sizes in the order of the dims that come out, from `dim` on."""
-    path, local = next(iter(expected.items()))
-    found = Localised({}, [])
-    shapes = zip(call.outputs[path].shape[dim:], local[dim:])
-    for (at, size), (whole, wanted) in zip(sizes, shapes):
-        if whole != wanted and size == whole:
-            found.divided[at] = units
-        elif whole == wanted == size * n:
-            found.multiplied.append(at)
-    return found
+
+    def __init__(
+        self,
+        call: Call,
+        sizes: dict[ArgPath, int],
+        expected: dict,
+        dim: int,
+        units: list[Units],
+        group: Group,
+    ):
+        self.call, self.sizes, self.units, self.group = call, sizes, units, group
+        path, local = next(iter(expected.items()))
+        # By path, the whole size and the one that is wanted.
+        self.whole = dict(zip(sizes, call.outputs[path].shape[dim:]))
+        self.wanted = dict(zip(sizes, local[dim:]))
+
+    def changed(self) -> dict[ArgPath, LocalSize]:
+        found: dict[ArgPath, LocalSize] = {}
+        for at, wanted in self.wanted.items():
+            if wanted != self.whole[at] == self.sizes[at]:
+                found[at] = PartOf(self.units[0])
+        wrong = [at for at in self.wanted if self.is_of_shard(at)]
+        leaves_rest = self.call.name in VIEWS and -1 not in self.sizes.values()
+        if leaves_rest and len(wrong) == 1:
+            return {**found, wrong[0]: Rest()}
+        for at in wrong:
+            if (units := self.units_of(at)) is not None:
+                found[at] = WholeOf(units)
+        return found
+
+    def is_of_shard(self, at: ArgPath) -> bool:
+        """Whether the whole is wanted where the code computed something else, from a
+        shard's own size."""
+        return (
+            self.sizes[at] >= 0 and self.whole[at] == self.wanted[at] != self.sizes[at]
+        )
+
+    def units_of(self, at: ArgPath) -> Units | None:
+        """In which units a size is that of a shard of what is wanted."""
+        for units in self.units:
+            if whole_of(self.sizes[at], units, self.group) == self.wanted[at]:
+                return units
+        return None

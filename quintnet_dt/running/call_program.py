@@ -6,7 +6,7 @@ from typing import Any, Callable
 import torch
 
 from ..axes.action import GATHER, Action
-from ..groups import Group, SimulatedGroup, Units, group_size, part_of
+from ..groups import Group, SimulatedGroup, group_size
 from ..keys import ArgPath
 from ..private import RecomputationEnds
 from ..utils import lookup, quiet, replace, tensors
@@ -15,6 +15,7 @@ from .memory import laid_out
 from .on_shard import on_shard
 from .program import CallProgram
 from .record import Frame
+from .sizes import LocalSize
 
 
 def run_program(
@@ -43,11 +44,9 @@ def _arguments(
 ) -> tuple[tuple, dict]:
     """What a call is given on shards."""
     args, kwargs = frame.context.apply((args, kwargs), call.inputs, call.unwritten)
-    if call.divided or call.multiplied:
+    if call.sizes:
         group = frame.context.group
-        args, kwargs = resize(
-            (args, kwargs), call.divided, call.multiplied, group, frame
-        )
+        args, kwargs = resize((args, kwargs), call.sizes, group, frame)
     if call.bounds:
         args, kwargs = replace(
             (args, kwargs),
@@ -75,34 +74,20 @@ def _in_order(args: tuple, kwargs: dict, order: tuple[int, ...]) -> tuple[tuple,
         return replace((args, kwargs), {path: laid_out(x, order)})
 
 
-def resize(
-    obj: Any,
-    divided: dict[ArgPath, Units],
-    multiplied: list[ArgPath],
-    group: Group,
-    where: Any,
-) -> Any:
-    """Give the sizes at some paths a rank's part of what they are of the whole, and
-    multiply those at others by the number of ranks; a negative one stands for what is
-    left, and does already."""
-    n = group_size(group)
-    new = {p: _part(lookup(obj, p), units, group) for p, units in divided.items()}
-    if None in new.values():
-        odd = [lookup(obj, p) for p, size in new.items() if size is None]
-        where = getattr(where, "path", where)
-        raise RuntimeError(
-            f"{where}: expected sizes that {n} ranks share, as when it was traced,"
-            f" found {odd}"
-        )
-    new |= {p: lookup(obj, p) * n for p in multiplied}
-    return replace(obj, new)
-
-
-def _part(size: Any, units: Units, group: Group) -> int | None:
-    """A rank's part of a size, as `part_of`; -1 stands for what is left anyway."""
-    if not isinstance(size, int):
-        return None
-    return size if size < 0 else part_of(size, units, group)
+def resize(obj: Any, sizes: dict[ArgPath, LocalSize], group: Group, where: Any) -> Any:
+    """Make the sizes at some paths what they must be on this rank's shard."""
+    local: dict[ArgPath, int] = {}
+    for path, rule in sizes.items():
+        size = lookup(obj, path)
+        new = rule.local(size, group) if isinstance(size, int) else None
+        if new is None:
+            where = getattr(where, "path", where)
+            raise RuntimeError(
+                f"{where}: expected a size that {group_size(group)} ranks share, as when"
+                f" it was traced, found {size}"
+            )
+        local[path] = new
+    return replace(obj, local)
 
 
 def _gather_buffers(

@@ -10,6 +10,7 @@ from ..axes.action import Action, OnShard
 from ..groups import Group, Units, part_of
 from ..keys import ArgPath, CallNumber, ModulePath, ParamName
 from .kinds import CallKind
+from .sizes import LocalSize
 
 Actions: TypeAlias = tuple[Action, ...]  # on one tensor, in order
 
@@ -40,10 +41,7 @@ class CallProgram:
     outputs: dict[ArgPath, Actions] = field(default_factory=dict)
     # Those inputs that no later call writes to.
     unwritten: set[ArgPath] = field(default_factory=set)
-    # Sizes of which a rank has its part, dealt out in so many units, and those to
-    # multiply by the number of ranks: computed from a shard's own size.
-    divided: dict[ArgPath, Units] = field(default_factory=dict)
-    multiplied: list[ArgPath] = field(default_factory=list)
+    sizes: dict[ArgPath, LocalSize] = field(default_factory=dict)
     # The numbers that index a sharded dim.
     bounds: dict[ArgPath, Bound] = field(default_factory=dict)
     # Of the dims in memory, outermost first, that its input has in the whole model.
