@@ -109,6 +109,18 @@ def by_its_shape(m, x):
     return m.out((query.flatten(2, 3) * key * times).flatten(2))
 
 
+def masked(m, x):
+    """As Flaubert's: a mask that takes its shape from the scores of a shard."""
+    b, t, _ = x.shape
+    q, k, v = (w(x).view(b, t, 12, 4).transpose(1, 2) for w in (m.q, m.k, m.v))
+    scores = q @ k.mT
+    mask = (torch.arange(t) > t - 2).view(1, 1, 1, t).expand_as(scores)
+    mixed = scores.masked_fill(mask, -1e9).softmax(-1) @ v
+    index = torch.arange(t).remainder(2).view(1, 1, t, 1).expand_as(mixed)
+    sums = torch.zeros_like(mixed).scatter_add(2, index, mixed)
+    return m.o((mixed + sums).transpose(1, 2).flatten(2))
+
+
 def dropped(m, x):
     return m.out(F.dropout(F.relu(m.inp(x)), 0.3))
 
@@ -133,6 +145,15 @@ CASES = {
             lambda: {"inp": nn.Linear(D, 5 * 32), "out": nn.Linear(120, D)},
         ),
         local={"out.weight": 1},
+    ),
+    "fewer heads than ranks": dict(build=attention(heads=3, dim=8), share=0.4),
+    "expand_as": dict(
+        build=model(
+            masked,
+            lambda: {name: nn.Linear(D, 48) for name in "qkv"}
+            | {"o": nn.Linear(48, D)},
+        ),
+        local={"q.weight": 0, "o.weight": 1},
     ),
     "rows in turn": dict(
         build=model(
@@ -183,6 +204,22 @@ TEXTS = {
         build=lambda: llama(**{**SMALL_HEADS, "num_key_value_heads": 1}),
         local={"q_proj.weight": 0},
     ),
+    "uneven heads of few key-value heads": dict(
+        build=lambda: llama(
+            hidden_size=36, num_attention_heads=6, num_key_value_heads=2, head_dim=4
+        ),
+        local={"q_proj.weight": 0},
+    ),
+    "uneven heads of few key-value heads, eager": dict(
+        build=lambda: llama(
+            hidden_size=36,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            head_dim=4,
+            attn_implementation="eager",
+        ),
+        local={"q_proj.weight": 0},
+    ),
     "few key-value heads, eager": dict(
         build=lambda: llama(**SMALL_HEADS, attn_implementation="eager"),
         local={"q_proj.weight": 0},
@@ -192,8 +229,8 @@ TEXTS = {
 
 @pytest.mark.parametrize("n", [2, 3, 4])
 def test_the_numbers_are_the_whole_models(n):
-    cases = {k: dict(given=features(2, 5, D), share=0.1, **v) for k, v in CASES.items()}
-    check_all(cases, n)
+    common = dict(given=features(2, 5, D), share=0.1)
+    check_all({name: {**common, **case} for name, case in CASES.items()}, n)
 
 
 @pytest.mark.parametrize("n", [2, 4])

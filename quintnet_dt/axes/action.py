@@ -19,8 +19,8 @@ SUM = "Partial -> Replicate"
 MEAN = "Partial(avg) -> Replicate"
 GATHER = "Shard -> Replicate"
 SPLIT = "Replicate -> Shard"
-# Of key-value heads fewer than ranks, the one that this rank's query heads attend to; its
-# gradient is Partial.
+# Of key-value heads that the ranks do not share, those that this rank's query heads
+# attend to; their gradient is Partial.
 TAKE_HEADS = "Replicate -> this rank's heads"
 # An addend of a sum over ranks, which is to count once: the first rank's, and zeros
 # elsewhere.
@@ -37,7 +37,7 @@ class Action:
     addend, of which units the sum is."""
 
     kind: str
-    split: Any = None  # a Split
+    split: Any = None  # a Split, or Heads
 
 
 @dataclass(frozen=True)

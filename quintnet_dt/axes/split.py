@@ -115,3 +115,22 @@ def joined(ranges: list[Range]) -> list[Range]:
         else:
             found.append(Range(start, length))
     return found
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Key-value heads along a dim, which query heads attend to, as many to each; the
+    ranks share the query heads in these units."""
+
+    dim: int
+    count: int
+    queries: Units
+
+    def of_rank(self, rank: int, n: int) -> list[int]:
+        """The heads that a rank attends to: one that all of its query heads do, else
+        one for each of them."""
+        sizes = self.queries.sizes(n)
+        first = sum(sizes[:rank])
+        group = self.queries.count // self.count
+        each = [head // group for head in range(first, first + sizes[rank])]
+        return each[:1] if len(set(each)) == 1 else each

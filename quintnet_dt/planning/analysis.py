@@ -5,12 +5,14 @@ from dataclasses import replace
 
 from ..axes.axes import Axes, Effect
 from ..axes.sharding import Axis
-from ..axes.split import NotSplit, Split
+from ..axes.split import Heads, NotSplit, Split
 from ..axes.state import AVERAGED, LOST, PARTIAL, State
 from ..keys import ValueId
 from ..tracing.graph import Call, Node, Value
 from ..utils import is_float
 from .operators import linear, op_name
+
+ATTENTION = "scaled_dot_product_attention"
 
 
 class Refused(Exception):
@@ -50,7 +52,7 @@ class Analysis:
         self.slices: set[ValueId] = set()
         self.sum_gradient: set[ValueId] = set()  # replicated, their gradients partial
         # key-value heads, replicated, of which each rank takes those that it attends to
-        self.heads: dict[ValueId, Split] = {}
+        self.heads: dict[ValueId, Heads] = {}
         self.add_once: set[ValueId] = set()  # addends of a partial sum
         # the tensor on whose shard on_shard.py works instead
         self.instead: Value | None = None
@@ -216,17 +218,17 @@ class Analysis:
             self.buffers.add(source.id)
         self.slices.add(source.id)
 
-    def grouped_heads(self, v: Value) -> Split | None:
+    def grouped_heads(self, v: Value) -> Heads | None:
         """How key-value heads lie in an input of an attention, where each is one to
         several of the query heads that are the axis."""
-        attends = self.call.name == "scaled_dot_product_attention"
+        attends = self.call.name == ATTENTION
         if not attends or v.id not in self.external or len(v.shape) < 3:
             return None
         dim = len(v.shape) - 3
         heads, of_axis = tuple(self.axes.final(v)[dim]), self.axis.factors
         if not heads or heads == of_axis or heads != of_axis[: len(heads)]:
             return None
-        return Split(dim, v.shape[dim])
+        return Heads(dim, v.shape[dim], self.axis.units)
 
     def count_once(self, node: Node, v: Value, effect: Effect) -> None:
         """An operand without the axis, of a node that sums over it: it must be an
@@ -272,3 +274,5 @@ class Analysis:
             self.instead = self.call.inputs.get((0, 0))
             if self.instead is None:
                 raise Refused("its input is not its first argument")
+        elif self.axis.balanced and self.call.name == ATTENTION:
+            self.instead = next(v for v in self.made() if self.out[v.id])

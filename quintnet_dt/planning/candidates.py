@@ -104,11 +104,14 @@ def spans(dims: Iterable[Sequence[Factor]]) -> Iterator[Sequence[Factor]]:
 
 
 def shareable(factors: Sequence[Factor], n: int) -> bool:
-    """Whether n ranks can share adjacent factors: evenly, or, of one factor, with as
-    many units to a rank as torch.chunk deals out."""
+    """Whether n ranks can share adjacent factors: evenly, or in whole units, of one
+    factor or of heads in groups, where no more than half of the ranks are left with
+    nothing."""
     if divides(factors, n):
         return True
-    return len(factors) == 1 and factors[0].size >= n and not factors[0].unshardable
+    units = prod(f.size for f in factors)
+    in_units = len(factors) <= 2 and 2 * units >= n
+    return in_units and not any(f.unshardable for f in factors)
 
 
 def divides(factors: Sequence[Factor], n: int) -> bool:

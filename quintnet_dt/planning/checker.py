@@ -7,7 +7,6 @@ from typing import Any, Callable, NamedTuple
 
 import torch
 
-from ..axes.action import TAKE_HEADS
 from ..axes.axes import Axes
 from ..axes.sharding import Axis, LayoutError
 from ..groups import SimulatedGroup
@@ -86,7 +85,6 @@ class Checker(Rerun):
         axis = self.layout.axis_of.get(call.index)
         if axis is not None:
             self.check_kernels(call, axis)
-            self.check_heads(call)
         self._call = call
         try:
             out = self.show(call, func, _Arguments(args, kwargs), axis)
@@ -95,15 +93,6 @@ class Checker(Rerun):
             self._call = None
         self.at += 1
         return out
-
-    def check_heads(self, call: Call) -> None:
-        """Whether each rank's query heads attend to one key-value head."""
-        for path in call.inputs:
-            for action in self.layout.uses.get((call.index, path), ()):
-                if action.kind == TAKE_HEADS and self.n % action.split.units:
-                    self.note(
-                        "its key-value heads are not shared by equally many ranks"
-                    )
 
     def check_kernels(self, call: Call, axis: Axis) -> None:
         """Whether the call's operators work on every rank's shard, the last one's

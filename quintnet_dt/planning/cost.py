@@ -6,6 +6,7 @@ what it sends. Nothing is taken to overlap. The model of time is that of Alpa
 latency for each collective.
 """
 
+from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from math import fsum
@@ -35,6 +36,8 @@ from .work import Work
 # backward alone.
 _FORWARD = {SUM: 2, MEAN: 2, GATHER: 1, TO_DTENSOR: 0}
 _BACKWARD = {SUM_GRADIENT: 2, SPLIT: 1, TAKE_HEADS: 2}
+# Done once for all that read a value.
+_OF_READERS = {SUM_GRADIENT, SPLIT}
 
 # A cross entropy over classes exchanges for each row a maximum, a sum and the target's
 # logit: three sums, of which one has a gradient.
@@ -47,21 +50,30 @@ class Sent:
     """What a rank sends in one forward and backward."""
 
     bytes: float
-    collectives: int
+    collectives: float
 
     def seconds(self, device: DeviceSpec) -> float:
         return self.bytes / device.link_bandwidth + self.collectives * device.latency
 
 
-def sent(graph: Graph, layout: Layout, work: Work) -> Sent:
+def sent(graph: Graph, layout: Layout, work: Work, in_part: bool = False) -> Sent:
     """What a rank sends under ring collectives (as counted in
     https://arxiv.org/abs/1909.09756): 2 (n-1)/n of the tensor for an all-reduce,
     (n-1)/n of the whole tensor for a gather.
+
+    Args: `in_part`: of a layout in which most weights are whole: what a value's other
+    readers would need too, once they are sharded, is shared with them.
     """
-    done, n = set(_actions(graph, layout)), work.n
-    # Rounded once: the same in any order of the set.
-    total = fsum(_action_bytes(graph.values[i], action, work) for i, action in done)
-    collectives = sum(_collectives(graph.values[i], action, n) for i, action in done)
+    uses, n = Counter(_actions(graph, layout)), work.n
+    collectives, amounts = 0.0, []
+    for (i, action), times in uses.items():
+        value = graph.values[i]
+        share = 1.0
+        if in_part and action.kind in _OF_READERS:
+            share = min(1.0, times / max(1, work.multiplied.get(i, 1)))
+        amounts.append(share * _action_bytes(value, action, work))
+        collectives += share * _collectives(value, action, n)
+    total = fsum(amounts)  # rounded once: the same in any order
     losses = [
         (i, x.split) for i, x in layout.instead.items() if x.call == "cross_entropy"
     ]
@@ -70,7 +82,7 @@ def sent(graph: Graph, layout: Layout, work: Work) -> Sent:
         for i, classes in losses
     )
     total += _LOSS_PASSES * rows * (n - 1) / n
-    return Sent(total, collectives + _LOSS_COLLECTIVES * len(losses))
+    return Sent(total, round(collectives, 6) + _LOSS_COLLECTIVES * len(losses))
 
 
 @dataclass(frozen=True)
@@ -93,7 +105,9 @@ def change_by(graph: Graph, layout: Layout, work: Work) -> Change:
         i: work.whole[i] - work.seconds(graph.calls[i], axis)
         for i, axis in layout.axis_of.items()
     }
-    return Change(sent(graph, layout, work).seconds(work.device), computed)
+    return Change(
+        sent(graph, layout, work, in_part=True).seconds(work.device), computed
+    )
 
 
 def change_by_gather(value: Value, work: Work) -> Change:
@@ -111,7 +125,7 @@ def cost_of(graph: Graph, layout: Layout, work: Work) -> Cost:
         flops=round(local.flops),
         whole_flops=round(whole.flops),
         bytes_sent=round(communication.bytes),
-        collectives=communication.collectives,
+        collectives=round(communication.collectives),
         activation_bytes=round(local.activation_bytes),
         whole_activation_bytes=round(whole.activation_bytes),
         compute_seconds=fsum(local.seconds),

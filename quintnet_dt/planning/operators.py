@@ -15,7 +15,15 @@ FIRST = {"div", "index", "index_select", "sum", "mean", "_to_copy"}
 # Linear only where both are tensors: P + 1 is not the sum of the ranks' (P_r + 1).
 ADDITIVE = {"add", "sub"}
 # What surely works on an empty shard, beside pointwise operators and linear ones.
-WORKS_ON_NOTHING = LINEAR | FIRST | {"mm", "addmm", "bmm", "embedding"}
+WORKS_ON_NOTHING = LINEAR | FIRST
+WORKS_ON_NOTHING |= set(
+    "mm addmm bmm baddbmm embedding cat split split_with_sizes unbind roll flip cumsum"
+    " constant_pad_nd tril triu amax _softmax _safe_softmax _log_softmax where copy_"
+    " native_layer_norm _fused_rms_norm repeat_interleave index_select dropout"
+    " native_dropout bernoulli_ logsumexp scalar_tensor empty_like zeros_like ones_like full_like".split()
+)
+# So does an attention, as on_shard.py has it.
+_ATTENTION = "scaled_dot_product"
 
 
 def op_name(op: Any) -> str:
@@ -34,7 +42,9 @@ def linear(node: Node) -> bool:
 def copes(node: Node) -> bool:
     """Whether a node surely works on an empty shard: convolutions and norms of nothing
     fail, or crash."""
-    return torch.Tag.pointwise in node.op.tags or op_name(node.op) in WORKS_ON_NOTHING
+    name = op_name(node.op)
+    known = name in WORKS_ON_NOTHING or _ATTENTION in name
+    return torch.Tag.pointwise in node.op.tags or known
 
 
 def aligned_only(node: Node) -> bool:

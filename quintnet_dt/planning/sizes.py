@@ -13,8 +13,9 @@ from ..utils import leaves, lookup, tensors
 # what comes out is as expected.
 VIEWS = {"view", "reshape", "unflatten"}
 SHAPED = {"view", "reshape", "expand", "broadcast_to"}
-SIZES = VIEWS | SHAPED
+SIZES = VIEWS | SHAPED | {"repeat_interleave"}
 SIZES |= set("zeros ones full empty new_zeros new_ones new_full new_empty".split())
+_OUTPUT_SIZE = 1, "output_size"  # of repeat_interleave: its path
 CONVOLUTIONS = (
     "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split()
 )
@@ -51,6 +52,10 @@ def localise(
     if call.name == "unflatten":  # its first integer names the dim, whose sizes follow
         dim = args[1] % args[0].dim()
         sizes = dict(list(integers(given).items())[1:])
+    elif call.name == "repeat_interleave" and _OUTPUT_SIZE in integers(given):
+        dim = kwargs["dim"] if "dim" in kwargs else args[2]
+        dim %= args[0].dim()
+        sizes = {_OUTPUT_SIZE: kwargs["output_size"]}
     elif call.name in SHAPED or call.name.startswith("new_"):
         dim, sizes = 0, integers(given)
     else:

@@ -40,12 +40,18 @@ class Scale:
     rows: float = 1.0
     width: float = 1.0
 
-    def flops(self, order: int) -> float:
-        """Of a product with weights, or of two activations. `order`: how often a
-        length of the inputs is in it, as in the scores of an attention."""
-        return self.rows**order * self.width**2
+    @property
+    def products_with_weights(self) -> float:
+        return self.rows * self.width**2
+
+    @property
+    def products_of_activations(self) -> float:
+        """As in attention: each row with each, over the width."""
+        return self.rows**2 * self.width
 
     def activations(self, order: int) -> float:
+        """`order`: how often a length of the inputs is in one, twice in the scores of
+        an attention."""
         return self.rows**order * self.width
 
     @property
@@ -121,6 +127,16 @@ class Work:
                     continue
                 for weight in filter(self.of_weights, work.moved):
                     yield work, weight
+
+    @cached_property
+    def multiplied(self) -> Counter[ValueId]:
+        """By value, how many calls multiply it with weights."""
+        found: Counter[ValueId] = Counter()
+        for call in self.graph.calls:
+            works = self.nodes[call.index]
+            if any(w.flops and any(map(self.of_weights, w.moved)) for w in works):
+                found.update({v.id for v in call.inputs.values()})
+        return found
 
     def nbytes(self, value: Value) -> float:
         """Bytes of a value at the size that is counted."""
@@ -207,15 +223,17 @@ class Work:
         return flops_of(work.node, self.axes, local_shape)
 
     def _node_seconds(
-        self, work: NodeWork, flops: int, splits: Mapping[ValueId, Split]
+        self, work: NodeWork, flops: float, splits: Mapping[ValueId, Split]
     ) -> float:
         """Forward and backward by a roofline (Williams, Waterman and Patterson 2009,
         https://doi.org/10.1145/1498765.1498785): as long as its operations take or its
         memory, whichever is more."""
-        # two activations multiplied: each place of a length with each
-        order = 1 if any(map(self.of_weights, work.moved)) else 2
         moved = sum(self.nbytes(v) * self._part(v, splits) for v in work.moved)
-        computing = flops * self.scale.flops(order) / self.device.peak(work.dtype)
+        if any(map(self.of_weights, work.moved)):
+            flops *= self.scale.products_with_weights
+        else:
+            flops *= self.scale.products_of_activations
+        computing = flops / self.device.peak(work.dtype)
         return work.passes * max(computing, moved / self.device.memory_bandwidth)
 
 

@@ -17,7 +17,7 @@ from ..axes.action import (
     SUM_GRADIENT,
     TAKE_HEADS,
 )
-from ..axes.split import Split
+from ..axes.split import Heads, Split
 from ..exchange import exchange
 from ..groups import Group, group_rank, group_size
 
@@ -98,16 +98,19 @@ def _add_once(x: Tensor, split: Split | None, group: Group) -> Tensor:
     return x if first else x.masked_fill(torch.ones_like(x, dtype=torch.bool), 0)
 
 
-def _take_heads(x: Tensor, split: Split, group: Group) -> Tensor:
-    """Of fewer heads than ranks, each of which as many ranks attend to, this rank's."""
-    head = group_rank(group) * split.units // group_size(group)
-    return comm_ops.copy_in(x, group).narrow(split.dim, head, 1)
+def _take_heads(x: Tensor, heads: Heads, group: Group) -> Tensor:
+    """Of key-value heads, those that this rank's query heads attend to."""
+    mine = heads.of_rank(group_rank(group), group_size(group))
+    x = comm_ops.copy_in(x, group)
+    if len(mine) == 1:
+        return x.narrow(heads.dim, mine[0], 1)
+    return x.index_select(heads.dim, torch.tensor(mine, device=x.device).long())
 
 
 _gather = _along(comm_ops.all_gather, whole=False)
 _split = _along(comm_ops.split, whole=True)
 
-ACTIONS = {
+ACTIONS: dict[str, Callable[..., Tensor]] = {
     SUM_GRADIENT: lambda x, split, group: (
         comm_ops.copy_in(x, group) if x.requires_grad else x
     ),

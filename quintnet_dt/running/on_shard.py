@@ -1,5 +1,5 @@
 """What is run instead of calls that cannot run on a shard: dropout, a lookup of rows,
-cross entropy over classes."""
+cross entropy over classes, an attention without heads."""
 
 from typing import Any, Callable
 
@@ -153,4 +153,28 @@ def _cross_entropy(
     return loss.to(input.dtype)
 
 
-_INSTEAD: dict[str, Callable] = {"embedding": _look_up, "cross_entropy": _cross_entropy}
+def _attend(
+    context: Context,
+    action: OnShard,
+    func: Callable,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
+    """An attention of which a rank may have no head, which fused kernels may not take:
+    two products of nothing, so that gradients of nothing follow.
+
+    query: (..., this rank's heads, t, d); key, value: (..., heads, s, d).
+    """
+    if query.numel():
+        return func(query, key, value, *args, **kwargs)
+    return query @ key.mT @ value
+
+
+_INSTEAD: dict[str, Callable] = {
+    "embedding": _look_up,
+    "cross_entropy": _cross_entropy,
+    "scaled_dot_product_attention": _attend,
+}

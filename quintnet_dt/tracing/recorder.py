@@ -164,6 +164,9 @@ class Recorder(ValueReader):
         finally:
             self._call = None
         self.note_written(call, args)
+        if name == "expand_as":  # the operator is given but the shape of the other
+            for node in call.nodes:
+                node.inputs = list(call.inputs.values())
         self.graph.calls.append(call)
         self.note_hidden_inputs(call)
         call.outputs = {path: self.value(t, producer=index) for path, t in tensors(out)}

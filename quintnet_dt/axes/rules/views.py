@@ -24,8 +24,11 @@ def view(node: Node, axes: Findings) -> None:
 
 @rule("expand repeat")
 def repeat(node: Node, axes: Findings) -> None:
-    """A dim that is repeated k times is (k, itself)."""
+    """A dim that is repeated k times is (k, itself); in `expand_as` it is that of the
+    other tensor."""
     value, out = node.inputs[0], node.outputs[0]
+    if len(node.inputs) == 2:
+        return axes.set(out, aligned(axes, node.inputs, out.shape))
     if 0 in out.shape:
         return unknown(node, axes)
     new = len(out.shape) - len(value.shape)
