@@ -30,7 +30,7 @@ from ..keys import ArgPath, ValueId
 from ..tracing.graph import Call, Graph, Value
 from ..tracing.hidden import OPAQUE
 from .analysis import Analysis
-from .deferral import scaled_by
+from .deferral import deferred
 from .layout import Blocker, Layout
 from .stored import Stored, given_axis
 from .worth import dearer, size
@@ -53,6 +53,7 @@ class _Pass:
         self.now: dict[ValueId, State] = {}  # after the actions on a value
         # partial values, not yet summed or passed on
         self.pending: dict[ValueId, Value] = {}
+        self.summed_over: dict[ValueId, Axis] = {}  # the axes of partial values
         self.stored = Stored(graph, axes, sharding)
         for name, param in sharding.params.items():
             if name in graph.params:
@@ -179,17 +180,18 @@ class _Pass:
     def defer(self, call: Call, state: dict[ValueId, State]) -> bool:
         """Let a call run on partial results, and its output be summed instead, where it
         can."""
-        factors = scaled_by(
-            self.graph, call, {i for i, s in state.items() if s is PARTIAL}
-        )
-        if factors is None:
+        partial = {i for i, s in state.items() if s is PARTIAL}
+        waits = deferred(self.graph, call, partial)
+        if waits is None:
             return False
-        for i, s in state.items():
-            if s is PARTIAL:
-                self.pending.pop(i, None)
-        for path in factors:
+        for i in partial:
+            self.pending.pop(i, None)
+        axis = self.summed_over[min(partial)]
+        for path in waits.factors:
             self.use(call, path, Action(SUM_GRADIENT))
-        self.take_outputs(call, {v.id: PARTIAL for v in call.outputs.values()})
+        for path in waits.addends:
+            self.use(call, path, Action(ADD_ONCE, axis.all_units))
+        self.take_outputs(call, {v.id: PARTIAL for v in call.outputs.values()}, axis)
         return True
 
     def step_on_shards(
@@ -258,9 +260,11 @@ class _Pass:
         if analysis.instead is not None:
             split = self.split(analysis.instead, axis)
             self.layout.instead[call.index] = OnShard(call.name, split)
-        self.take_outputs(call, analysis.out)
+        self.take_outputs(call, analysis.out, axis)
 
-    def take_outputs(self, call: Call, states: dict[ValueId, State]) -> None:
+    def take_outputs(
+        self, call: Call, states: dict[ValueId, State], axis: Axis
+    ) -> None:
         """What a call makes, and what is done where it is made."""
         inputs = {v.id for v in call.inputs.values()}
         made = {v.id: v for v in call.outputs.values() if v.id not in inputs}
@@ -281,9 +285,8 @@ class _Pass:
             state = self.layout.states[v.id] = states.get(v.id)
             self.now[v.id] = state
             if state is PARTIAL:
-                self.pending[v.id] = v
+                self.pending[v.id], self.summed_over[v.id] = v, axis
             elif state is AVERAGED:
-                axis = self.layout.axis_of[v.producer]
                 self.complete(v, Action(MEAN, axis.all_units))
             elif isinstance(state, Axis) and not self.goes_on(v, state):
                 self.complete(v, self.action(GATHER, v, state))

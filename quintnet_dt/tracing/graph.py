@@ -168,6 +168,15 @@ class Graph:
         read = [v for call in self.calls if call.nodes for v in call.inputs.values()]
         return Counter(v.id for v in [*read, *self.outputs.values()])
 
+    @cached_property
+    def readers(self):
+        """Value id -> the calls that read it."""
+        readers = {}
+        for call in self.calls:
+            for v in {v.id: v for v in call.inputs.values()}.values():
+                readers.setdefault(v.id, []).append(call)
+        return readers
+
     def numbered(self, call, module):
         """Whether a call can be told from others by its number in a module's run."""
         return (
