@@ -1,5 +1,7 @@
 """Regions of mixtures of experts, of state spaces and of linear attention."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -47,6 +49,59 @@ def experts(kind, e=4, hidden=32):
         forward,
         lambda: {"router": router(), "up": (e, D, 2 * hidden), "down": (e, hidden, D)},
     )
+
+
+def repeated(e=4, hidden=32):
+    """As Llama 4's: the tokens, repeated for each expert and scaled by its score."""
+
+    def forward(m, x):
+        flat = x.flatten(0, 1)
+        scores = m.router(flat).sigmoid()
+        each = flat.repeat(e, 1) * scores.t().reshape(-1, 1)
+        gate, up = torch.bmm(each.view(e, -1, D), m.up).chunk(2, dim=-1)
+        out = torch.bmm(F.silu(gate) * up, m.down).view(-1, D)
+        out = out.reshape(e, -1, D).sum(0)
+        return (m.shared(flat) + out).view_as(x)
+
+    def parts():
+        weights = {"up": (e, D, 2 * hidden), "down": (e, hidden, D)}
+        shared = nn.Sequential(nn.Linear(D, 32), nn.GELU(), nn.Linear(32, D))
+        return {"router": nn.Linear(D, e, bias=False), "shared": shared, **weights}
+
+    return model(forward, parts)
+
+
+def biased(e=4, hidden=32):
+    """As GPT-OSS's: a bias of each token's expert, added in place."""
+
+    def forward(m, x):
+        flat = x.flatten(0, 1)
+        value, index = m.router(flat).softmax(-1).topk(2, dim=-1)
+        chosen = index.flatten()
+        tokens = flat.repeat_interleave(2, 0)
+        made = torch.einsum("td,tdh->th", tokens, m.up[chosen])
+        out = torch.einsum("th,thd->td", F.silu(made), m.down[chosen])
+        out.add_(m.bias[chosen])
+        out = out * value.flatten().unsqueeze(-1)
+        return out.view(-1, 2, D).sum(1).view_as(x)
+
+    def parts():
+        weights = {"up": (e, D, hidden), "down": (e, hidden, D), "bias": (e, D)}
+        return {"router": nn.Linear(D, e, bias=False), **weights}
+
+    return model(forward, parts)
+
+
+def zeros_for_scores(m, x):
+    """As GPT-NeoX-Japanese's: zeros for the scores of as many heads as there seem to
+    be."""
+    b, t, _ = x.shape
+    q, k, v = (w(x).view(b, t, 8, 4).transpose(1, 2) for w in (m.q, m.k, m.v))
+    heads = q.shape[1]
+    q, k = (y.reshape(b * heads, t, 4) for y in (q, k))
+    scores = torch.baddbmm(torch.zeros(b * heads, t, t, dtype=x.dtype), q, k.mT)
+    out = scores.view(b, heads, t, -1).softmax(-1) @ v
+    return m.o(out.transpose(1, 2).flatten(2))
 
 
 def routed(m, x):
@@ -97,6 +152,7 @@ def test_experts(n):
         [features(1, 1, D), features(3, 7, D)],
         {"up": None, "down": None},
     )
+    heads = {**{name: nn.Linear(D, 32) for name in "qkv"}, "o": nn.Linear(32, D)}
     cases = {
         kind: dict(build=experts(kind), given=x, local=local)
         for kind in ("bmm", "einsum")
@@ -111,6 +167,20 @@ def test_experts(n):
     cases["mixtral"] = dict(
         build=mixtral, given=ids(2, 6), calls=[ids(1, 9)], then=parts, tol=FLOAT32
     )
+    cases |= {
+        "tokens repeated for each expert": dict(
+            build=repeated(), given=x, calls=calls, local=local
+        ),
+        "a bias of each token's expert": dict(
+            build=biased(), given=x, calls=calls, local=local
+        ),
+        "zeros for the scores of heads": dict(
+            build=model(zeros_for_scores, lambda: copy.deepcopy(heads)),
+            given=x,
+            calls=calls,
+            local={"q.weight": 0, "o.weight": 1},
+        ),
+    }
     check_all(cases, n)
 
 

@@ -14,6 +14,7 @@ from .layout import Layout
 from .planner import Planner
 from .programs import make_programs
 from .prove import prove
+from .sink import sink
 
 
 class Settled(NamedTuple):
@@ -45,7 +46,8 @@ def settle(
     sharding = applied or planner.choose()
     while True:
         try:
-            layout = hoist(graph, lay_out(graph, axes, sharding))
+            layout = sink(graph, axes, lay_out(graph, axes, sharding))
+            layout = hoist(graph, layout)
             all_gathered = all(p.gathered for p in sharding.params.values())
             if (
                 all_gathered and not graph.shards_given

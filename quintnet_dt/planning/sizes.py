@@ -12,9 +12,9 @@ from ..utils import leaves, lookup, tensors
 # Calls whose integers are sizes: they may differ between the whole and the shard when
 # what comes out is as expected.
 VIEWS = {"view", "reshape", "unflatten"}
-SHAPED = {"view", "reshape", "expand", "broadcast_to"}
-SIZES = VIEWS | SHAPED | {"repeat_interleave"}
-SIZES |= set("zeros ones full empty new_zeros new_ones new_full new_empty".split())
+SHAPED = VIEWS | set("expand broadcast_to zeros ones full empty".split())
+SHAPED |= {"new_zeros", "new_ones", "new_full", "new_empty"}
+SIZES = SHAPED | {"repeat", "repeat_interleave"}
 _OUTPUT_SIZE = 1, "output_size"  # of repeat_interleave: its path
 CONVOLUTIONS = (
     "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split()
@@ -56,7 +56,9 @@ def localise(
         dim = kwargs["dim"] if "dim" in kwargs else args[2]
         dim %= args[0].dim()
         sizes = {_OUTPUT_SIZE: kwargs["output_size"]}
-    elif call.name in SHAPED or call.name.startswith("new_"):
+    elif call.name == "repeat":
+        return _repeats(call, integers(given), expected, units)
+    elif call.name in SHAPED:
         dim, sizes = 0, integers(given)
     else:
         return {}
@@ -72,6 +74,15 @@ def _groups(
     split = call.name != "group_norm" or whole.shape[1] != local.shape[1]
     unchanged = lookup(given, groups) == lookup(call.args, groups)
     return {groups: PartOf(units[0])} if split and unchanged and units else {}
+
+
+def _repeats(
+    call: Call, counts: dict[ArgPath, int], expected: dict, units: list[Units]
+) -> dict[ArgPath, LocalSize]:
+    """How often each dim is repeated: in parts where a rank has some of the repeats."""
+    path, local = next(iter(expected.items()))
+    dims = zip(counts, call.outputs[path].shape, local)
+    return {at: PartOf(units[0]) for at, whole, wanted in dims if whole != wanted}
 
 
 class _Sizes:
