@@ -14,6 +14,7 @@ _PUBLIC = {
     "RowParallelLinear": "layers",
     "TensorParallelPlan": "plan",
     "VocabParallelEmbedding": "layers",
+    "Verification": "verifying.report",
     "apply_tensor_parallel": "rewrite",
     "check_batch": "agreement",
     "export_safetensors": "state.export",
@@ -24,6 +25,7 @@ _PUBLIC = {
     "register_axis_rule": "axes.rules",
     "register_forward_method": "methods",
     "save_checkpoint": "state.checkpoint",
+    "verify_tensor_parallel": "verification",
     "whole_shapes": "state.shapes",
 }
 __all__ = list(_PUBLIC)

@@ -188,6 +188,23 @@ def _tries(
         yield args, kwargs, None
 
 
+def fitting_inputs(model: nn.Module) -> tuple[tuple, dict]:
+    """(args, kwargs), small ones, made up, on which the model's forward runs. Raises
+    ValueError where none do."""
+    device = device_of(model)
+    failed: Exception | None = None
+    for args, kwargs in inputs.made_up(model, device):
+        try:
+            trace(model, args, kwargs, device=device)
+            return args, kwargs
+        except Exception as e:
+            failed = failed or e
+    raise ValueError(
+        f"{type(model).__name__}: expected example_inputs, as none that were made up"
+        f" fit its forward ({type(failed).__name__}: {str(failed)[:200]})"
+    ) from failed
+
+
 def check_model(model: nn.Module) -> None:
     """Raise TypeError where a model is of a kind that cannot be split."""
     if not isinstance(model, nn.Module):

@@ -4,7 +4,9 @@ Both make a plan (make_plan.py: trace, choose, prove). The call then lets the ra
 agree on it (agreement.py) and applies it (apply_plan.py).
 """
 
+import copy
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
@@ -23,6 +25,7 @@ from .private import SINCE_2_13
 from .processgroup import ProcessGroupManager
 from .split_before import entries_of_split
 from .together import together
+from .verifying.on_ranks import Check, verify_on_ranks
 
 
 @undisturbed
@@ -70,6 +73,7 @@ def apply_tensor_parallel(
     contiguous: bool | None = None,
     src_data_rank: int | None = 0,
     device: str | DeviceSpec | None = None,
+    verify: bool = False,
 ) -> nn.Module:
     """Split a model's weights over the ranks of a process group, in place.
 
@@ -103,6 +107,10 @@ def apply_tensor_parallel(
             again, and before torch 2.13.
         src_data_rank: the rank of each tp group whose weights are used; None if every
             rank holds the same: then each takes its slices with no communication.
+        verify: take a step of a split copy beside one of a whole copy first, both in
+            float64, as `verify_tensor_parallel` does: every rank holds both for that
+            long. Where they differ, RuntimeError names the first module that does, and
+            the model stays whole.
 
     Returns: the model.
     Raises: TypeError, ValueError, RuntimeError, on every rank, also when only one
@@ -141,11 +149,32 @@ def apply_tensor_parallel(
         split_id = agree(
             model, options, (planned.plan.to_json(), planned.programs), mesh
         )
+        if verify:
+            _verify(model, mesh, replace(request, plan=planned.plan))
         apply_plan(model, mesh, planned, split_id, src_data_rank)
     finally:
         if ranks.alone:  # nothing more will be communicated
             ranks.close()
     return model
+
+
+def _verify(model: nn.Module, mesh: DeviceMesh, request: Request) -> None:
+    """Raise RuntimeError where a copy of the model that is split so is wrong."""
+
+    def split(whole: nn.Module, inputs: Any) -> None:
+        apply_tensor_parallel(
+            whole,
+            mesh=mesh,
+            example_inputs=inputs,
+            plan=request.plan,
+            contiguous=request.contiguous,
+            device=request.device,
+        )
+
+    check = Check(request.example_inputs)
+    report = verify_on_ranks(lambda: copy.deepcopy(model), split, mesh, check)
+    if not report.ok:
+        raise RuntimeError(f"verify: the model stays whole, as {report}")
 
 
 def _warn_if_untraced(model: nn.Module, plan: TensorParallelPlan) -> None:
