@@ -55,8 +55,8 @@ class Compared:
     differences: tuple[Difference, ...] = ()
 
     def __str__(self) -> str:
-        wrong = f", {len(self.differences)} of them wrong" if self.differences else ""
-        return f"{self.count} {self.kind} within {self.greatest:.1e}{wrong}"
+        wrong = f", {len(self.differences)} wrong" if self.differences else ""
+        return f"{self.kind}: {self.count}, within {self.greatest:.1e}{wrong}"
 
 
 @dataclass(frozen=True)
