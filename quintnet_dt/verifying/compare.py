@@ -1,14 +1,14 @@
 """What one rank finds: the split model's step against the whole model's, and what all
 ranks found as one."""
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ..groups import group_rank
-from ..keys import ModulePath, ParamName
+from ..keys import ArgPath, ModulePath, ParamName
 from ..together import gather
 from .report import (
     BUFFERS,
@@ -21,9 +21,9 @@ from .report import (
 from .step import Step
 from .tensors import NOTHING_APART, Distance, apart, distance, full, largest
 
-# Of the greatest of all gradients: what is below is taken to be rounding (the gradient
-# of a bias of keys is zero but for it).
-LEAST_GRADIENT = 1e-3
+# Of the greatest of all gradients, and of all parameters: what is below is taken to be
+# rounding (the gradient of a bias of keys is zero but for it).
+LEAST_SCALE = 1e-3
 
 
 @dataclass
@@ -41,14 +41,28 @@ class _Found:
         self.count += 1
         self.greatest = max(self.greatest, d.relative)
         if d.relative > self.tolerance:
-            self.differences.append(difference(module, name, self.rank, d))
+            found = difference(module, name, self.rank, d)
+            self.differences.append(found)
 
     def compared(self) -> Compared:
-        return Compared(self.kind, self.count, self.greatest, tuple(self.differences))
+        return Compared(
+            self.kind,
+            self.count,
+            self.greatest,
+            tuple(self.differences),
+        )
 
 
 def difference(module: ModulePath, name: str, rank: int, d: Distance) -> Difference:
-    return Difference(module, name, rank, d.greatest, d.relative, d.at, d.note)
+    return Difference(
+        module,
+        name,
+        rank,
+        d.greatest,
+        d.relative,
+        d.at,
+        d.note,
+    )
 
 
 def compare(
@@ -62,15 +76,20 @@ def compare(
     }
     _outputs(found[OUTPUTS], split, whole)
     _gradients(found[GRADIENTS], split, whole, group)
-    buffers = dict(split.model.named_buffers())
-    for name, b in whole.model.named_buffers():
-        found[BUFFERS].add(owner(name), name, distance(full(buffers[name]), full(b)))
-    parameters = dict(split.model.named_parameters())
-    for name, p in whole.model.named_parameters():
-        d = distance(full(parameters[name]), full(p))
-        found[PARAMETERS].add(owner(name), name, d)
-    everyones = gather([f.compared() for f in found.values()], group)
-    return tuple(_as_one(list(same)) for same in zip(*everyones))
+    _tensors(
+        found[BUFFERS],
+        split.model.named_buffers(),
+        whole.model.named_buffers(),
+    )
+    _tensors(
+        found[PARAMETERS],
+        split.model.named_parameters(),
+        whole.model.named_parameters(),
+        _least_scale(whole.model.parameters()),
+    )
+    mine = [f.compared() for f in found.values()]
+    everyones = gather(mine, group)
+    return tuple(map(_as_one, zip(*everyones)))
 
 
 def owner(name: ParamName) -> ModulePath:
@@ -78,14 +97,25 @@ def owner(name: ParamName) -> ModulePath:
     return name.rpartition(".")[0]
 
 
-def _as_one(ranks: list[Compared]) -> Compared:
+def _as_one(ranks: tuple[Compared, ...]) -> Compared:
     """Each difference once, of the rank where it is greatest."""
     worst: dict[str, Difference] = {}
-    for d in (d for found in ranks for d in found.differences):
-        if d.name not in worst or worst[d.name].relative < d.relative:
-            worst[d.name] = d
-    greatest = max(found.greatest for found in ranks)
-    return Compared(ranks[0].kind, ranks[0].count, greatest, tuple(worst.values()))
+    for found in ranks:
+        for d in found.differences:
+            known = worst.setdefault(d.name, d)
+            if known.relative < d.relative:
+                worst[d.name] = d
+    return Compared(
+        ranks[0].kind,
+        ranks[0].count,
+        max(found.greatest for found in ranks),
+        tuple(worst.values()),
+    )
+
+
+def _least_scale(tensors: Iterable[Tensor]) -> float:
+    sizes = [largest(full(x)) for x in tensors]
+    return LEAST_SCALE * max(sizes, default=0.0)
 
 
 def _outputs(found: _Found, split: Step, whole: Step) -> None:
@@ -93,10 +123,29 @@ def _outputs(found: _Found, split: Step, whole: Step) -> None:
     call = next(reversed(whole.outputs))
     there = split.outputs[call]
     for path, x in whole.outputs[call].items():
-        name = ".".join(map(str, path))
-        missing = apart("not among the outputs")
-        d = distance(full(there[path]), full(x)) if path in there else missing
-        found.add("", name, d)
+        d = apart("not among the outputs")
+        if path in there:
+            d = distance(full(there[path]), full(x))
+        found.add("", path_name(path), d)
+
+
+def path_name(path: ArgPath) -> str:
+    """Where a tensor lies in what a module returns, as text."""
+    return ".".join(map(str, path))
+
+
+def _tensors(
+    found: _Found,
+    split: Iterable[tuple[str, Tensor]],
+    whole: Iterable[tuple[str, Tensor]],
+    least_scale: float = 0.0,
+) -> None:
+    """Those of the two models that have one name."""
+    there = dict(split)
+    for name, x in whole:
+        mine = full(there[name])
+        d = distance(mine, full(x), least_scale)
+        found.add(owner(name), name, d)
 
 
 def _gradients(found: _Found, split: Step, whole: Step, group: ProcessGroup) -> None:
@@ -105,41 +154,42 @@ def _gradients(found: _Found, split: Step, whole: Step, group: ProcessGroup) -> 
         name: p.grad for name, p in whole.model.named_parameters() if p.requires_grad
     }
     # a gradient is put together by all ranks, or by none
-    made = [name for name in expected if there[name].grad is not None]
+    made = {name for name in expected if there[name].grad is not None}
     everyones = gather(made, group)
-    on_all = set.intersection(*map(set, everyones))
-    floor = LEAST_GRADIENT * max(
-        (largest(full(g)) for g in expected.values() if g is not None), default=0.0
-    )
+    on_all = set.intersection(*everyones)
+    floor = _least_scale(g for g in expected.values() if g is not None)
     for name, grad in expected.items():
-        mine = full(there[name].grad) if name in on_all else None
-        found.add(owner(name), name, _gradient_apart(mine, grad, floor))
+        mine = None
+        if name in on_all:
+            mine = full(there[name].grad)
+        d = _gradient_apart(mine, grad, floor)
+        found.add(owner(name), name, d)
 
 
 def _gradient_apart(
-    found: Tensor | None, whole: Tensor | None, floor: float
+    found: Tensor | None,
+    whole: Tensor | None,
+    floor: float,
 ) -> Distance:
     """A weight that a call did not reach may get zeros."""
-    if found is None and whole is not None:
+    if found is not None and whole is not None:
+        return distance(found, full(whole), floor)
+    if whole is not None:
         return apart("found no gradient, expected one")
-    if whole is None:
-        reached = found is not None and bool(found.any())
-        return apart("found a gradient, expected none") if reached else NOTHING_APART
-    return distance(found, full(whole), floor)
+    if found is not None and found.any():
+        return apart("found a gradient, expected none")
+    return NOTHING_APART
 
 
-Order = Callable[[Difference], int]
-
-
-def backward_order(whole: Step) -> Order:
-    """By which differences of gradients come in the backward's order: of the module
-    that ran last first; one that was never called itself runs with what it is in."""
+def first_backward(differences: Iterable[Difference], whole: Step) -> Difference:
+    """Of gradients that differ, the first in the backward's order: of the module that
+    ran last; one that was never called itself runs with what it is in."""
     ended = {call.path: i for i, call in enumerate(whole.outputs)}
 
-    def order(d: Difference) -> int:
+    def ran(d: Difference) -> int:
         path = d.module
         while path not in ended:
             path = owner(path)
-        return -ended[path]
+        return ended[path]
 
-    return order
+    return max(differences, key=ran)

@@ -17,7 +17,7 @@ from ..make_plan import check_model, fitting_inputs
 from ..together import together
 from ..tracing.inputs import check
 from ..utils import is_float, replace, tensors
-from .compare import backward_order, compare
+from .compare import compare, first_backward
 from .first import first_output
 from .report import GRADIENTS, OUTPUTS, Verification
 from .step import SEED, Loss, MakeOptimizer, step_of_sgd, take_step, weighted_sum
@@ -88,7 +88,7 @@ def verify_on_ranks(
         output = first_output(split_step, whole_step, plan, tolerance, group)
         output = output or wrong[OUTPUTS][0]
     if wrong[GRADIENTS]:
-        gradient = min(wrong[GRADIENTS], key=backward_order(whole_step))
+        gradient = first_backward(wrong[GRADIENTS], whole_step)
     name = str(dtype).removeprefix("torch.")
     return Verification(mesh.size(), name, tolerance, compared, output, gradient)
 

@@ -50,15 +50,24 @@ def distance(found: Tensor, whole: Tensor, least_scale: float = 0.0) -> Distance
         return apart(f"found {found.dtype}, expected {whole.dtype}")
     if not whole.numel():
         return NOTHING_APART
-    same = (found == whole) | (found.isnan() & whole.isnan())
     exact = not (whole.is_floating_point() or whole.is_complex())
-    apart_by = torch.ones_like(found) if exact else (found - whole).abs()
-    apart_by = apart_by.double().nan_to_num(float("inf")).masked_fill(same, 0)
-    index = int(apart_by.argmax())
+    apart_by = _apart_by(found, whole, exact)
+    index = apart_by.argmax()
     greatest = apart_by.flatten()[index].item()
     if not greatest:
         return NOTHING_APART
     scale = 1.0 if exact else max(largest(whole), least_scale)
-    at = tuple(int(i) for i in torch.unravel_index(torch.tensor(index), whole.shape))
     relative = greatest / scale if scale else float("inf")
-    return Distance(greatest, relative, at)
+    at = torch.unravel_index(index, whole.shape)
+    return Distance(greatest, relative, tuple(map(int, at)))
+
+
+def _apart_by(found: Tensor, whole: Tensor, exact: bool) -> Tensor:
+    """The difference of each element; 1 where what is to be equal is not."""
+    if exact:
+        return (found != whole).double()
+    both_nan = found.isnan() & whole.isnan()
+    same = both_nan | (found == whole)
+    apart_by = (found - whole).abs().double()
+    infinite = apart_by.nan_to_num(float("inf"))
+    return infinite.masked_fill(same, 0)
