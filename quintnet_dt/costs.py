@@ -58,5 +58,25 @@ class Cost:
         )
 
 
+@dataclass(frozen=True)
+class Communication:
+    """One action on one tensor in a step: where, and what it sends.
+
+    Args:
+        module: the path of the module that the tensor is given to, or made in.
+        what: a parameter's name, "input" or "output".
+        change: of the tensor's placement, as axes/action.py names it.
+        bytes: that a rank sends for it, forward and backward.
+        axis: the number of the axis that the call works on a shard of (as `Entry.axis`);
+            None where it works on whole tensors.
+    """
+
+    module: str
+    what: str
+    change: str
+    bytes: int
+    axis: int | None = None
+
+
 def _time(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"

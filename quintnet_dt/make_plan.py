@@ -21,6 +21,7 @@ from .planning.planner import Planner
 from .planning.settle import settle
 from .planning.signature import Signature, device_of, signature
 from .planning.task import Task
+from .planning.where import adapted, used_elsewhere
 from .running.program import Program
 from .tracing import inputs
 from .tracing.ghost import SplitWithin, StrayParameter
@@ -93,7 +94,31 @@ def make_plan(model: nn.Module, request: Request) -> Planned:
     described = describe(task, settled.sharding, settled.layout, user_dims)
     for name, entry in before.items():
         described.entries[name].why = entry.why
+    described.adapted = adapted(settled.programs)
+    _note_modules(described, model, graph)
     return Planned(described, {signature(model, args, kwargs): settled.programs})
+
+
+def _note_modules(plan: TensorParallelPlan, model: nn.Module, graph: Graph) -> None:
+    """Note which of torch's modules use each parameter, where they alone do."""
+    first = {id(p): name for name, p in named_parameters(model)}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if id(p) in first:
+            module = model.get_submodule(name.rpartition(".")[0])
+            plan[first[id(p)]].modules[name] = _torch_class(module)
+    for name, entry in plan.entries.items():
+        owners = {own.rpartition(".")[0] for own in entry.modules}
+        if used_elsewhere(graph, name, owners):
+            entry.modules = dict.fromkeys(entry.modules, "")
+
+
+def _torch_class(module: nn.Module) -> str:
+    """The class of torch.nn whose forward a module runs; "" for another's."""
+    for kind in type(module).__mro__:
+        if kind.__module__.startswith("torch.nn.modules."):
+            runs_it = getattr(kind, "forward", None) is type(module).forward
+            return kind.__name__ if runs_it else ""
+    return ""
 
 
 def _plan_to_apply(request: Request) -> TensorParallelPlan | None:

@@ -2,19 +2,19 @@
 a table, JSON, and a check against a model."""
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from itertools import count, groupby
 from math import prod
 
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.placement_types import Placement
 
 from .axes.split import Split
-from .costs import Cost
-from .keys import ParamName
+from .costs import Communication, Cost
+from .folding import folded
+from .keys import ModulePath, ParamName
 from .private import _StridedShard
+from .torch_code import torch_code
 
 LOCAL, EXCHANGED, GATHERED = "local", "exchanged", "gathered"
 WEIGHT_GATHERED, REPLICATED = "weight gathered", "replicated"
@@ -34,7 +34,9 @@ HOW = {
 class Entry:
     """One parameter: the `dim` it is split on (None: replicated), in each of its
     `pieces` equal parts; `how` it runs (see HOW); of how many `units` the axis is that
-    it is split along, 0 where that is the weight's own."""
+    it is split along, 0 where that is the weight's own. `axis` numbers those that stay
+    sharded through calls; `modules` has the classes of torch.nn that alone use the
+    parameter, by its names there (more than one where it is tied)."""
 
     name: str
     shape: tuple
@@ -43,6 +45,8 @@ class Entry:
     how: str = REPLICATED
     why: str = ""
     units: int = 0
+    axis: int | None = None
+    modules: dict[ParamName, str] = field(default_factory=dict)
 
     @property
     def split(self) -> Split:
@@ -87,7 +91,7 @@ class Entry:
 class TensorParallelPlan:
     """How a model is split over `tp_size` ranks. `entries` holds an Entry a parameter,
     by name; `cost` is what a step of the traced inputs costs, None where none was
-    traced. `plan[name] = Shard(0)` or `Replicate()` edits it: what a user sets,
+    traced, and `communications` what is sent where. `plan[name] = Shard(0)` or `Replicate()` edits it: what a user sets,
     wins."""
 
     tp_size: int
@@ -95,6 +99,9 @@ class TensorParallelPlan:
     cost: Cost | None = None
     note: str = ""
     loss_parallel: bool = False
+    communications: list[Communication] = field(default_factory=list)
+    # paths of the modules of which calls are given other numbers, or run otherwise
+    adapted: list[ModulePath] = field(default_factory=list)
 
     def __getitem__(self, name: ParamName) -> Entry:
         return self.entries[name]
@@ -109,6 +116,9 @@ class TensorParallelPlan:
         entry.dim = getattr(placement, "dim", None)
         entry.pieces, entry.units, entry.why = 1, 0, "set by the user"
         entry.how = REPLICATED if entry.dim is None else GATHERED
+        for other in self.entries.values():
+            if other.axis == entry.axis:
+                other.axis = None
 
     @property
     def placements(self) -> dict[ParamName, Placement]:
@@ -137,6 +147,18 @@ class TensorParallelPlan:
         """The plan as JSON text; `from_json` reads it back."""
         return json.dumps(asdict(self), indent=1)
 
+    def to_code(self) -> str:
+        """The plan as plain PyTorch: the source of `parallelize(model, mesh=None)`, by
+        `parallelize_module` and a dict of ColwiseParallel and RowwiseParallel.
+
+        It is right, and less than the plan: comments in it name the weights that stay
+        whole since torch has no style for them (fused pieces, unequal parts,
+        convolutions), and the layers whose outputs are completed at once. Code with the
+        whole model's sizes in it (`view(batch, length, 8, 64)` of 8 heads) raises on
+        shards.
+        """
+        return torch_code(self)
+
     @classmethod
     def from_json(cls, text: str) -> "TensorParallelPlan":
         """A plan from `to_json`'s text. Raises ValueError where it is not one."""
@@ -149,7 +171,8 @@ class TensorParallelPlan:
             }
             cost = data.pop("cost")
             cost = None if cost is None else Cost(**cost)
-            plan = cls(entries=entries, cost=cost, **data)
+            sent = [Communication(**c) for c in data.pop("communications", ())]
+            plan = cls(entries=entries, cost=cost, communications=sent, **data)
             wrong = [
                 f"{n}: {e}" for n, e in entries.items() if n != e.name or not e.valid()
             ]
@@ -178,7 +201,7 @@ class TensorParallelPlan:
 
     def __str__(self) -> str:
         rows = [("module", "parameter", "shape", "placement", "how it runs", "why")]
-        for name, e in _collapsed(self.entries.values()):
+        for name, e in folded(self.entries.values()):
             module, _, leaf = name.rpartition(".")
             pieces = f" of {e.pieces} pieces" if e.pieces > 1 else ""
             placement = "Replicate()" if e.dim is None else f"Shard({e.dim}){pieces}"
@@ -210,47 +233,6 @@ class TensorParallelPlan:
                 *lines[1:],
             ]
         )
-
-
-def _collapsed(entries):
-    """Entries that differ only in a layer's number, as one:
-    ("layers.0-31.mlp.up.weight", entry)."""
-    groups = {}
-    for e in entries:
-        key = (
-            re.sub(r"\d+", "#", f"{e.name} {e.why}"),
-            e.shape,
-            e.dim,
-            e.pieces,
-            e.how,
-        )
-        groups.setdefault(key, []).append(
-            (tuple(map(int, re.findall(r"\d+", e.name))), e)
-        )
-    for group in groups.values():
-        parts = {(): group}
-        if len(group) < prod(
-            len(set(column)) for column in zip(*(numbers for numbers, _ in group))
-        ):
-            parts = {}  # some are missing: only the first number is joined
-            for numbers, e in group:
-                parts.setdefault(numbers[1:], []).append((numbers, e))
-        for part in parts.values():
-            spans = map(_ranges, zip(*(numbers for numbers, _ in part)))
-            yield re.sub(r"\d+", lambda _: next(spans), part[0][1].name), part[0][1]
-
-
-def _ranges(numbers):
-    """[0, 1, 2, 5] -> "0-2,5"."""
-    runs = [
-        list(run)
-        for _, run in groupby(
-            sorted(set(numbers)), key=lambda x, at=count(): x - next(at)
-        )
-    ]
-    return ",".join(
-        str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs
-    )
 
 
 def problems(

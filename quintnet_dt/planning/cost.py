@@ -60,7 +60,7 @@ def sent(graph: Graph, layout: Layout, work: Work) -> Sent:
     """
     done, n = set(_actions(graph, layout)), work.n
     # Rounded once: the same in any order of the set.
-    total = fsum(_action_bytes(graph.values[i], action, work) for i, action in done)
+    total = fsum(action_bytes(graph.values[i], action, work) for i, action in done)
     collectives = sum(_collectives(graph.values[i], action, n) for i, action in done)
     losses = [
         (i, x.split) for i, x in layout.instead.items() if x.call == "cross_entropy"
@@ -143,7 +143,7 @@ def _actions(graph: Graph, layout: Layout) -> Iterator[tuple[ValueId, Action]]:
             yield graph.calls[i].inputs[path].id, Action(GATHER, Split(a.split.dim, 0))
 
 
-def _action_bytes(value: Value, action: Action, work: Work) -> float:
+def action_bytes(value: Value, action: Action, work: Work) -> float:
     """Bytes that a rank sends for one action on a value, forward and backward."""
     n = work.n
     share = work.nbytes(value) * (n - 1) / n
