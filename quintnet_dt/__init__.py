@@ -17,6 +17,7 @@ _PUBLIC = {
     "Verification": "verifying.report",
     "apply_tensor_parallel": "rewrite",
     "check_batch": "agreement",
+    "compare_tp_sizes": "compare",
     "export_safetensors": "state.export",
     "load_checkpoint": "state.checkpoint",
     "load_safetensors": "state.safetensors",

@@ -53,8 +53,8 @@ class Cost:
             f"for {self.inputs}: a rank computes {share} of the forward's"
             f" {self.whole_flops / 1e12:.3g} TFLOP and sends"
             f" {self.bytes_sent / 1e6:.2f} MB a step in {self.collectives} collectives;"
-            f" about {_time(self.compute_seconds)} of computing and"
-            f" {_time(self.communication_seconds)} of communication on {self.device}"
+            f" about {duration(self.compute_seconds)} of computing and"
+            f" {duration(self.communication_seconds)} of communication on {self.device}"
         )
 
 
@@ -78,5 +78,54 @@ class Communication:
     axis: int | None = None
 
 
-def _time(seconds: float) -> str:
+def duration(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+
+
+@dataclass(frozen=True)
+class Collective:
+    """All collectives of one kind in a step of the first rank.
+
+    Args:
+        name: all-reduce, all-gather, reduce-scatter or all-to-all.
+        backward: whether they are the backward's; else the forward's.
+        count: how many.
+        bytes: what the rank sends in them, as rings.
+    """
+
+    name: str
+    backward: bool
+    count: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward and backward of the first rank, run on fake tensors. All but counts
+    are in bytes.
+
+    Args:
+        parameters, trained: the rank's part of all parameters, and of those that
+            require a gradient.
+        elements: how many the former have.
+        tensors: how many parameters require a gradient.
+        activations: module path -> what it made that is held when the forward returns:
+            what autograd saves, and the outputs.
+        peak: the most that is held at any moment beside the parameters: inputs,
+            buffers, activations, gradients, what is made on the way.
+        collectives: by kind, forward and backward apart.
+    """
+
+    parameters: int
+    elements: int
+    trained: int
+    tensors: int
+    activations: dict[str, int]
+    peak: int
+    collectives: list[Collective]
+
+    @classmethod
+    def of(cls, data: dict) -> "Step":
+        """A Step from what `asdict` made of it."""
+        collectives = [Collective(**c) for c in data["collectives"]]
+        return cls(**{**data, "collectives": collectives})

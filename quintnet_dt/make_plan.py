@@ -13,10 +13,11 @@ from .axes.axes import Axes
 from .devices import DeviceSpec
 from .fsdp import wrapped_by_fsdp1
 from .keys import ModulePath, ParamName
-from .parts import named_parameters
-from .plan import Entry, TensorParallelPlan, check_user_plan
+from .parts import named_parameters, parameters
+from .plan import Entry, TensorParallelPlan
 from .planning.applied import sharding_of
 from .planning.describe import blind_plan, describe, why_blind
+from .planning.dry_run import DryRun
 from .planning.planner import Planner
 from .planning.settle import settle
 from .planning.signature import Signature, device_of, signature
@@ -27,6 +28,7 @@ from .tracing import inputs
 from .tracing.ghost import SplitWithin, StrayParameter
 from .tracing.graph import Graph
 from .tracing.trace import UnknownValues, trace
+from .user_plan import check_user_plan
 
 
 @dataclass(frozen=True)
@@ -43,15 +45,7 @@ class Request:
     before: dict[ParamName, Entry] = field(default_factory=dict)
 
 
-class Planned(NamedTuple):
-    """A plan, and how the traced call runs by it; no programs where nothing was
-    traced."""
-
-    plan: TensorParallelPlan
-    programs: dict[Signature, dict[ModulePath, Program]]
-
-
-class _Forward(NamedTuple):
+class Forward(NamedTuple):
     """A traced forward, and what it was given."""
 
     graph: Graph
@@ -59,21 +53,35 @@ class _Forward(NamedTuple):
     kwargs: dict
 
 
+class Planned(NamedTuple):
+    """A plan, and how the traced call runs by it; no programs where nothing was
+    traced. `forward`: for plans over other numbers of ranks."""
+
+    plan: TensorParallelPlan
+    programs: dict[Signature, dict[ModulePath, Program]]
+    forward: Forward | None = None
+    dry_run: DryRun | None = None
+
+
 class _Untraced(Exception):
     """No inputs were given, and none that were made up fit; or values are not known."""
 
 
 @torch.enable_grad()
-def make_plan(model: nn.Module, request: Request) -> Planned:
-    """The plan for a model that `check_model` let pass."""
+def make_plan(
+    model: nn.Module, request: Request, forward: Forward | None = None
+) -> Planned:
+    """The plan for a model that `check_model` let pass. `forward`: where it was traced
+    before."""
     n, before = request.tp_size, request.before
     plan = _plan_to_apply(request)
     user_dims = _user_dims(model, request, plan)
     device = device_of(model)
     try:
-        graph, args, kwargs = _trace(model, request.example_inputs, device)
+        forward = forward or _trace(model, request.example_inputs, device)
     except _Untraced as e:
         return Planned(blind_plan(model, n, user_dims, str(e), before), {})
+    graph, args, kwargs = forward
     axes = Axes(graph)
     loss_parallel = request.loss_parallel if plan is None else plan.loss_parallel
     task = Task(
@@ -96,7 +104,18 @@ def make_plan(model: nn.Module, request: Request) -> Planned:
         described.entries[name].why = entry.why
     described.adapted = adapted(settled.programs)
     _note_modules(described, model, graph)
-    return Planned(described, {signature(model, args, kwargs): settled.programs})
+    programs = {signature(model, args, kwargs): settled.programs}
+    dry_run = DryRun(
+        model,
+        args,
+        kwargs,
+        device,
+        graph.readings,
+        settled.sharding,
+        settled.programs,
+        n,
+    )
+    return Planned(described, programs, forward, dry_run)
 
 
 def _note_modules(plan: TensorParallelPlan, model: nn.Module, graph: Graph) -> None:
@@ -179,13 +198,13 @@ def _user_dims(
     }
 
 
-def _trace(model: nn.Module, example_inputs: Any, device: torch.device) -> _Forward:
+def _trace(model: nn.Module, example_inputs: Any, device: torch.device) -> Forward:
     """A forward on the user's inputs, or on the first that were made up and fit."""
     failed: Exception | None = None
     for args, kwargs, most_calls in _tries(model, example_inputs, device):
         try:
             graph = trace(model, args, kwargs, device=device, most_calls=most_calls)
-            return _Forward(graph, args, kwargs)
+            return Forward(graph, args, kwargs)
         except (StrayParameter, SplitWithin):
             raise
         except Exception as e:
@@ -246,3 +265,14 @@ def check_model(model: nn.Module) -> None:
             " weights and calls are out of reach: use the module that it was made from"
             " (within a model, one is left whole)"
         )
+
+
+def check_tp_size(tp_size: int) -> None:
+    """Raise ValueError where it is no number of ranks."""
+    if isinstance(tp_size, bool) or not isinstance(tp_size, int) or tp_size < 1:
+        raise ValueError(f"tp_size: expected an int of at least 1, found {tp_size!r}")
+
+
+def where_it_lies(model: nn.Module) -> str:
+    """The type of device that the weights are on."""
+    return next((p.device.type for p in parameters(model)), "")

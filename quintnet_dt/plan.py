@@ -2,19 +2,21 @@
 a table, JSON, and a check against a model."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from math import prod
+from typing import Any, cast
 
+import torch
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.placement_types import Placement
 
 from .axes.split import Split
-from .costs import Communication, Cost
+from .costs import Communication, Cost, Step
+from .estimate import Estimate, estimate
 from .folding import folded
 from .keys import ModulePath, ParamName
-from .private import _StridedShard
 from .torch_code import torch_code
+from .user_plan import problems
 
 LOCAL, EXCHANGED, GATHERED = "local", "exchanged", "gathered"
 WEIGHT_GATHERED, REPLICATED = "weight gathered", "replicated"
@@ -91,7 +93,8 @@ class Entry:
 class TensorParallelPlan:
     """How a model is split over `tp_size` ranks. `entries` holds an Entry a parameter,
     by name; `cost` is what a step of the traced inputs costs, None where none was
-    traced, and `communications` what is sent where. `plan[name] = Shard(0)` or `Replicate()` edits it: what a user sets,
+    traced, and `communications` what is sent where; `step` what `estimate` has counted.
+    `plan[name] = Shard(0)` or `Replicate()` edits it: what a user sets,
     wins."""
 
     tp_size: int
@@ -102,6 +105,12 @@ class TensorParallelPlan:
     communications: list[Communication] = field(default_factory=list)
     # paths of the modules of which calls are given other numbers, or run otherwise
     adapted: list[ModulePath] = field(default_factory=list)
+    step: Step | None = None
+    # a DryRun, which counts a step; not a field, as it holds the model
+    dry_run = cast(Any, None)
+
+    def __getstate__(self) -> dict:
+        return {**vars(self), "dry_run": None}
 
     def __getitem__(self, name: ParamName) -> Entry:
         return self.entries[name]
@@ -119,6 +128,7 @@ class TensorParallelPlan:
         for other in self.entries.values():
             if other.axis == entry.axis:
                 other.axis = None
+        self.step = self.dry_run = None
 
     @property
     def placements(self) -> dict[ParamName, Placement]:
@@ -142,6 +152,36 @@ class TensorParallelPlan:
         """The share of the parameter elements that the fullest rank holds."""
         total = sum(e.share(1) for e in self.entries.values())
         return sum(e.share(self.tp_size) for e in self.entries.values()) / max(total, 1)
+
+    def estimate(
+        self, optimizer: str = "adamw", dtype: torch.dtype | None = None
+    ) -> Estimate:
+        """What a training step of the traced inputs takes of a rank: bytes of memory,
+        collectives, seconds. One rank's forward and backward are run on fake tensors,
+        once: no memory, no GPU, no process group.
+
+        Args:
+            optimizer: one of estimate.OPTIMIZERS, or "none".
+            dtype: as if the parameters were of this one. Bytes of activations and sent
+                are then scaled, and seconds are not: for those, cast the model (on the
+                meta device) before it is planned.
+
+        Returns: Estimate. `plan.cost` has the seconds, for the device that the plan was
+        made for.
+        Raises: ValueError where no forward was traced, for a plan that was edited or is
+        not from `plan_tensor_parallel`, and for an unknown optimizer; RuntimeError where
+        the model cannot run on fake tensors.
+        """
+        if self.step is None and self.dry_run is not None:
+            self.step = self.dry_run()
+        if self.cost is None or self.step is None:
+            without = self.note or "applied, or edited"
+            raise ValueError(
+                "estimate: expected a plan as plan_tensor_parallel made it, of a forward"
+                f" that was traced, found one without ({without}); plan again:"
+                " plan_tensor_parallel(model, tp_size, plan=plan)"
+            )
+        return estimate(self.tp_size, self.cost, self.step, optimizer, dtype)
 
     def to_json(self) -> str:
         """The plan as JSON text; `from_json` reads it back."""
@@ -172,7 +212,15 @@ class TensorParallelPlan:
             cost = data.pop("cost")
             cost = None if cost is None else Cost(**cost)
             sent = [Communication(**c) for c in data.pop("communications", ())]
-            plan = cls(entries=entries, cost=cost, communications=sent, **data)
+            step = data.pop("step", None)
+            step = None if step is None else Step.of(step)
+            plan = cls(
+                entries=entries,
+                cost=cost,
+                communications=sent,
+                step=step,
+                **data,
+            )
             wrong = [
                 f"{n}: {e}" for n, e in entries.items() if n != e.name or not e.valid()
             ]
@@ -233,40 +281,3 @@ class TensorParallelPlan:
                 *lines[1:],
             ]
         )
-
-
-def problems(
-    placements: Mapping[ParamName, Placement], shapes: Mapping[ParamName, tuple]
-) -> list[str]:
-    """What is wrong with a user's placements for a model whose parameters have these
-    shapes: a list of messages."""
-    errors = []
-    for name, p in placements.items():
-        if name not in shapes:
-            close = [
-                n for n in shapes if n.split(".")[-2:] == str(name).split(".")[-2:]
-            ][:1]
-            hint = f" (is it {close[0]}?)" if close else ""
-            errors.append(f"{name}: the model has no such parameter{hint}")
-        elif not isinstance(p, Placement) or p.is_partial():
-            errors.append(f"{name}: expected Shard(dim) or Replicate(), found {p!r}")
-        elif p.is_shard() or isinstance(p, _StridedShard):
-            shape, last = tuple(shapes[name]), len(shapes[name]) - 1
-            if not 0 <= p.dim <= last:
-                errors.append(
-                    f"{name}: expected a dim of 0 to {last} for shape {shape}, found"
-                    f" Shard({p.dim})"
-                )
-    return errors
-
-
-def check_user_plan(
-    placements: Mapping[ParamName, Placement], shapes: Mapping[ParamName, tuple]
-) -> None:
-    """Raise one ValueError that lists every entry that does not fit the model."""
-    errors = problems(placements, shapes)
-    if errors:
-        head = (
-            f"the plan does not fit the model, {len(errors)} of its entries are wrong:"
-        )
-        raise ValueError("\n  ".join([head, *errors]))

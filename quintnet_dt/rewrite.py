@@ -18,8 +18,7 @@ from .apply_plan import apply_plan
 from .around import undisturbed
 from .devices import DeviceSpec, device_spec
 from .keys import ParamName
-from .make_plan import Request, check_model, make_plan
-from .parts import parameters
+from .make_plan import Request, check_model, check_tp_size, make_plan, where_it_lies
 from .plan import TensorParallelPlan
 from .private import SINCE_2_13
 from .processgroup import ProcessGroupManager
@@ -51,14 +50,14 @@ def plan_tensor_parallel(
     Raises: TypeError, ValueError for inputs or plans that do not fit; every wrong plan
     entry is listed at once.
     """
-    if isinstance(tp_size, bool) or not isinstance(tp_size, int) or tp_size < 1:
-        raise ValueError(f"tp_size: expected an int of at least 1, found {tp_size!r}")
+    check_tp_size(tp_size)
     check_model(model)
-    spec = device_spec(device, next((p.device.type for p in parameters(model)), ""))
+    spec = device_spec(device, where_it_lies(model))
     request = Request(tp_size, example_inputs, plan, loss_parallel, contiguous, spec)
-    made = make_plan(model, request).plan
-    _warn_if_untraced(model, made)
-    return made
+    made = make_plan(model, request)
+    _warn_if_untraced(model, made.plan)
+    made.plan.dry_run = made.dry_run
+    return made.plan
 
 
 @undisturbed
