@@ -2,9 +2,13 @@
 tp_size=4)`."""
 
 import importlib
+import logging
 from typing import Any
 
 __version__ = "0.1.0"
+
+# What is planned, traced again and given up, and why, at INFO; silent by default.
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 # Where each public name lives; loaded when first asked for, since
 # torch.distributed.tensor alone takes most of a second to import.

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from .around import undisturbed
+from .costs import duration
 from .devices import DeviceSpec, device_spec
-from .estimate import Estimate
+from .estimate import Estimate, size
 from .make_plan import (
     Forward,
     Request,
@@ -35,7 +36,7 @@ _COLUMNS: tuple[str, ...] = (
 @dataclass(frozen=True)
 class Comparison:
     """An Estimate for each number of ranks, in the order asked for; `str` of it is a
-    table, in GB (10**9 bytes) and ms a rank."""
+    table, one line each."""
 
     estimates: tuple[Estimate, ...]
 
@@ -49,7 +50,7 @@ class Comparison:
         ]
         head = (
             f"a training step on {first.inputs}, with {first.optimizer}, on"
-            f" {first.device}: GB and ms a rank"
+            f" {first.device}, takes of a rank:"
         )
         return "\n".join([head, *lines])
 
@@ -64,11 +65,7 @@ def _row(e: Estimate) -> tuple[str, ...]:
         e.bytes_sent,
     )
     seconds = (e.compute_seconds, e.communication_seconds)
-    return (
-        str(e.tp_size),
-        *(f"{n / 1e9:.3g}" for n in nbytes),
-        *(f"{s * 1e3:.3g}" for s in seconds),
-    )
+    return (str(e.tp_size), *map(size, nbytes), *map(duration, seconds))
 
 
 @undisturbed

@@ -1,6 +1,7 @@
 """Making a plan: a forward of the model is traced, what to shard is chosen, and the
 choice is proven to compute what the whole model does."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -29,6 +30,8 @@ from .tracing.ghost import SplitWithin, StrayParameter
 from .tracing.graph import Graph
 from .tracing.trace import UnknownValues, trace
 from .user_plan import check_user_plan
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ def make_plan(
     try:
         forward = forward or _trace(model, request.example_inputs, device)
     except _Untraced as e:
+        _LOG.info("%s: %s", type(model).__name__, e)
         return Planned(blind_plan(model, n, user_dims, str(e), before), {})
     graph, args, kwargs = forward
     axes = Axes(graph)
@@ -104,6 +108,13 @@ def make_plan(
         described.entries[name].why = entry.why
     described.adapted = adapted(settled.programs)
     _note_modules(described, model, graph)
+    _LOG.info(
+        "planned %s over %d ranks: each holds %.1f%% of the parameters; %s",
+        type(model).__name__,
+        n,
+        100 * described.share,
+        described.cost,
+    )
     programs = {signature(model, args, kwargs): settled.programs}
     dry_run = DryRun(
         model,
