@@ -19,6 +19,7 @@ from .plan import TensorParallelPlan
 from .rewrite import plan_tensor_parallel
 from .state.saved import export_checkpoint, read_saved
 from .targets import Target, Unusable, dtype_of, example_inputs
+from .verification import verify_tensor_parallel
 
 _TARGET = (
     "package.module:factory or file.py:factory (a function without arguments that"
@@ -28,6 +29,7 @@ _EXAMPLES = """examples:
   quintnet-dt plan my_model.py:make --tp 8 --input 4,128:int64
   quintnet-dt plan config.json --tp 8 --compare 1,2,4,8 --device H100 --dtype bfloat16
   quintnet-dt plan config.json --tp 8 --json > plan.json
+  quintnet-dt verify my_model.py:make --tp 2 --input 4,128:int64
   quintnet-dt inspect runs/checkpoint
   quintnet-dt export runs/checkpoint weights
 
@@ -63,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_plan(commands)
+    _add_verify(commands)
     _add_checkpoints(commands)
     return parser
 
@@ -106,9 +109,22 @@ def _add_plan(commands: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
+def _add_verify(commands: Any) -> None:
+    parser = _add(
+        commands,
+        _verify,
+        "verify",
+        "run one step of the split model beside the whole one, on processes of this"
+        " machine, and compare",
+    )
+    _add_model(parser, tp_required=True)
+
+
+def _add_model(parser: argparse.ArgumentParser, tp_required: bool = False) -> None:
     parser.add_argument("target", metavar="TARGET", help=_TARGET)
-    parser.add_argument("--tp", type=int, metavar="N", help="number of ranks")
+    parser.add_argument(
+        "--tp", type=int, metavar="N", required=tp_required, help="number of ranks"
+    )
     parser.add_argument(
         "--input",
         action="append",
@@ -175,6 +191,15 @@ def _planned(
         example_inputs=inputs,
         device=options.device,
     )
+
+
+def _verify(options: argparse.Namespace) -> int:
+    target = Target(options.target)
+    inputs = example_inputs(options.input)
+    target.on_meta()  # what is wrong with it is told here, and by no other process
+    report = verify_tensor_parallel(target, options.tp, example_inputs=inputs)
+    print(report)
+    return 0 if report.ok else 1
 
 
 def _inspect(options: argparse.Namespace) -> int:

@@ -43,7 +43,9 @@ class Estimate:
         peak: bytes, the most at any moment of a step but the first, inputs and buffers
             with it. A loss outside of the model is not counted, nor is what the
             allocator and the communication library keep for themselves.
-        collectives: by kind, forward and backward apart: count and bytes sent.
+        collectives: by kind, forward and backward apart: count and bytes sent. What
+            ranks compare beside (inputs at first; random states, a few bytes, before a
+            forward that draws) is not among them.
         compute_seconds, communication_seconds: of forward and backward, by `plan.cost`.
         device: the name of the DeviceSpec that these are counted for.
         inputs: the traced inputs' shapes and dtypes.

@@ -190,7 +190,7 @@ MODELS = {
 }
 
 
-SOME = ["uneven heads", "ResNet", "Llama, fused attention"]
+SOME = ["uneven heads", "ResNet"]
 
 
 @pytest.mark.parametrize("n, names", [(2, list(MODELS)), (4, SOME)])
