@@ -18,7 +18,7 @@ from .parts import named_parameters, parameters
 from .plan import Entry, TensorParallelPlan
 from .planning.applied import sharding_of
 from .planning.describe import blind_plan, describe, why_blind
-from .planning.dry_run import DryRun
+from .planning.dry_run import DryRun, readings_at
 from .planning.planner import Planner
 from .planning.settle import settle
 from .planning.signature import Signature, device_of, signature
@@ -121,7 +121,7 @@ def make_plan(
         args,
         kwargs,
         device,
-        graph.readings,
+        readings_at(graph),
         settled.sharding,
         settled.programs,
         n,

@@ -17,12 +17,12 @@ from ..around import undisturbed
 from ..axes.sharding import Sharding
 from ..costs import Collective, Step
 from ..groups import CountedGroup
-from ..keys import ModulePath
+from ..keys import CallIndex, ModulePath
 from ..parts import modules, parameters
 from ..private import FakeTensorMode
 from ..running.program import Program
 from ..tracing.fakes import fake_inputs
-from ..tracing.graph import Graph, ModuleCall, Reading
+from ..tracing.graph import Graph, ModuleCall
 from ..tracing.hidden import UNSEEN
 from ..tracing.operators import reads_values
 from ..tracing.trace import record
@@ -32,6 +32,29 @@ from .prove import rank_copy
 from .rerun import Rerun
 
 
+class _Place(NamedTuple):
+    """A call: the how manieth of a name in the runs of a module."""
+
+    path: ModulePath
+    name: str
+    number: int
+
+
+def readings_at(graph: Graph) -> dict[_Place, list]:
+    """What the traced forward read of values, by its calls."""
+    results: dict[CallIndex, list] = {}
+    for reading in graph.readings:
+        results.setdefault(reading.call, []).append(reading.result)
+    found = {}
+    met: Counter[tuple] = Counter()
+    for call in graph.calls if results else ():
+        key = (call.module.path, call.name)
+        if call.index in results:
+            found[_Place(*key, met[key])] = results[call.index]
+        met[key] += 1
+    return found
+
+
 class DryRun(NamedTuple):
     """A step that can be run. `readings`: what its forward reads of values."""
 
@@ -39,7 +62,7 @@ class DryRun(NamedTuple):
     args: tuple
     kwargs: dict
     device: torch.device
-    readings: list[Reading]
+    readings: dict[_Place, list]
     sharding: Sharding
     programs: dict[ModulePath, Program]
     n: int
@@ -117,12 +140,14 @@ class _Live:
 
 
 class _Meter(Rerun):
-    """Watches a step. What its forward reads of values comes in the order in which the
-    traced one read it."""
+    """Watches a step. Calls that on_shard.py replaces are not seen, so that others are
+    known by their names."""
 
-    def __init__(self, readings: list[Reading], group: CountedGroup):
+    def __init__(self, readings: dict[_Place, list], group: CountedGroup):
         super().__init__(Graph([], [], [], {}), Layout())
-        self.to_read = iter([reading.result for reading in readings])
+        self.all_read = readings
+        self.to_read: list = []  # by the present call
+        self.met: Counter[tuple] = Counter()
         self.group = group
         self.live = _Live()
         self.activations: dict[ModulePath, int] = {}
@@ -150,9 +175,14 @@ class _Meter(Rerun):
         self._stack.append(ModuleCall(path, None))
 
     def reading(self) -> Any:
-        return next(self.to_read)
+        if not self.to_read:
+            raise RuntimeError("other values are read than when it was traced")
+        return self.to_read.pop(0)
 
     def run_call(self, name: str, func: Callable, args: tuple, kwargs: dict) -> Any:
+        key = (self._stack[-1].path, name)
+        self.to_read = list(self.all_read.get(_Place(*key, self.met[key]), ()))
+        self.met[key] += 1
         return self.reading() if name in UNSEEN else func(*args, **kwargs)
 
     def run_node(self, func: Callable, args: tuple, kwargs: dict) -> Any:
