@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -107,6 +108,8 @@ def _add_plan(commands: Any) -> None:
         help="whose state is counted (default: adamw)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
+    if hasattr(TensorParallelPlan, "to_html"):
+        parser.add_argument("--html", metavar="FILE", help="draw the plan of --tp")
 
 
 def _add_verify(commands: Any) -> None:
@@ -167,6 +170,8 @@ def _plan(options: argparse.Namespace) -> int:
         plan = _planned(model, options, inputs)
         estimate = plan.estimate(options.optimizer)
         shown |= {"plan": plan, "estimate": estimate}
+        if getattr(options, "html", None):
+            Path(options.html).write_text(getattr(plan, "to_html")())
     if options.compare:
         shown["comparison"] = compare_tp_sizes(
             model,
