@@ -2,9 +2,13 @@
 tp_size=4)`."""
 
 import importlib
+import logging
 from typing import Any
 
 __version__ = "0.1.0"
+
+# What is planned, traced again and given up, and why, at INFO; silent by default.
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 # Where each public name lives; loaded when first asked for, since
 # torch.distributed.tensor alone takes most of a second to import.
@@ -14,8 +18,10 @@ _PUBLIC = {
     "RowParallelLinear": "layers",
     "TensorParallelPlan": "plan",
     "VocabParallelEmbedding": "layers",
+    "Verification": "verifying.report",
     "apply_tensor_parallel": "rewrite",
     "check_batch": "agreement",
+    "compare_tp_sizes": "compare",
     "export_safetensors": "state.export",
     "load_checkpoint": "state.checkpoint",
     "load_safetensors": "state.safetensors",
@@ -24,6 +30,7 @@ _PUBLIC = {
     "register_axis_rule": "axes.rules",
     "register_forward_method": "methods",
     "save_checkpoint": "state.checkpoint",
+    "verify_tensor_parallel": "verification",
     "whole_shapes": "state.shapes",
 }
 __all__ = list(_PUBLIC)

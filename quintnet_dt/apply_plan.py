@@ -93,10 +93,10 @@ def _share_plain_tensors(model: nn.Module, source: int, group: ProcessGroup) -> 
     }
     for tensor in (*model.buffers(), *left_plain.values()):
         if tensor.device.type != "meta" and tensor.numel():
-            _broadcast(tensor, source, group)
+            broadcast(tensor, source, group)
 
 
-def _broadcast(tensor: torch.Tensor, source: int, group: ProcessGroup) -> None:
+def broadcast(tensor: torch.Tensor, source: int, group: ProcessGroup) -> None:
     """Every rank takes a tensor's values from one; a sparse one's elements may differ
     in number."""
     if tensor.layout == torch.strided:

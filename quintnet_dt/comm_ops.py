@@ -110,6 +110,7 @@ class All_Reduce(Function):
     def forward(ctx, x, group):
         ctx.group = group
         if isinstance(group, SimulatedGroup):
+            group.sends("all-reduce", 2 * group.share * x.nbytes)
             return (x * group.size).to(x.dtype).contiguous()
         y = x.clone(memory_format=torch.contiguous_format)  # strides may differ by rank
         dist.all_reduce(y, group=group)
@@ -138,6 +139,7 @@ class All_Gather(Function):
         n, x = group_size(group), x if sizes is None else _filled(x, dim, max(sizes))
         if isinstance(group, SimulatedGroup):
             y = torch.cat([x.contiguous()] * n)
+            group.sends("all-gather", group.share * y.nbytes)
         else:
             y = x.new_empty((n * x.shape[0], *x.shape[1:]))
             _gather_flat(y, x.contiguous(), group=group)
@@ -181,6 +183,7 @@ class ReduceScatter(Function):
         parts = x.split(sizes or [x.shape[dim] // n] * n, dim)
         own = parts[group_rank(group)]
         if isinstance(group, SimulatedGroup):
+            group.sends("reduce-scatter", group.share * x.nbytes)
             return (own * group.size).to(x.dtype).contiguous()
         if sizes is not None:
             parts = [_filled(part, dim, max(sizes)) for part in parts]

@@ -30,7 +30,8 @@ def exchange(x: Tensor, split: Split, group: Group) -> Tensor:
     # on fake tensors no positions can be worked out
     if isinstance(group, SimulatedGroup):
         used = sum(length for _, length in split.ranges(group.rank, n))
-        route = Route(x.shape[dim], used)
+        sent = _rows_sent(split, group.rank, n)
+        route = Route(x.shape[dim], used, sent=sent)
     else:
         # numbers of a compiled graph too, in which those of a split may be symbols
         segments = tuple(
@@ -45,15 +46,24 @@ def exchange(x: Tensor, split: Split, group: Group) -> Tensor:
 def most_sent(split: Split, n: int, back: bool) -> int:
     """How many rows of a split's dim the rank that sends most sends in an exchange; and
     `back`, those that have come, in the backward."""
-    sizes, sent = chunk_sizes(split.length, n), []
-    for rank in range(n):
-        first = sum(sizes[:rank])
-        last = first + sizes[rank]
-        ranges = split.ranges(rank, n)
-        used = sum(length for _, length in ranges)
-        stay = sum(max(0, min(s + k, last) - max(s, first)) for s, k in ranges)
-        sent.append(sizes[rank] - stay + (used - stay) * back)
-    return max(sent)
+    each = [_rows_sent(split, rank, n) for rank in range(n)]
+    return max(rows.forward + rows.backward * back for rows in each)
+
+
+class _Rows(NamedTuple):
+    forward: int
+    backward: int
+
+
+def _rows_sent(split: Split, rank: int, n: int) -> _Rows:
+    """How many rows of a split's dim a rank sends in an exchange."""
+    sizes = chunk_sizes(split.length, n)
+    first = sum(sizes[:rank])
+    last = first + sizes[rank]
+    ranges = split.ranges(rank, n)
+    used = sum(length for _, length in ranges)
+    stay = sum(max(0, min(s + k, last) - max(s, first)) for s, k in ranges)
+    return _Rows(sizes[rank] - stay, used - stay)
 
 
 class Route(NamedTuple):
@@ -64,6 +74,7 @@ class Route(NamedTuple):
     rows: Tensor | None = None  # those that it has, in the order in which they are sent
     given: list | None = None  # how many of them to each rank
     taken: list | None = None  # how many come from each rank
+    sent: _Rows = _Rows(0, 0)  # how many are sent, in a simulated group
 
 
 @constant  # values are read, which would break a graph
@@ -117,6 +128,8 @@ class Exchange(Function):
         ctx.args = dim, group, route, not back
         if isinstance(group, SimulatedGroup):
             length = route.stored if back else route.used
+            rows = route.sent.backward if back else route.sent.forward
+            group.sends("all-to-all", rows * x.nbytes / max(x.shape[dim], 1))
             return x.new_zeros((*x.shape[:dim], length, *x.shape[dim + 1 :]))
         rows = x.movedim(dim, 0)
         if not back:

@@ -1,7 +1,7 @@
 """Groups of ranks that collectives run in, real and simulated, and how they share a
 length."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Sequence, TypeAlias
 
 import torch
@@ -22,10 +22,31 @@ class SimulatedGroup:
 
     rank: int
     size: int
+    counts = False
 
     def __post_init__(self):
         if not 0 <= self.rank < self.size:
             raise ValueError(f"expected 0 <= rank < size, found {self}")
+
+    @property
+    def share(self) -> float:
+        """Of a tensor, what a rank sends in one pass around a ring."""
+        return (self.size - 1) / self.size
+
+    def sends(self, collective: str, nbytes: float) -> None:
+        """Told of each collective, and what this rank sends in it."""
+
+
+@dataclass(frozen=True)
+class CountedGroup(SimulatedGroup):
+    """A simulated group that keeps account of what is sent in it."""
+
+    counts = True
+    # (collective, bytes), in order
+    log: list[tuple[str, float]] = field(default_factory=list, compare=False)
+
+    def sends(self, collective: str, nbytes: float) -> None:
+        self.log.append((collective, nbytes))
 
 
 Group: TypeAlias = ProcessGroup | SimulatedGroup

@@ -1,6 +1,7 @@
 """Making a plan: a forward of the model is traced, what to shard is chosen, and the
 choice is proven to compute what the whole model does."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -13,19 +14,24 @@ from .axes.axes import Axes
 from .devices import DeviceSpec
 from .fsdp import wrapped_by_fsdp1
 from .keys import ModulePath, ParamName
-from .parts import named_parameters
-from .plan import Entry, TensorParallelPlan, check_user_plan
+from .parts import named_parameters, parameters
+from .plan import Entry, TensorParallelPlan
 from .planning.applied import sharding_of
 from .planning.describe import blind_plan, describe, why_blind
+from .planning.dry_run import DryRun, readings_at
 from .planning.planner import Planner
 from .planning.settle import settle
 from .planning.signature import Signature, device_of, signature
 from .planning.task import Task
+from .planning.where import adapted, used_elsewhere
 from .running.program import Program
 from .tracing import inputs
 from .tracing.ghost import SplitWithin, StrayParameter
 from .tracing.graph import Graph
 from .tracing.trace import UnknownValues, trace
+from .user_plan import check_user_plan
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,15 +48,7 @@ class Request:
     before: dict[ParamName, Entry] = field(default_factory=dict)
 
 
-class Planned(NamedTuple):
-    """A plan, and how the traced call runs by it; no programs where nothing was
-    traced."""
-
-    plan: TensorParallelPlan
-    programs: dict[Signature, dict[ModulePath, Program]]
-
-
-class _Forward(NamedTuple):
+class Forward(NamedTuple):
     """A traced forward, and what it was given."""
 
     graph: Graph
@@ -58,21 +56,36 @@ class _Forward(NamedTuple):
     kwargs: dict
 
 
+class Planned(NamedTuple):
+    """A plan, and how the traced call runs by it; no programs where nothing was
+    traced. `forward`: for plans over other numbers of ranks."""
+
+    plan: TensorParallelPlan
+    programs: dict[Signature, dict[ModulePath, Program]]
+    forward: Forward | None = None
+    dry_run: DryRun | None = None
+
+
 class _Untraced(Exception):
     """No inputs were given, and none that were made up fit; or values are not known."""
 
 
 @torch.enable_grad()
-def make_plan(model: nn.Module, request: Request) -> Planned:
-    """The plan for a model that `check_model` let pass."""
+def make_plan(
+    model: nn.Module, request: Request, forward: Forward | None = None
+) -> Planned:
+    """The plan for a model that `check_model` let pass. `forward`: where it was traced
+    before."""
     n, before = request.tp_size, request.before
     plan = _plan_to_apply(request)
     user_dims = _user_dims(model, request, plan)
     device = device_of(model)
     try:
-        graph, args, kwargs = _trace(model, request.example_inputs, device)
+        forward = forward or _trace(model, request.example_inputs, device)
     except _Untraced as e:
+        _LOG.info("%s: %s", type(model).__name__, e)
         return Planned(blind_plan(model, n, user_dims, str(e), before), {})
+    graph, args, kwargs = forward
     axes = Axes(graph)
     loss_parallel = request.loss_parallel if plan is None else plan.loss_parallel
     task = Task(
@@ -93,7 +106,49 @@ def make_plan(model: nn.Module, request: Request) -> Planned:
     described = describe(task, settled.sharding, settled.layout, user_dims)
     for name, entry in before.items():
         described.entries[name].why = entry.why
-    return Planned(described, {signature(model, args, kwargs): settled.programs})
+    described.adapted = adapted(settled.programs)
+    _note_modules(described, model, graph)
+    _LOG.info(
+        "planned %s over %d ranks: each holds %.1f%% of the parameters; %s",
+        type(model).__name__,
+        n,
+        100 * described.share,
+        described.cost,
+    )
+    programs = {signature(model, args, kwargs): settled.programs}
+    dry_run = DryRun(
+        model,
+        args,
+        kwargs,
+        device,
+        readings_at(graph),
+        settled.sharding,
+        settled.programs,
+        n,
+    )
+    return Planned(described, programs, forward, dry_run)
+
+
+def _note_modules(plan: TensorParallelPlan, model: nn.Module, graph: Graph) -> None:
+    """Note which of torch's modules use each parameter, where they alone do."""
+    first = {id(p): name for name, p in named_parameters(model)}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if id(p) in first:
+            module = model.get_submodule(name.rpartition(".")[0])
+            plan[first[id(p)]].modules[name] = _torch_class(module)
+    for name, entry in plan.entries.items():
+        owners = {own.rpartition(".")[0] for own in entry.modules}
+        if used_elsewhere(graph, name, owners):
+            entry.modules = dict.fromkeys(entry.modules, "")
+
+
+def _torch_class(module: nn.Module) -> str:
+    """The class of torch.nn whose forward a module runs; "" for another's."""
+    for kind in type(module).__mro__:
+        if kind.__module__.startswith("torch.nn.modules."):
+            runs_it = getattr(kind, "forward", None) is type(module).forward
+            return kind.__name__ if runs_it else ""
+    return ""
 
 
 def _plan_to_apply(request: Request) -> TensorParallelPlan | None:
@@ -154,13 +209,13 @@ def _user_dims(
     }
 
 
-def _trace(model: nn.Module, example_inputs: Any, device: torch.device) -> _Forward:
+def _trace(model: nn.Module, example_inputs: Any, device: torch.device) -> Forward:
     """A forward on the user's inputs, or on the first that were made up and fit."""
     failed: Exception | None = None
     for args, kwargs, most_calls in _tries(model, example_inputs, device):
         try:
             graph = trace(model, args, kwargs, device=device, most_calls=most_calls)
-            return _Forward(graph, args, kwargs)
+            return Forward(graph, args, kwargs)
         except (StrayParameter, SplitWithin):
             raise
         except Exception as e:
@@ -188,6 +243,23 @@ def _tries(
         yield args, kwargs, None
 
 
+def fitting_inputs(model: nn.Module) -> tuple[tuple, dict]:
+    """(args, kwargs), small ones, made up, on which the model's forward runs. Raises
+    ValueError where none do."""
+    device = device_of(model)
+    failed: Exception | None = None
+    for args, kwargs in inputs.made_up(model, device):
+        try:
+            trace(model, args, kwargs, device=device)
+            return args, kwargs
+        except Exception as e:
+            failed = failed or e
+    raise ValueError(
+        f"{type(model).__name__}: expected example_inputs, as none that were made up"
+        f" fit its forward ({type(failed).__name__}: {str(failed)[:200]})"
+    ) from failed
+
+
 def check_model(model: nn.Module) -> None:
     """Raise TypeError where a model is of a kind that cannot be split."""
     if not isinstance(model, nn.Module):
@@ -204,3 +276,14 @@ def check_model(model: nn.Module) -> None:
             " weights and calls are out of reach: use the module that it was made from"
             " (within a model, one is left whole)"
         )
+
+
+def check_tp_size(tp_size: int) -> None:
+    """Raise ValueError where it is no number of ranks."""
+    if isinstance(tp_size, bool) or not isinstance(tp_size, int) or tp_size < 1:
+        raise ValueError(f"tp_size: expected an int of at least 1, found {tp_size!r}")
+
+
+def where_it_lies(model: nn.Module) -> str:
+    """The type of device that the weights are on."""
+    return next((p.device.type for p in parameters(model)), "")

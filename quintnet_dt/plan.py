@@ -2,19 +2,21 @@
 a table, JSON, and a check against a model."""
 
 import json
-import re
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from itertools import count, groupby
 from math import prod
+from typing import Any, cast
 
+import torch
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.placement_types import Placement
 
 from .axes.split import Split
-from .costs import Cost
-from .keys import ParamName
-from .private import _StridedShard
+from .costs import Communication, Cost, Step
+from .estimate import Estimate, estimate
+from .folding import folded
+from .keys import ModulePath, ParamName
+from .torch_code import torch_code
+from .user_plan import problems
 
 LOCAL, EXCHANGED, GATHERED = "local", "exchanged", "gathered"
 WEIGHT_GATHERED, REPLICATED = "weight gathered", "replicated"
@@ -34,7 +36,9 @@ HOW = {
 class Entry:
     """One parameter: the `dim` it is split on (None: replicated), in each of its
     `pieces` equal parts; `how` it runs (see HOW); of how many `units` the axis is that
-    it is split along, 0 where that is the weight's own."""
+    it is split along, 0 where that is the weight's own. `axis` numbers those that stay
+    sharded through calls; `modules` has the classes of torch.nn that alone use the
+    parameter, by its names there (more than one where it is tied)."""
 
     name: str
     shape: tuple
@@ -43,6 +47,8 @@ class Entry:
     how: str = REPLICATED
     why: str = ""
     units: int = 0
+    axis: int | None = None
+    modules: dict[ParamName, str] = field(default_factory=dict)
 
     @property
     def split(self) -> Split:
@@ -87,7 +93,8 @@ class Entry:
 class TensorParallelPlan:
     """How a model is split over `tp_size` ranks. `entries` holds an Entry a parameter,
     by name; `cost` is what a step of the traced inputs costs, None where none was
-    traced. `plan[name] = Shard(0)` or `Replicate()` edits it: what a user sets,
+    traced, and `communications` what is sent where; `step` what `estimate` has counted.
+    `plan[name] = Shard(0)` or `Replicate()` edits it: what a user sets,
     wins."""
 
     tp_size: int
@@ -95,6 +102,15 @@ class TensorParallelPlan:
     cost: Cost | None = None
     note: str = ""
     loss_parallel: bool = False
+    communications: list[Communication] = field(default_factory=list)
+    # paths of the modules of which calls are given other numbers, or run otherwise
+    adapted: list[ModulePath] = field(default_factory=list)
+    step: Step | None = None
+    # a DryRun, which counts a step; not a field, as it holds the model
+    dry_run = cast(Any, None)
+
+    def __getstate__(self) -> dict:
+        return {**vars(self), "dry_run": None}
 
     def __getitem__(self, name: ParamName) -> Entry:
         return self.entries[name]
@@ -109,6 +125,10 @@ class TensorParallelPlan:
         entry.dim = getattr(placement, "dim", None)
         entry.pieces, entry.units, entry.why = 1, 0, "set by the user"
         entry.how = REPLICATED if entry.dim is None else GATHERED
+        for other in self.entries.values():
+            if other.axis == entry.axis:
+                other.axis = None
+        self.step = self.dry_run = None
 
     @property
     def placements(self) -> dict[ParamName, Placement]:
@@ -133,9 +153,51 @@ class TensorParallelPlan:
         total = sum(e.share(1) for e in self.entries.values())
         return sum(e.share(self.tp_size) for e in self.entries.values()) / max(total, 1)
 
+    def estimate(
+        self, optimizer: str = "adamw", dtype: torch.dtype | None = None
+    ) -> Estimate:
+        """What a training step of the traced inputs takes of a rank: bytes of memory,
+        collectives, seconds. One rank's forward and backward are run on fake tensors,
+        once: no memory, no GPU, no process group.
+
+        Args:
+            optimizer: one of estimate.OPTIMIZERS, or "none".
+            dtype: as if the parameters were of this one. Bytes of activations and sent
+                are then scaled, and seconds are not: for those, cast the model (on the
+                meta device) before it is planned.
+
+        Returns: Estimate. `plan.cost` has the seconds, for the device that the plan was
+        made for.
+        Raises: ValueError where no forward was traced, for a plan that was edited or is
+        not from `plan_tensor_parallel`, and for an unknown optimizer; RuntimeError where
+        the model cannot run on fake tensors.
+        """
+        if self.step is None and self.dry_run is not None:
+            self.step = self.dry_run()
+        if self.cost is None or self.step is None:
+            without = self.note or "applied, or edited"
+            raise ValueError(
+                "estimate: expected a plan as plan_tensor_parallel made it, of a forward"
+                f" that was traced, found one without ({without}); plan again:"
+                " plan_tensor_parallel(model, tp_size, plan=plan)"
+            )
+        return estimate(self.tp_size, self.cost, self.step, optimizer, dtype)
+
     def to_json(self) -> str:
         """The plan as JSON text; `from_json` reads it back."""
         return json.dumps(asdict(self), indent=1)
+
+    def to_code(self) -> str:
+        """The plan as plain PyTorch: the source of `parallelize(model, mesh=None)`, by
+        `parallelize_module` and a dict of ColwiseParallel and RowwiseParallel.
+
+        It is right, and less than the plan: comments in it name the weights that stay
+        whole since torch has no style for them (fused pieces, unequal parts,
+        convolutions), and the layers whose outputs are completed at once. Code with the
+        whole model's sizes in it (`view(batch, length, 8, 64)` of 8 heads) raises on
+        shards.
+        """
+        return torch_code(self)
 
     @classmethod
     def from_json(cls, text: str) -> "TensorParallelPlan":
@@ -149,7 +211,16 @@ class TensorParallelPlan:
             }
             cost = data.pop("cost")
             cost = None if cost is None else Cost(**cost)
-            plan = cls(entries=entries, cost=cost, **data)
+            sent = [Communication(**c) for c in data.pop("communications", ())]
+            step = data.pop("step", None)
+            step = None if step is None else Step.of(step)
+            plan = cls(
+                entries=entries,
+                cost=cost,
+                communications=sent,
+                step=step,
+                **data,
+            )
             wrong = [
                 f"{n}: {e}" for n, e in entries.items() if n != e.name or not e.valid()
             ]
@@ -178,7 +249,7 @@ class TensorParallelPlan:
 
     def __str__(self) -> str:
         rows = [("module", "parameter", "shape", "placement", "how it runs", "why")]
-        for name, e in _collapsed(self.entries.values()):
+        for name, e in folded(self.entries.values()):
             module, _, leaf = name.rpartition(".")
             pieces = f" of {e.pieces} pieces" if e.pieces > 1 else ""
             placement = "Replicate()" if e.dim is None else f"Shard({e.dim}){pieces}"
@@ -210,81 +281,3 @@ class TensorParallelPlan:
                 *lines[1:],
             ]
         )
-
-
-def _collapsed(entries):
-    """Entries that differ only in a layer's number, as one:
-    ("layers.0-31.mlp.up.weight", entry)."""
-    groups = {}
-    for e in entries:
-        key = (
-            re.sub(r"\d+", "#", f"{e.name} {e.why}"),
-            e.shape,
-            e.dim,
-            e.pieces,
-            e.how,
-        )
-        groups.setdefault(key, []).append(
-            (tuple(map(int, re.findall(r"\d+", e.name))), e)
-        )
-    for group in groups.values():
-        parts = {(): group}
-        if len(group) < prod(
-            len(set(column)) for column in zip(*(numbers for numbers, _ in group))
-        ):
-            parts = {}  # some are missing: only the first number is joined
-            for numbers, e in group:
-                parts.setdefault(numbers[1:], []).append((numbers, e))
-        for part in parts.values():
-            spans = map(_ranges, zip(*(numbers for numbers, _ in part)))
-            yield re.sub(r"\d+", lambda _: next(spans), part[0][1].name), part[0][1]
-
-
-def _ranges(numbers):
-    """[0, 1, 2, 5] -> "0-2,5"."""
-    runs = [
-        list(run)
-        for _, run in groupby(
-            sorted(set(numbers)), key=lambda x, at=count(): x - next(at)
-        )
-    ]
-    return ",".join(
-        str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs
-    )
-
-
-def problems(
-    placements: Mapping[ParamName, Placement], shapes: Mapping[ParamName, tuple]
-) -> list[str]:
-    """What is wrong with a user's placements for a model whose parameters have these
-    shapes: a list of messages."""
-    errors = []
-    for name, p in placements.items():
-        if name not in shapes:
-            close = [
-                n for n in shapes if n.split(".")[-2:] == str(name).split(".")[-2:]
-            ][:1]
-            hint = f" (is it {close[0]}?)" if close else ""
-            errors.append(f"{name}: the model has no such parameter{hint}")
-        elif not isinstance(p, Placement) or p.is_partial():
-            errors.append(f"{name}: expected Shard(dim) or Replicate(), found {p!r}")
-        elif p.is_shard() or isinstance(p, _StridedShard):
-            shape, last = tuple(shapes[name]), len(shapes[name]) - 1
-            if not 0 <= p.dim <= last:
-                errors.append(
-                    f"{name}: expected a dim of 0 to {last} for shape {shape}, found"
-                    f" Shard({p.dim})"
-                )
-    return errors
-
-
-def check_user_plan(
-    placements: Mapping[ParamName, Placement], shapes: Mapping[ParamName, tuple]
-) -> None:
-    """Raise one ValueError that lists every entry that does not fit the model."""
-    errors = problems(placements, shapes)
-    if errors:
-        head = (
-            f"the plan does not fit the model, {len(errors)} of its entries are wrong:"
-        )
-        raise ValueError("\n  ".join([head, *errors]))

@@ -14,7 +14,7 @@ from torch.distributed import DeviceMesh, ProcessGroup, init_device_mesh
 TIMEOUT = 600
 
 # What a launcher tells each process.
-_LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _RUN = "run: torchrun --standalone --nproc-per-node %s your_script.py"
 
 
@@ -92,7 +92,7 @@ class ProcessGroupManager(AbstractContextManager):
     ) -> None:
         """Lay out the world, which is initialised first if there is none."""
         fresh = not dist.is_initialized()
-        unset = [name for name in _LAUNCHED if fresh and name not in os.environ]
+        unset = [name for name in LAUNCHED if fresh and name not in os.environ]
         world = _world_size(fresh, unset, tp_size)
         tp_size = tp_size or world
         if world % tp_size:

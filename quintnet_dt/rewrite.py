@@ -4,7 +4,9 @@ Both make a plan (make_plan.py: trace, choose, prove). The call then lets the ra
 agree on it (agreement.py) and applies it (apply_plan.py).
 """
 
+import copy
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
@@ -16,13 +18,13 @@ from .apply_plan import apply_plan
 from .around import undisturbed
 from .devices import DeviceSpec, device_spec
 from .keys import ParamName
-from .make_plan import Request, check_model, make_plan
-from .parts import parameters
+from .make_plan import Request, check_model, check_tp_size, make_plan, where_it_lies
 from .plan import TensorParallelPlan
 from .private import SINCE_2_13
 from .processgroup import ProcessGroupManager
 from .split_before import entries_of_split
 from .together import together
+from .verifying.on_ranks import Check, verify_on_ranks
 
 
 @undisturbed
@@ -48,14 +50,14 @@ def plan_tensor_parallel(
     Raises: TypeError, ValueError for inputs or plans that do not fit; every wrong plan
     entry is listed at once.
     """
-    if isinstance(tp_size, bool) or not isinstance(tp_size, int) or tp_size < 1:
-        raise ValueError(f"tp_size: expected an int of at least 1, found {tp_size!r}")
+    check_tp_size(tp_size)
     check_model(model)
-    spec = device_spec(device, next((p.device.type for p in parameters(model)), ""))
+    spec = device_spec(device, where_it_lies(model))
     request = Request(tp_size, example_inputs, plan, loss_parallel, contiguous, spec)
-    made = make_plan(model, request).plan
-    _warn_if_untraced(model, made)
-    return made
+    made = make_plan(model, request)
+    _warn_if_untraced(model, made.plan)
+    made.plan.dry_run = made.dry_run
+    return made.plan
 
 
 @undisturbed
@@ -70,6 +72,7 @@ def apply_tensor_parallel(
     contiguous: bool | None = None,
     src_data_rank: int | None = 0,
     device: str | DeviceSpec | None = None,
+    verify: bool = False,
 ) -> nn.Module:
     """Split a model's weights over the ranks of a process group, in place.
 
@@ -103,6 +106,10 @@ def apply_tensor_parallel(
             again, and before torch 2.13.
         src_data_rank: the rank of each tp group whose weights are used; None if every
             rank holds the same: then each takes its slices with no communication.
+        verify: take a step of a split copy beside one of a whole copy first, both in
+            float64, as `verify_tensor_parallel` does: every rank holds both for that
+            long. Where they differ, RuntimeError names the first module that does, and
+            the model stays whole.
 
     Returns: the model.
     Raises: TypeError, ValueError, RuntimeError, on every rank, also when only one
@@ -141,11 +148,32 @@ def apply_tensor_parallel(
         split_id = agree(
             model, options, (planned.plan.to_json(), planned.programs), mesh
         )
+        if verify:
+            _verify(model, mesh, replace(request, plan=planned.plan))
         apply_plan(model, mesh, planned, split_id, src_data_rank)
     finally:
         if ranks.alone:  # nothing more will be communicated
             ranks.close()
     return model
+
+
+def _verify(model: nn.Module, mesh: DeviceMesh, request: Request) -> None:
+    """Raise RuntimeError where a copy of the model that is split so is wrong."""
+
+    def split(whole: nn.Module, inputs: Any) -> None:
+        apply_tensor_parallel(
+            whole,
+            mesh=mesh,
+            example_inputs=inputs,
+            plan=request.plan,
+            contiguous=request.contiguous,
+            device=request.device,
+        )
+
+    check = Check(request.example_inputs)
+    report = verify_on_ranks(lambda: copy.deepcopy(model), split, mesh, check)
+    if not report.ok:
+        raise RuntimeError(f"verify: the model stays whole, as {report}")
 
 
 def _warn_if_untraced(model: nn.Module, plan: TensorParallelPlan) -> None:

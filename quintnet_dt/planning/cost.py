@@ -71,7 +71,7 @@ def sent(graph: Graph, layout: Layout, work: Work, in_part: bool = False) -> Sen
         share = 1.0
         if in_part and action.kind in _OF_READERS:
             share = min(1.0, times / max(1, work.multiplied.get(i, 1)))
-        amounts.append(share * _action_bytes(value, action, work))
+        amounts.append(share * action_bytes(value, action, work))
         collectives += share * _collectives(value, action, n)
     total = fsum(amounts)  # rounded once: the same in any order
     losses = [
@@ -157,7 +157,7 @@ def _actions(graph: Graph, layout: Layout) -> Iterator[tuple[ValueId, Action]]:
             yield graph.calls[i].inputs[path].id, Action(GATHER, Split(a.split.dim, 0))
 
 
-def _action_bytes(value: Value, action: Action, work: Work) -> float:
+def action_bytes(value: Value, action: Action, work: Work) -> float:
     """Bytes that a rank sends for one action on a value, forward and backward."""
     n = work.n
     share = work.nbytes(value) * (n - 1) / n

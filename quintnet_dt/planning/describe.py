@@ -22,6 +22,7 @@ from ..tracing.trace import UnknownValues
 from .cost import cost_of
 from .layout import Layout
 from .task import Task
+from .where import communications, numbered
 
 
 def why_blind(failed: Exception | None) -> str:
@@ -66,10 +67,18 @@ def describe(
 ) -> TensorParallelPlan:
     """The plan as a user reads it."""
     cost = cost_of(task.graph, layout, task.traced_work)
-    plan = TensorParallelPlan(task.n, cost=cost, loss_parallel=task.loss_parallel)
+    numbers = numbered(task, sharding)
+    plan = TensorParallelPlan(
+        task.n,
+        cost=cost,
+        loss_parallel=task.loss_parallel,
+        communications=communications(task, layout, numbers),
+    )
     completed = _Completed(task, layout)
     for name, v in task.params.items():
-        plan.entries[name] = _entry(task, sharding, completed, name, v)
+        entry = plan.entries[name] = _entry(task, sharding, completed, name, v)
+        if entry.units:
+            entry.axis = numbers[sharding.params[name].axis]
         if name in user_dims and task.n > 1:
             plan.entries[name].why = "set by the user"
     return plan

@@ -1,6 +1,7 @@
 """Programs for a call of a split model that was not traced before, shown right before
 it runs."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -21,6 +22,8 @@ from .planner import Planner
 from .settle import settle
 from .signature import device_of
 from .task import Task
+
+_LOG = logging.getLogger(__name__)
 
 
 def learn(
@@ -49,10 +52,12 @@ def learn(
         planner = Planner(Task(graph, axes, plan.tp_size))
         settled = settle(planner, call.module, call.args, call.kwargs, device, sharding)
     except LayoutError as e:
+        _LOG.info("%s, in a new way: cannot be shown right: %s", call.name, e)
         raise RuntimeError(
             f"{call.name} was called in a way that was not traced before,"
             f" and it cannot be shown right on shards: {e}"
         ) from e
+    _LOG.info("%s was called in a new way: traced and shown right", call.name)
     return {
         path: _renamed(program, names) for path, program in settled.programs.items()
     }

@@ -89,7 +89,29 @@ def run_local(
     device: Any = None,
 ) -> None:
     """Run one rank's forward on fake tensors under its `checker`."""
-    group = checker.group
+    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+    copied = rank_copy(model, programs, sharding, checker.group, fake_mode, device)
+    inputs = fake_inputs(fake_mode, args, kwargs)
+    try:
+        record(copied, inputs[0], inputs[1], modes=[fake_mode], recorder=checker)
+    except LayoutError:
+        raise
+    except Exception as e:
+        raise checker.error(f"{type(e).__name__}: {e}") from e
+    finally:
+        checker.let_go(copied, inputs)
+    checker.check_end()
+
+
+def rank_copy(
+    model: nn.Module,
+    programs: dict[ModulePath, Program],
+    sharding: Sharding,
+    group: SimulatedGroup,
+    fake_mode: FakeTensorMode,
+    device: Any = None,
+) -> nn.Module:
+    """A ghost of the model as one rank holds it, which runs by these programs."""
 
     def local_shape(name: str, p: Any) -> Any:
         whole = tuple(whole_shape(p))
@@ -101,18 +123,8 @@ def run_local(
             .local_shape(whole, group.rank, group.size)
         )
 
-    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     copied = ghost(model, fake_mode, local_shape=local_shape, device=device)
     context = Context(group=group)
     context.programs = programs
     install(copied, context)
-    inputs = fake_inputs(fake_mode, args, kwargs)
-    try:
-        record(copied, inputs[0], inputs[1], modes=[fake_mode], recorder=checker)
-    except LayoutError:
-        raise
-    except Exception as e:
-        raise checker.error(f"{type(e).__name__}: {e}") from e
-    finally:
-        checker.let_go(copied, inputs)
-    checker.check_end()
+    return copied

@@ -1,6 +1,7 @@
 """From a choice of axes to one that is proven: axes that cannot be shown right are
 given up."""
 
+import logging
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -15,6 +16,8 @@ from .planner import Planner
 from .programs import make_programs
 from .prove import prove
 from .sink import sink
+
+_LOG = logging.getLogger(__name__)
 
 
 class Settled(NamedTuple):
@@ -83,6 +86,7 @@ def _give_up(
         name for name, p in sharding.params.items() if error.axis in (p.axis, None)
     }
     planner.task.note(names, str(error))
+    _LOG.info("given up, for %d parameters: %s", len(names), error)
     if error.axis in sharding.through and not placed:
         banned.add(error.axis)
     elif error.axis in sharding.through:  # its weights compute alone, completed at once

@@ -60,8 +60,8 @@ def _arguments(
 def _make(
     call: CallProgram, context: Context, func: Callable, args: tuple, kwargs: dict
 ) -> Any:
-    if call.instead is None or isinstance(context.group, SimulatedGroup):
-        # in the proof a call of the model's, which it compares
+    proof = isinstance(context.group, SimulatedGroup) and not context.group.counts
+    if call.instead is None or proof:  # a proof compares the model's own call
         return func(*args, **kwargs)
     with quiet():
         return on_shard(context, call.instead, func, args, kwargs, call.order)

@@ -9,7 +9,6 @@ tensor of the model or the optimizer.
 import io
 import os
 import secrets
-import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
 
 from ..agreement import random_state, set_random_state
 from ..together import gather, together
@@ -32,7 +30,7 @@ from .contents import (
     packed,
     plain,
 )
-from .dcp import Blocks, Reader
+from .dcp import Blocks, Reader, run_dcp
 from .folder import (
     INDEX,
     STATE,
@@ -45,8 +43,9 @@ from .folder import (
     write_file,
 )
 from .given import check_model, check_optimizer, path_of
-from .index import faults, read_index
+from .index import check_whole
 from .opened import opened
+from .saved import index_of, state_of
 
 
 def save_checkpoint(
@@ -178,7 +177,7 @@ def _write(path, items, state, group):
                     f"{temporary}: expected the folder that rank 0 made, found none:"
                     " all ranks must save to one file system, by the same path"
                 )
-        _dcp(
+        run_dcp(
             dcp.save,
             nested(items),
             storage_writer=dcp.FileSystemWriter(temporary),
@@ -204,25 +203,6 @@ def _write(path, items, state, group):
             dist.destroy_process_group(group)
 
 
-def _dcp(function, *args, **kwargs):
-    """Call torch.distributed.checkpoint. Its exception is no Exception, and is raised
-    on every rank with the ranks'."""
-    alone = not dist.is_initialized()
-    try:
-        with warnings.catch_warnings():
-            if alone:  # it warns that it does what it was told to
-                warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            function(*args, no_dist=alone, **kwargs)
-    except CheckpointException as e:
-        failed = "; ".join(
-            f"rank {rank}: {type(x).__name__}: {x}"
-            for rank, (x, _) in e.failures.items()
-        )
-        raise RuntimeError(f"the checkpoint failed: {failed}") from next(
-            iter(e.failures.values())
-        )[0]
-
-
 # ---- reading
 
 
@@ -230,7 +210,7 @@ def _load(checkpoint, model, optimizer):
     with together():
         checkpoint.verify()
     with together():  # only now: what a damaged file is read as, is no matter
-        index, state = _index(checkpoint), _state(checkpoint)
+        index, state = index_of(checkpoint), state_of(checkpoint)
         saved, path = index.state_dict_metadata, checkpoint.path
         items = {
             name_of(("model", k)): Blocks.of(t)
@@ -242,18 +222,8 @@ def _load(checkpoint, model, optimizer):
                 path, model, optimizer, saved, state["optimizer"]
             )
             items |= filled.blocks
-        if wrong := [
-            found for n in items if (found := faults(index, n, checkpoint.files))
-        ]:
-            raise ValueError(
-                "\n  ".join(
-                    [
-                        f"{path / INDEX}: {len(wrong)} of its tensors are not whole:",
-                        *wrong[:20],
-                    ]
-                )
-            )
-    _dcp(dcp.load, items, storage_reader=Reader(checkpoint, index))
+        check_whole(path / INDEX, index, items, checkpoint.files)
+    run_dcp(dcp.load, items, storage_reader=Reader(checkpoint, index))
     if optimizer is not None:
         optimizer.state.clear()
         optimizer.state.update(filled.state)
@@ -263,30 +233,3 @@ def _load(checkpoint, model, optimizer):
         model.load_state_dict(state["objects"], strict=False)
     _restore_random(model, state["random"])
     return state["extra"]
-
-
-def _index(checkpoint):
-    try:
-        return read_index(checkpoint.read(INDEX))
-    except ValueError as e:
-        raise ValueError(
-            f"{checkpoint.path / INDEX}: expected the index of a checkpoint: {e}"
-        ) from e
-
-
-def _state(checkpoint):
-    """All that is no tensor of the model or the optimizer."""
-    path, data = checkpoint.path / STATE, checkpoint.read(STATE)
-    try:
-        state = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
-    except Exception as e:
-        raise ValueError(
-            f"{path}: expected what save_checkpoint writes, cannot be read:"
-            f" {type(e).__name__}: {e}"
-        ) from e
-    if not isinstance(state, dict) or _PARTS - state.keys():
-        raise ValueError(f"{path}: expected {sorted(_PARTS)}, found something else")
-    return state
-
-
-_PARTS = {"objects", "optimizer", "random", "extra"}

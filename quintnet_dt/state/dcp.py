@@ -10,9 +10,12 @@ know their blocks, and a storage reader. What is written is its own format:
 
 import contextlib
 import pathlib
+import warnings
 
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -111,3 +114,22 @@ class _Within(FileSystem):
     def create_stream(self, path, mode):
         with self.checkpoint.open(pathlib.Path(path).name) as file:
             yield file
+
+
+def run_dcp(function, *args, **kwargs):
+    """Call torch.distributed.checkpoint. Its exception is no Exception, and is raised
+    on every rank with the ranks'."""
+    alone = not dist.is_initialized()
+    try:
+        with warnings.catch_warnings():
+            if alone:  # it warns that it does what it was told to
+                warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            function(*args, no_dist=alone, **kwargs)
+    except CheckpointException as e:
+        failed = "; ".join(
+            f"rank {rank}: {type(x).__name__}: {x}"
+            for rank, (x, _) in e.failures.items()
+        )
+        raise RuntimeError(f"the checkpoint failed: {failed}") from next(
+            iter(e.failures.values())
+        )[0]

@@ -60,6 +60,15 @@ _OTHERS = {
 }
 
 
+def check_whole(path, index, names, files):
+    """Raise ValueError where not every element of these tensors is in one of the files,
+    once."""
+    wrong = [found for n in names if (found := faults(index, n, files))]
+    if wrong:
+        head = f"{path}: {len(wrong)} of its tensors are not whole:"
+        raise ValueError("\n  ".join([head, *wrong[:20]]))
+
+
 def faults(index, name, files):
     """What is wrong with a tensor in an index, None where every element of it is in one
     of the files, once."""

@@ -77,6 +77,9 @@ class Recorder(ValueReader):
             if (action := shard_kept(holder, place)) is not None:
                 self.graph.shards_given[self.value(t).id] = action
 
+    def returned(self, out):
+        """The forward has returned this; what watches operators still does."""
+
     def keep(self, model, objects):
         """Note the values that the forward left in buffers, in attributes, and in
         objects among its inputs and outputs."""

@@ -187,6 +187,7 @@ def record(model, args, kwargs, modes=(), recorder=None):
             stack.enter_context(mode)
         recorder.give((args, kwargs))
         out = model(*args, **kwargs)
+        recorder.returned(out)
     recorder.keep(model, (args, kwargs, out))
     recorder.end()
     return recorder.graph
