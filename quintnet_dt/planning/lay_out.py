@@ -64,9 +64,12 @@ class _Pass:
             )
 
     def run(self, calls: Iterable[Call]) -> Layout:
+        calls = list(calls)
         for call in calls:
             if call.nodes or call.why_whole:
                 self.step(call)
+        if len(calls) < len(self.graph.calls):
+            self.follow_sums()
         for path, v in self.graph.outputs.items():
             self.complete_output(path, v)
         self.check_what_is_seen()
@@ -78,6 +81,19 @@ class _Pass:
             if v is not None and isinstance(state, Axis):
                 shards[place] = self.action(GATHER, v, state)
         return self.layout
+
+    def follow_sums(self) -> None:
+        """Of a walk over some calls: let sums wait in those that follow, as they would
+        in a walk over all."""
+        waiting = list(self.pending)
+        while waiting:
+            i = waiting.pop()
+            readers = self.graph.readers.get(i, [])
+            if i not in self.pending or len(readers) != 1:
+                continue
+            before = set(self.pending)
+            self.step(readers[0])
+            waiting += self.pending.keys() - before
 
     def complete_output(self, path: ArgPath, v: Value) -> None:
         """Gather an output of the model that is a shard: where it is made, if only the

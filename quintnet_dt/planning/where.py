@@ -86,8 +86,7 @@ def adapted(programs: Mapping[ModulePath, Program]) -> list[ModulePath]:
 
 def _is_adapted(call: CallProgram) -> bool:
     changes = (
-        call.divided,
-        call.multiplied,
+        call.sizes,
         call.bounds,
         call.buffers,
         call.instead,
