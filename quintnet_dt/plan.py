@@ -9,6 +9,7 @@ from math import prod
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.placement_types import Placement
 
+from . import picture
 from .axes.split import Split
 from .costs import Communication, Cost
 from .folding import folded
@@ -91,8 +92,8 @@ class Entry:
 class TensorParallelPlan:
     """How a model is split over `tp_size` ranks. `entries` holds an Entry a parameter,
     by name; `cost` is what a step of the traced inputs costs, None where none was
-    traced, and `communications` what is sent where. `plan[name] = Shard(0)` or `Replicate()` edits it: what a user sets,
-    wins."""
+    traced, and `communications` what is sent where. `plan[name] = Shard(0)` or
+    `Replicate()` edits it: what a user sets, wins."""
 
     tp_size: int
     entries: dict = field(default_factory=dict)
@@ -158,6 +159,17 @@ class TensorParallelPlan:
         shards.
         """
         return torch_code(self)
+
+    def to_html(self) -> str:
+        """The plan as a picture: one HTML page that needs nothing else. Repeated blocks
+        are drawn once, each weight as a rectangle that is cut as the ranks share it, in
+        its axis's colour; what is sent is where it is sent, in bytes of a step of the
+        traced inputs; why is shown where the pointer is."""
+        return picture.page(self, HOW)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return picture.fragment(self, HOW)
 
     @classmethod
     def from_json(cls, text: str) -> "TensorParallelPlan":
