@@ -10,6 +10,7 @@ import torch
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.placement_types import Placement
 
+from . import picture
 from .axes.split import Split
 from .costs import Communication, Cost, Step
 from .estimate import Estimate, estimate
@@ -198,6 +199,17 @@ class TensorParallelPlan:
         shards.
         """
         return torch_code(self)
+
+    def to_html(self) -> str:
+        """The plan as a picture: one HTML page that needs nothing else. Repeated blocks
+        are drawn once, each weight as a rectangle that is cut as the ranks share it, in
+        its axis's colour; what is sent is where it is sent, in bytes of a step of the
+        traced inputs; why is shown where the pointer is."""
+        return picture.page(self, HOW)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return picture.fragment(self, HOW)
 
     @classmethod
     def from_json(cls, text: str) -> "TensorParallelPlan":
