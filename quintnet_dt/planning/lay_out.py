@@ -15,7 +15,6 @@ from ..axes.action import (
     GATHER,
     MEAN,
     SPLIT,
-    SUM,
     SUM_GRADIENT,
     TAKE_HEADS,
     TO_DTENSOR,
@@ -24,15 +23,13 @@ from ..axes.action import (
 )
 from ..axes.axes import Axes
 from ..axes.sharding import Axis, LayoutError, Sharding
-from ..axes.split import Split
 from ..axes.state import AVERAGED, PARTIAL, State
 from ..keys import ArgPath, ValueId
 from ..tracing.graph import Call, Graph, Value
-from ..tracing.hidden import OPAQUE
 from .analysis import Analysis
 from .deferral import deferred
 from .layout import Blocker, Layout
-from .stored import Stored, given_axis
+from .placing import Placing
 from .worth import dearer, size
 
 
@@ -44,24 +41,8 @@ def lay_out(
     return _Pass(graph, axes, sharding).run(graph.calls if calls is None else calls)
 
 
-class _Pass:
+class _Pass(Placing):
     """One walk over the calls of a graph."""
-
-    def __init__(self, graph: Graph, axes: Axes, sharding: Sharding):
-        self.graph, self.axes, self.sharding = graph, axes, sharding
-        self.layout = Layout()
-        self.now: dict[ValueId, State] = {}  # after the actions on a value
-        # partial values, not yet summed or passed on
-        self.pending: dict[ValueId, Value] = {}
-        self.summed_over: dict[ValueId, Axis] = {}  # the axes of partial values
-        self.stored = Stored(graph, axes, sharding)
-        for name, param in sharding.params.items():
-            if name in graph.params:
-                self.now[graph.params[name].id] = param.axis
-        for i, action in graph.shards_given.items():
-            self.now[i] = self.layout.states[i] = given_axis(
-                graph.values[i], action, axes
-            )
 
     def run(self, calls: Iterable[Call]) -> Layout:
         calls = list(calls)
@@ -124,48 +105,6 @@ class _Pass:
             state = self.now.get(v.id)
             if isinstance(state, Axis) and v.id not in self.stored.gathered:
                 raise LayoutError("a hook sees what would be a shard", axis=state)
-
-    # What single actions are.
-
-    def action(self, kind: str, value: Value, axis: Axis) -> Action:
-        return Action(kind, self.split(value, axis))
-
-    def split(self, value: Value, axis: Axis) -> Split:
-        """How a value is split along an axis that it has."""
-        split = axis.split_of(self.axes, value)
-        if split.blocks not in (1, None) and not (axis.axes or self.axes).steady_within(
-            value, split.dim, axis.factors[-1]
-        ):
-            raise LayoutError(
-                "where the axis lies depends on sizes that may vary", axis=axis
-            )
-        return split
-
-    def made_by(self, v: Value) -> Call:
-        """The call that makes a value which is to be completed there. That may not lie
-        within a forward with a backward of its own, which would not know of it."""
-        call = self.graph.calls[v.producer]
-        if call.own_backward:
-            raise LayoutError(OPAQUE, call, self.layout.axis_of.get(call.index))
-        return call
-
-    def sum_value(self, v: Value) -> None:
-        self.made_by(v)
-        self.pending.pop(v.id, None)
-        self.layout.values.setdefault(v.id, []).append(Action(SUM))
-        self.now[v.id] = None
-
-    def use(self, call: Call, path: ArgPath, action: Action) -> None:
-        """An action on an argument. The call gets another tensor, so a write that comes
-        later would miss the model's."""
-        v = call.inputs[path]
-        state = self.now.get(v.id)
-        axis = state if isinstance(state, Axis) else self.layout.axis_of.get(call.index)
-        if call.own_backward:
-            raise LayoutError(OPAQUE, call, axis)
-        if self.graph.last_write.get(v.memory.id, -1) >= call.index:
-            raise LayoutError("a tensor is written to in place", call, axis)
-        self.layout.uses.setdefault((call.index, path), []).append(action)
 
     # One call.
 
@@ -311,8 +250,3 @@ class _Pass:
         """Whether a value stays a shard beyond the call that makes it: a weight's own
         axis ends with what is made of weights."""
         return axis in self.sharding.through or v.id in self.graph.made_of
-
-    def complete(self, v: Value, action: Action) -> None:
-        self.made_by(v)
-        self.layout.values.setdefault(v.id, []).append(action)
-        self.now[v.id] = None
