@@ -7,7 +7,7 @@ the axis. Else each layer is complete by itself, which is right anywhere.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from os.path import commonprefix
 from typing import Any
 
@@ -62,33 +62,15 @@ def torch_code(plan: Any) -> str:
     `TensorParallelPlan.to_code`."""
     entries = list(plan.entries.values())
     regions = _regions(plan)
-    styles: Styles = {}
-    comments: list[str] = []
-    for entry in entries:
-        given = _styles_of(entry, plan.tp_size, entry.axis in regions)
-        styles.update(given)
-        if entry.dim is not None and not given and not _goes_along(entry, styles):
-            comments.append(f"{entry.name}: {_why_not(entry, plan.tp_size)}")
-        elif given and entry.units and entry.axis not in regions:
-            comments.append(f"{entry.name}: completed at once, {_REGION}")
-    summed = {
-        c.what
-        for c in plan.communications
-        if c.axis in regions and c.change == SUM_GRADIENT and c.what in plan.entries
-    }
-    tied = {
-        other: entry.name
-        for entry in entries
-        for other in entry.modules
-        if other != entry.name and _module(other) in styles
-    }
+    styles, comments = _modules(plan, regions)
+    summed, tied = _summed(plan, regions), _tied(entries, styles)
     on_cpu = plan.cost is None or plan.cost.device == "CPU"
     sections = [
         _HEAD,
         *(f"# {line}" for line in dict.fromkeys(map(_star, comments))),
         _literal("plan", dict(_starred(styles, entries))),
-        _literal("summed", dict.fromkeys(sorted(summed))),
-        _literal("tied", {name: _quoted(first) for name, first in tied.items()}),
+        _literal("summed", summed),
+        _literal("tied", tied),
         _APPLY,
         _SUM if summed else "",
         _TIE if tied else "",
@@ -97,6 +79,41 @@ def torch_code(plan: Any) -> str:
     text = "\n".join(filter(None, sections)) + "\n"
     device = "cpu" if on_cpu else "cuda"
     return text.replace("{n}", str(plan.tp_size)).replace("{device}", device)
+
+
+def _modules(plan: Any, regions: set[int]) -> tuple[Styles, list[str]]:
+    """The styles of modules, and what is to be said of weights that have none."""
+    n = plan.tp_size
+    styles: Styles = {}
+    comments: list[str] = []
+    for entry in plan.entries.values():
+        given = _styles_of(entry, n, entry.axis in regions)
+        styles.update(given)
+        if entry.dim is not None and not given and not _goes_along(entry, styles):
+            comments.append(f"{entry.name}: {_why_not(entry, n)}")
+        elif given and entry.units and entry.axis not in regions:
+            comments.append(f"{entry.name}: completed at once, {_REGION}")
+    return styles, comments
+
+
+def _summed(plan: Any, regions: set[int]) -> dict[ParamName, None]:
+    """Parameters that are used with shards of a region."""
+    found = {
+        c.what
+        for c in plan.communications
+        if c.axis in regions and c.change == SUM_GRADIENT
+    }
+    return dict.fromkeys(sorted(found & plan.entries.keys()))
+
+
+def _tied(entries: list, styles: Styles) -> dict[ParamName, str]:
+    """Other names of a parameter, and its first."""
+    return {
+        other: _quoted(entry.name)
+        for entry in entries
+        for other in entry.modules
+        if other != entry.name and _module(other) in styles
+    }
 
 
 _REGION = "as its axis has more in it than column and row parallel layers"
@@ -139,6 +156,8 @@ def _goes_along(entry: Any, styles: Styles) -> bool:
 
 def _why_not(entry: Any, n: int) -> str:
     """Why a weight that the plan splits is left whole."""
+    if not entry.modules:
+        return "no forward was traced, so what uses it is not known"
     if entry.how == "weight gathered":
         return (
             "stored in parts and gathered before its use, for which torch has no style"
@@ -152,22 +171,24 @@ def _why_not(entry: Any, n: int) -> str:
 
 def _regions(plan: Any) -> set[int]:
     """The axes of which all that a plan does, torch's styles do."""
-    found = set()
-    for axis in {e.axis for e in plan.entries.values() if e.axis is not None}:
-        mine = [e for e in plan.entries.values() if e.axis == axis]
-        paths = {_module(e.name) for e in mine}
-        biases = {f"{path}.bias".lstrip(".") for path in paths}
-        styled = all(
-            _styles_of(e, plan.tp_size, True) or e.name in biases for e in mine
-        )
-        around = commonprefix([path.split(".") for path in paths])
-        inside = (path.split(".")[: len(around)] == around for path in plan.adapted)
-        sent = [c for c in plan.communications if c.axis == axis]
-        untied = all(len(e.modules) == 1 for e in mine)
-        known = all(_is_layers(c, paths, biases, plan) for c in sent)
-        if styled and untied and known and not any(inside):
-            found.add(axis)
-    return found
+    axes = {e.axis for e in plan.entries.values()} - {None}
+    return {axis for axis in axes if _is_region(plan, axis)}
+
+
+def _is_region(plan: Any, axis: int) -> bool:
+    mine = [e for e in plan.entries.values() if e.axis == axis]
+    paths = {_module(e.name) for e in mine}
+    biases = {f"{path}.bias".lstrip(".") for path in paths}
+    for entry in mine:
+        styled = entry.name in biases or _styles_of(entry, plan.tp_size, True)
+        if not styled or len(entry.modules) > 1:
+            return False
+    around = commonprefix([path.split(".") for path in paths])
+    inside = (path.split(".")[: len(around)] == around for path in plan.adapted)
+    if any(inside):
+        return False
+    sent = [c for c in plan.communications if c.axis == axis]
+    return all(_is_layers(c, paths, biases, plan) for c in sent)
 
 
 def _is_layers(
@@ -202,7 +223,7 @@ def _quoted(name: str) -> str:
     return f'"{name}"'
 
 
-def _literal(name: str, items: dict[str, str | None]) -> str:
+def _literal(name: str, items: Mapping[str, str | None]) -> str:
     """A dict, or a list where there are no values, as black writes it; none of
     nothing, but for the plan."""
     if not items:
