@@ -319,7 +319,7 @@ def test_axes_that_cannot_be_shown_are_given_up_together(monkeypatch):
             if self.fails == "scalar":
                 h = h / h.shape[-1]
             if self.fails == "shape":
-                h = h.as_strided((2, 3, 32), (96, 32, 1))
+                h = h + torch.arange(h.shape[-1])
             return x + self.down(h)
 
     runs = []
@@ -346,7 +346,7 @@ def test_axes_that_cannot_be_shown_are_given_up_together(monkeypatch):
     ), plan
     assert (
         "expected shapes" in plan["3.up.bias"].why
-        and "as_strided in 3" in plan["3.up.bias"].why
+        and "arange in 3" in plan["3.up.bias"].why
     ), plan
     assert len(runs) == 2
 

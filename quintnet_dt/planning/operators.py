@@ -18,9 +18,10 @@ ADDITIVE = {"add", "sub"}
 WORKS_ON_NOTHING = LINEAR | FIRST
 WORKS_ON_NOTHING |= set(
     "mm addmm bmm baddbmm embedding cat split split_with_sizes unbind roll flip cumsum"
-    " constant_pad_nd tril triu amax _softmax _safe_softmax _log_softmax where copy_"
-    " native_layer_norm _fused_rms_norm repeat_interleave index_select dropout"
-    " native_dropout bernoulli_ logsumexp scalar_tensor empty_like zeros_like ones_like full_like".split()
+    " constant_pad_nd tril triu amax logsumexp _softmax _safe_softmax _log_softmax where"
+    " copy_ native_layer_norm _fused_rms_norm repeat_interleave index_select dropout"
+    " native_dropout bernoulli_ scalar_tensor empty_like zeros_like ones_like"
+    " full_like".split()
 )
 # So does an attention, as on_shard.py has it.
 _ATTENTION = "scaled_dot_product"
