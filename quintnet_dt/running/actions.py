@@ -102,9 +102,10 @@ def _take_heads(x: Tensor, heads: Heads, group: Group) -> Tensor:
     """Of key-value heads, those that this rank's query heads attend to."""
     mine = heads.of_rank(group_rank(group), group_size(group))
     x = comm_ops.copy_in(x, group)
-    if len(mine) == 1:
-        return x.narrow(heads.dim, mine[0], 1)
-    return x.index_select(heads.dim, torch.tensor(mine, device=x.device).long())
+    if not mine:
+        return x.narrow(heads.dim, 0, 0)
+    # no index tensor, which a GPU would wait for
+    return torch.cat([x.narrow(heads.dim, head, 1) for head in mine], heads.dim)
 
 
 _gather = _along(comm_ops.all_gather, whole=False)
