@@ -88,7 +88,6 @@ class ViT(nn.Module):
         super().__init__()
         self.patches = nn.Conv2d(1, width, 2, stride=2)
         self.positions = nn.Embedding(16, width)
-        nn.init.normal_(self.positions.weight, std=0.02)
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, DIGITS)
