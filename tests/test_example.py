@@ -1,11 +1,14 @@
 """The examples, short: the losses of the split model and of the whole one agree, and a
 run that goes on in another layout ends where it would have."""
 
+import re
 import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import sklearn.datasets
 import torch
 import transformers
 from ranks import run_ranks
@@ -32,6 +35,22 @@ def test_the_example_trains_and_agrees_with_the_whole_model():
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "Shard(0)" in done.stdout and "difference" in done.stdout
+
+
+@pytest.mark.parametrize("model", ["cnn", "vit"])
+def test_digits_are_learned(model, capfd):
+    path = str(ROOT / "examples" / "train_digits.py")
+    sklearn.datasets.load_digits()  # imported once, not on each rank
+    small = f"--model {model} --steps 40 --batch 32 --width 32 --lr 5e-3".split()
+
+    def ranks(rank):
+        assert runpy.run_path(path)["main"](small) == 0
+
+    run_ranks(ranks, 2, init=False)
+    told = capfd.readouterr().out
+    before, after = map(float, re.findall(r"accuracy ([\d.]+)%", told))
+    assert after > before + 10, told
+    assert "Shard(0)" in told
 
 
 def train_2d(n, *args):
