@@ -269,7 +269,7 @@ class Forces(Net):
 # ---- functional style
 
 
-@model("functional", X, Y, local=True)
+@model("functional", X, Y)
 class Einsums(Net):
     """Attention on the root's own parameters, with sinks and a scale for each head."""
 

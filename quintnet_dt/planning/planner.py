@@ -14,6 +14,7 @@ from .cost import change_by, change_by_gather
 from .lay_out import lay_out
 from .layout import Layout
 from .search import best_set
+from .sink import sink
 from .task import Task
 from .work import Scale
 
@@ -119,6 +120,7 @@ class Planner:
                 candidate.params, {candidate.axis}, loss_parallel=task.loss_parallel
             )
             layout = lay_out(task.graph, task.axes, sharding, candidate.calls)
+            layout = sink(task.graph, task.axes, layout, task.work)
             gathered = task.gathered_weights(layout) & candidate.params.keys()
             if not gathered:
                 return layout

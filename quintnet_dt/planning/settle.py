@@ -49,7 +49,7 @@ def settle(
     sharding = applied or planner.choose()
     while True:
         try:
-            layout = sink(graph, axes, lay_out(graph, axes, sharding))
+            layout = sink(graph, axes, lay_out(graph, axes, sharding), task.work)
             layout = hoist(graph, layout)
             all_gathered = all(p.gathered for p in sharding.params.values())
             if (

@@ -13,6 +13,7 @@ from ..keys import ArgPath, CallIndex, ValueId
 from ..tracing.graph import Call, Graph, Value
 from .analysis import Analysis
 from .layout import Layout
+from .work import Work
 
 # These make an axis: of a number, or of what they repeat along it.
 _MAKE_AXES = set(
@@ -20,11 +21,17 @@ _MAKE_AXES = set(
 )
 
 
-def sink(graph: Graph, axes: Axes, layout: Layout) -> Layout:
-    """Let calls make their parts, where fewer bytes are sent so."""
-    sinking = _Sinking(graph, axes, layout)
-    for v in reversed(graph.values):
-        sinking.try_to_move(v)
+def sink(graph: Graph, axes: Axes, layout: Layout, work: Work) -> Layout:
+    """Let calls make their parts, where fewer bytes are sent so at the size that `work`
+    counts."""
+    split = {
+        graph.calls[index].inputs[path].id
+        for (index, path), actions in layout.uses.items()
+        if actions[0].kind == SPLIT
+    }
+    sinking = _Sinking(graph, axes, layout, work)
+    for i in sorted(split, reverse=True):
+        sinking.try_to_move(graph.values[i])
     return layout
 
 
@@ -42,13 +49,14 @@ class _Way:
     """To make a value in parts. `bytes`: that a rank sends in the backward, in shares of
     (n - 1) / n; `calls`: those that work on parts then, with what their inputs need."""
 
-    bytes: int
+    bytes: float
     calls: dict[CallIndex, dict[ArgPath, Action]] = field(default_factory=dict)
 
 
 class _Sinking:
-    def __init__(self, graph: Graph, axes: Axes, layout: Layout):
+    def __init__(self, graph: Graph, axes: Axes, layout: Layout, work: Work):
         self.graph, self.axes, self.layout = graph, axes, layout
+        self.nbytes = work.nbytes
         kept = *graph.outputs.values(), *graph.left_in_modules
         self.escaping = {v.id for v in kept} | graph.seen_by_hooks.keys()
 
@@ -87,7 +95,7 @@ class _Sinking:
 
     def best(self, v: Value, axis: Axis, split: Action) -> _Way:
         """The way to have a value in parts that sends the least."""
-        here = _Way(v.nbytes if v.differentiable else 0)
+        here = _Way(self.nbytes(v) if v.differentiable else 0)
         call = self.movable(v)
         actions = None if call is None else self.on_parts(call, v, axis)
         if call is None or actions is None:
@@ -96,9 +104,10 @@ class _Sinking:
         for path, action in list(actions.items()):
             x = call.inputs[path]
             if action.kind == SUM_GRADIENT:
-                way.bytes += 0 if self.sums(x) else 2 * x.nbytes
+                way.bytes += 0 if self.sums(x) else 2 * self.nbytes(x)
                 continue
-            above = self.best(x, axis, action) if self.read_once(x) else _Way(x.nbytes)
+            alone = self.read_once(x)
+            above = self.best(x, axis, action) if alone else _Way(self.nbytes(x))
             way.bytes += above.bytes
             if above.calls:
                 way.calls |= above.calls

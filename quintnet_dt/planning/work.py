@@ -157,8 +157,18 @@ class Work:
 
     def of_weights(self, value: Value) -> bool:
         """Whether a value is made of parameters alone."""
-        made_of = self.graph.made_of
-        return value.id in made_of or value.memory.id in made_of
+        return value.id in self._weights or value.memory.id in self._weights
+
+    @cached_property
+    def _weights(self) -> set[ValueId]:
+        """Parameters and what is made of them alone, within a call too."""
+        found = set(self.graph.made_of)
+        for call in self.graph.calls:
+            for node in call.nodes:
+                given = {v.id for v in node.inputs}
+                if given and given <= found:
+                    found |= {v.id for v in node.outputs}
+        return found
 
     @cached_property
     def _lengths(self) -> set[Factor]:

@@ -34,9 +34,8 @@ def run_models(group, n):
             calls = [(double(f()), mode) for f, mode in calls]
             at = "set-up"
             try:
-                sharded, whole = pair(
-                    build, n, example_inputs=copy.deepcopy(calls[0][0])
-                )
+                example = copy.deepcopy(calls[0][0])
+                sharded, whole = pair(build, n, example_inputs=example, device="H100")
                 assert (
                     share_of(sharded) <= 1 / n + 0.1
                 ), f"holds {share_of(sharded):.1%}"
