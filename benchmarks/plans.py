@@ -91,7 +91,7 @@ CASES = {
         ),
     ),
     "StarCoder2 3B": Case("starcoder2", 24),
-    "BLOOM 7B": Case("bloom", 32, dict(hidden_size=4096, n_head=32)),
+    "BLOOM 7B": Case("bloom", 32, dict(hidden_size=4096, n_head=32, n_layer=30)),
     "BERT": Case("bert", 12, task="masked_lm"),
     "ModernBERT": Case("modernbert", 12, task="masked_lm"),
     "T5": Case("t5", 8, task="seq2seq_lm"),
