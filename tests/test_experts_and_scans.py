@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import pair
 from models.regions import (
     FLOAT32,
     HEADS,
@@ -16,6 +17,7 @@ from models.regions import (
     ids,
     model,
 )
+from ranks import run_ranks
 from torch import nn
 
 # ------------------------------------------------------------------ experts
@@ -102,6 +104,41 @@ def zeros_for_scores(m, x):
     scores = torch.baddbmm(torch.zeros(b * heads, t, t, dtype=x.dtype), q, k.mT)
     out = scores.view(b, heads, t, -1).softmax(-1) @ v
     return m.o(out.transpose(1, 2).flatten(2))
+
+
+class Cache:
+    """An object that keeps keys for a next call."""
+
+
+class KeepsKeys(nn.Module):
+    """Attention whose keys, one head's repeated for all, are kept before they are
+    used."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.v = (nn.Linear(D, 48, bias=False) for _ in range(2))
+        self.k, self.o = nn.Linear(D, 6, bias=False), nn.Linear(48, D, bias=False)
+
+    def forward(self, x, cache):
+        heads = (
+            y.unflatten(-1, (8, 6)).transpose(1, 2) for y in (self.q(x), self.v(x))
+        )
+        q, v = heads
+        cache.keys = self.k(x).unsqueeze(1).repeat(1, 8, 1, 1)
+        mixed = (q @ cache.keys.mT).softmax(-1) @ v
+        return self.o(mixed.transpose(1, 2).flatten(2))
+
+
+def test_what_an_object_keeps_stays_whole():
+    def ranks(rank):
+        x, cache = features(2, 5, D)()[0].double(), Cache()
+        options = dict(example_inputs=(x, Cache()), device="H100")
+        sharded, whole = pair(KeepsKeys, 2, **options)
+        expected = Cache()
+        assert torch.allclose(sharded(x, cache), whole(x, expected), atol=1e-10)
+        assert torch.allclose(cache.keys, expected.keys, atol=1e-10)
+
+    run_ranks(ranks, 2)
 
 
 def routed(m, x):

@@ -56,7 +56,7 @@ def _shrinks(graph: Graph, call: Call) -> bool:
     (v,) = call.nodes[0].outputs
     size = v.nbytes
     while len(readers := graph.readers.get(v.id, [])) == 1:
-        (reader,) = readers
+        ((reader, _),) = readers
         if _scaled_by(graph, reader, {v.id}) is None or len(reader.outputs) != 1:
             return False
         (v,) = reader.outputs.values()

@@ -35,16 +35,7 @@ class _Movable:
 class _Hoisting:
     def __init__(self, graph: Graph, layout: Layout):
         self.graph, self.layout = graph, layout
-        self.readers: dict[ValueId, list[tuple[Call, ArgPath]]] = {}
-        for call in graph.calls:
-            if call.nodes:
-                for path, v in call.inputs.items():
-                    self.readers.setdefault(v.id, []).append((call, path))
-        # What others than the model's calls read.
-        self.escaping = {
-            v.id for v in (*graph.outputs.values(), *graph.left_in_modules)
-        }
-        self.escaping |= graph.seen_by_hooks.keys()
+        self.readers: dict[ValueId, list[tuple[Call, ArgPath]]] = graph.readers
 
     def move_above_readers(self, v: Value) -> bool:
         """Move the sums of what is made of a value above the calls that make it, if
@@ -88,7 +79,12 @@ class _Hoisting:
             return None
         outputs = {v.id: v for v in call.outputs.values() if v.trainable}
         inputs = {v.id for v in call.inputs.values()}
-        elsewhere = self.escaping, inputs, self.layout.values, self.layout.states
+        elsewhere = (
+            self.graph.kept_elsewhere,
+            inputs,
+            self.layout.values,
+            self.layout.states,
+        )
         only_here = all(outputs.keys().isdisjoint(others) for others in elsewhere)
         if outputs and only_here and all(map(self.only_enters, outputs.values())):
             return _Movable(call, list(outputs.values()))

@@ -73,7 +73,8 @@ class _Pass(Placing):
             if i not in self.pending or len(readers) != 1:
                 continue
             before = set(self.pending)
-            self.step(readers[0])
+            ((reader, _),) = readers
+            self.step(reader)
             waiting += self.pending.keys() - before
 
     def complete_output(self, path: ArgPath, v: Value) -> None:

@@ -56,9 +56,10 @@ class _Way:
 class _Sinking:
     def __init__(self, graph: Graph, axes: Axes, layout: Layout, work: Work):
         self.graph, self.axes, self.layout = graph, axes, layout
-        self.nbytes = work.nbytes
-        kept = *graph.outputs.values(), *graph.left_in_modules
-        self.escaping = {v.id for v in kept} | graph.seen_by_hooks.keys()
+        self.work = work
+        # Those that must stay whole: objects are to keep what they keep in a plan.
+        in_objects = {x.value.id for x in graph.in_objects if x.value is not None}
+        self.kept = graph.kept_elsewhere | in_objects
 
     def try_to_move(self, v: Value) -> None:
         uses = self.uses_of(v)
@@ -78,12 +79,7 @@ class _Sinking:
 
     def uses_of(self, v: Value) -> _Uses | None:
         """The uses of a value that is split at each of them."""
-        places = [
-            (call.index, path)
-            for call in self.graph.readers.get(v.id, ())
-            for path, x in call.inputs.items()
-            if x is v
-        ]
+        places = self.places(v)
         actions = [self.layout.uses.get(place) for place in places]
         first = actions[0] if actions else None
         if first is None or any(found != first for found in actions):
@@ -93,9 +89,16 @@ class _Sinking:
         axes = {self.layout.axis_of[index] for index, _ in places}
         return _Uses(axes.pop(), first[0], places) if len(axes) == 1 else None
 
+    def places(self, v: Value) -> list[tuple[CallIndex, ArgPath]]:
+        return [(call.index, path) for call, path in self.graph.readers.get(v.id, ())]
+
+    def sent_for(self, v: Value) -> float:
+        """What a rank sends in the backward if a value is made whole and split then."""
+        return self.work.nbytes(v) if v.differentiable else 0
+
     def best(self, v: Value, axis: Axis, split: Action) -> _Way:
         """The way to have a value in parts that sends the least."""
-        here = _Way(self.nbytes(v) if v.differentiable else 0)
+        here = _Way(self.sent_for(v))
         call = self.movable(v)
         actions = None if call is None else self.on_parts(call, v, axis)
         if call is None or actions is None:
@@ -104,10 +107,10 @@ class _Sinking:
         for path, action in list(actions.items()):
             x = call.inputs[path]
             if action.kind == SUM_GRADIENT:
-                way.bytes += 0 if self.sums(x) else 2 * self.nbytes(x)
+                way.bytes += 0 if self.sums(x) else 2 * self.sent_for(x)
                 continue
-            alone = self.read_once(x)
-            above = self.best(x, axis, action) if alone else _Way(self.nbytes(x))
+            read_once = self.graph.use_count[x.id] == 1
+            above = self.best(x, axis, action) if read_once else _Way(self.sent_for(x))
             way.bytes += above.bytes
             if above.calls:
                 way.calls |= above.calls
@@ -117,7 +120,9 @@ class _Sinking:
 
     def movable(self, v: Value) -> Call | None:
         """The call that makes a value, on every rank alike, and nothing else."""
-        if v.producer is None or v.id in self.escaping or v.id in self.layout.states:
+        if v.producer is None or v.id in self.kept:
+            return None
+        if v.id in self.layout.states:
             return None
         call = self.graph.calls[v.producer]
         if call.why_whole or call.own_backward or call.index in self.layout.axis_of:
@@ -159,9 +164,7 @@ class _Sinking:
         """For a call that makes the axis itself."""
         if call.name not in _MAKE_AXES:
             return None
-        return self.summed(
-            call, [x.id for x in call.inputs.values() if x.differentiable]
-        )
+        return self.summed(call, [x.id for x in call.inputs.values() if x.trainable])
 
     def summed(self, call: Call, ids: Iterable[ValueId]) -> dict[ArgPath, Action]:
         partial = set(ids)
@@ -170,12 +173,5 @@ class _Sinking:
 
     def sums(self, x: Value) -> bool:
         """Whether a value's gradient is summed for other readers already."""
-        return any(
-            self.layout.uses.get((call.index, path)) == [Action(SUM_GRADIENT)]
-            for call in self.graph.readers[x.id]
-            for path, given in call.inputs.items()
-            if given is x
-        )
-
-    def read_once(self, x: Value) -> bool:
-        return self.graph.use_count[x.id] == 1
+        summed = [Action(SUM_GRADIENT)]
+        return any(self.layout.uses.get(place) == summed for place in self.places(x))

@@ -170,12 +170,20 @@ class Graph:
 
     @cached_property
     def readers(self):
-        """Value id -> the calls that read it."""
+        """Value id -> (call, path of the argument) for each time that a call reads
+        it."""
         readers = {}
         for call in self.calls:
-            for v in {v.id: v for v in call.inputs.values()}.values():
-                readers.setdefault(v.id, []).append(call)
+            for path, v in call.inputs.items() if call.nodes else ():
+                readers.setdefault(v.id, []).append((call, path))
         return readers
+
+    @cached_property
+    def kept_elsewhere(self):
+        """Ids of the values that others than the model's calls read: they are outputs,
+        are kept by modules, or seen by hooks."""
+        kept = *self.outputs.values(), *self.left_in_modules
+        return {v.id for v in kept} | self.seen_by_hooks.keys()
 
     def numbered(self, call, module):
         """Whether a call can be told from others by its number in a module's run."""

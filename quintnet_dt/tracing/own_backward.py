@@ -1,11 +1,12 @@
 """Which autograd.Functions, written in Python, do the same at each element: forward and
 backward may then run on any shard, as they are.
 
-Both are tried on fake tensors of two shapes. All that they call must be pointwise, on
-tensors of that shape and numbers, and the same for both: a backward that divides by a
-size is not.
+Both are tried on fake tensors of the shape that is given, and of two others. All that
+they call must be pointwise, on tensors of that shape and numbers, and the same each
+time: a backward that divides by a size is not.
 """
 
+import inspect
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -56,7 +57,7 @@ def _given(frame: FrameType, function: type[torch.autograd.Function]) -> list[An
     names = code.co_varnames[: code.co_argcount]
     takes_context = function.setup_context is torch.autograd.Function.setup_context
     args = [given[name] for name in names[1 if takes_context else 0 :]]
-    if code.co_flags & 0x04:  # *args
+    if code.co_flags & inspect.CO_VARARGS:
         args += given[code.co_varnames[code.co_argcount + code.co_kwonlyargcount]]
     return args
 
