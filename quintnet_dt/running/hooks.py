@@ -32,7 +32,9 @@ from .structure import (  # noqa: F401  hooks_on: scripts that look at a split m
     Hooks,
     hooks_on,
 )
-from .user_call import begin, end, remember
+from .user_call import begin as begin_call
+from .user_call import end as end_call
+from .user_call import remember
 
 
 class ModuleHooks(Hooks):
@@ -73,8 +75,24 @@ class ModuleHooks(Hooks):
     def enter(
         self, module: nn.Module, args: tuple, kwargs: dict, within: bool = False
     ) -> Any:
+        compiled = compiling(self.context)
+        if compiled or within:
+            return self.begin(module, args, kwargs, compiled, within)
+        calls.rest()
+        try:
+            return self.begin(module, args, kwargs)
+        finally:
+            calls.wake()
+
+    def begin(
+        self,
+        module: nn.Module,
+        args: tuple,
+        kwargs: dict,
+        compiled: bool = False,
+        within: bool = False,
+    ) -> Any:
         context = self.context
-        compiled = compiling(context)
         self.choose_program(module, args, kwargs, compiled, within)
         program = self.program
         shown: list[Shown] = []
@@ -109,9 +127,9 @@ class ModuleHooks(Hooks):
         context = self.context
         if not context.running and context.paths is not None:
             if not compiled:
-                begin(self, module, args, kwargs, within)
+                begin_call(self, module, args, kwargs, within)
             elif not context.recomputing:
-                torch.compiler.disable(begin)(self, module, args, kwargs, True)
+                torch.compiler.disable(begin_call)(self, module, args, kwargs, True)
         elif calls.frames and not self.reached:
             calls.start(context, self.path)
         if self.program is not None and not self.program.fits(module):
@@ -160,6 +178,18 @@ class ModuleHooks(Hooks):
         if not context.running or context.running[-1].hooks is not self:
             return None  # an exception came before `before`
         run = context.running.pop()
+        if run.compiled:
+            return self.end(run, module, args, kwargs, output)
+        calls.rest()
+        try:
+            return self.end(run, module, args, kwargs, output)
+        finally:
+            calls.wake()
+
+    def end(
+        self, run: Running, module: nn.Module, args: tuple, kwargs: dict, output: Any
+    ) -> Any:
+        context = self.context
         program, is_whole_call = run.program, not context.running
         try:
             if run.counted:
@@ -170,7 +200,7 @@ class ModuleHooks(Hooks):
             for s in reversed(run.shown):
                 hide(s)
             if is_whole_call:
-                end(self, module, program, (args, kwargs, output))
+                end_call(self, module, program, (args, kwargs, output))
         if program is not None and output is not None and program.outputs:
             output = context.apply(output, program.outputs)
         if is_whole_call:

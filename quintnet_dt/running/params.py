@@ -7,7 +7,7 @@ from ..axes.action import Action
 from ..ddp import is_local
 from ..keys import ParamName
 from ..places import Owners, Place, put
-from ..private import as_parameter, compiling
+from ..private import as_parameter, compiling, read_local
 from .context import Context
 from .program import Program
 from .shown import Shown, keep_data, writable
@@ -103,7 +103,7 @@ class Params:
                 " outside of the module that fully_shard was called on: call"
                 " fully_shard on a module that holds all that read it"
             )
-        local = p.to_local()
+        local = read_local(p)
         return writable(local) if written else local
 
     def refuse_replaced(self, place: Place, p: object) -> None:
