@@ -54,18 +54,18 @@ class _Read(torch.autograd.Function):
             grad = grad.new_empty_strided(grad.shape, ctx.stride).copy_(grad)
         if not torch.is_grad_enabled():
             # without its `__init__`, which does nothing, in 3 us
-            return DTensor.__new__(
-                DTensor, grad, copy.copy(spec), requires_grad=False
-            )
+            return DTensor.__new__(DTensor, grad, copy.copy(spec), requires_grad=False)
         whole = {"shape": spec.shape, "stride": spec.stride}
         return DTensor.from_local(grad, spec.mesh, spec.placements, **whole)
 
 
 def read_local(param: Any) -> torch.Tensor:
     """This rank's part of a DTensor; differentiable."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return param.to_local()
+    if torch.is_grad_enabled() and param.requires_grad:
         return _Read.apply(param)
-    return param.to_local()
+    return param._local_tensor.detach()
 
 
 def fsdp_state(module: nn.Module) -> Any:

@@ -10,14 +10,13 @@ from torch.overrides import TorchFunctionMode
 
 from ..keys import ModulePath
 from ..private import (
-    compiling,
     function_mode,
     in_backward,
     not_compiled,
     top_not_compiled,
     within_compiled,
 )
-from ..tracing.composites import restated
+from ..tracing.composites import RESTATED, restated
 from ..utils import by_torch, call_name, silence
 from .call_program import run_program
 from .change import difference, go_on, is_next, other_programs, refuse
@@ -27,6 +26,7 @@ from .record import Called, Calls, Ends, Frame, Next, Starts, watching
 from .shown import put_back
 
 _BACKWARDS = {"grad", "backward"}
+_SPECIAL = {"detach", *_BACKWARDS, *(func.__name__ for func in RESTATED)}
 
 
 class _Calls(threading.local, TorchFunctionMode):
@@ -145,7 +145,7 @@ class _Calls(threading.local, TorchFunctionMode):
     ) -> Any:
         frame, kwargs = self.frames[-1], kwargs or {}
         if torch.compiler.is_compiling():
-            return self.run(call_name(func), func, args, kwargs)
+            return self.run(call_name(func), func, args, kwargs, compiled=True)
         if not frame.compiled:
             return self.run(known_name(func), func, args, kwargs)
         if not within_compiled():  # a graph that was compiled, not the model's own code
@@ -156,20 +156,34 @@ class _Calls(threading.local, TorchFunctionMode):
         finally:
             frame.compiled = True
 
-    def run(self, name: str | None, func: Callable, args: tuple, kwargs: dict) -> Any:
+    def run(
+        self,
+        name: str | None,
+        func: Callable,
+        args: tuple,
+        kwargs: dict,
+        compiled: bool = False,
+    ) -> Any:
         if name is None or silence.depth:
             return func(*args, **kwargs)
-        if (inner := restated(func, args, kwargs)) is not None:
-            with self:
-                return inner(*args, **kwargs)
-        if name in _BACKWARDS and not torch.compiler.is_compiling():
-            func = partial(self.backward, func)
-        if name == "detach" and by_torch():
-            return func(*args, **kwargs)
+        if name in _SPECIAL:
+            if (inner := restated(func, args, kwargs)) is not None:
+                with self:
+                    return inner(*args, **kwargs)
+            if name in _BACKWARDS and not compiled:
+                func = partial(self.backward, func)
+            if name == "detach" and by_torch():
+                return func(*args, **kwargs)
+        return self.watched(name, func, args, kwargs, compiled)
+
+    def watched(
+        self, name: str, func: Callable, args: tuple, kwargs: dict, compiled: bool
+    ) -> Any:
+        """Make a call of the model's own, as the program of its module says."""
         frame = watching(self.frames)
         if frame is None:
             return func(*args, **kwargs)
-        compiled = compiling(frame.context)
+        compiled = compiled and frame.context.mesh is not None
         if not is_next(frame.program, frame.number, name, args, kwargs, compiled):
             if name == "view_as" and by_torch():  # for a tool that was started since
                 return func(*args, **kwargs)

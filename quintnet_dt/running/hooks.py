@@ -117,7 +117,9 @@ class ModuleHooks(Hooks):
         if self.params.places:
             # Gathered as they are, within torch.vmap and the like too.
             with quiet(), transforms_aside():
-                self.params.show(shown)
+                self.params.show(shown, compiled)
+        if not program.inputs:
+            return None
         return context.apply((args, kwargs), program.inputs, program.unwritten, -2)
 
     def choose_program(
@@ -174,10 +176,10 @@ class ModuleHooks(Hooks):
         return not_compiled(self.leave, module, args, kwargs, output)
 
     def leave(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        context = self.context
-        if not context.running or context.running[-1].hooks is not self:
+        running = self.context.running
+        if not running or running[-1].hooks is not self:
             return None  # an exception came before `before`
-        run = context.running.pop()
+        run = running.pop()
         if run.compiled:
             return self.end(run, module, args, kwargs, output)
         calls.rest()
@@ -189,27 +191,26 @@ class ModuleHooks(Hooks):
     def end(
         self, run: Running, module: nn.Module, args: tuple, kwargs: dict, output: Any
     ) -> Any:
-        context = self.context
-        program, is_whole_call = run.program, not context.running
+        context, program, failed = self.context, run.program, output is None
+        is_whole_call = not context.running
         try:
             if run.counted:
-                calls.pop(failed=output is None)
+                calls.pop(failed)
         finally:
-            if not compiling(context):
-                context.log.append(Ended(failed=output is None))
+            if run.kept is None:
+                context.log.append(Ended(failed))
             for s in reversed(run.shown):
                 hide(s)
             if is_whole_call:
                 end_call(self, module, program, (args, kwargs, output))
-        if program is not None and output is not None and program.outputs:
-            output = context.apply(output, program.outputs)
+        outputs = {} if program is None or failed else program.outputs
+        if outputs:
+            output = context.apply(output, outputs)
         if is_whole_call:
             context.forget()
-        if program is None:
-            return None
-        if is_whole_call and context.paths is not None:
-            self.remember_program(output)
-        return output if program.outputs else None
+            if program is not None and context.paths is not None:
+                self.remember_program(output)
+        return output if outputs else None
 
     def remember_program(self, output: Any) -> None:
         if not compiling(self.context):
