@@ -23,7 +23,13 @@ from .fakes import (
     unset_fake_temporarily,
 )
 from .hooks import as_parameter, global_hooks, has_hooks, saves_by_hooks, share_hooks
-from .modes import forward_mode, modes_aside, transform, transforms_aside
+from .modes import (
+    forward_mode,
+    function_mode,
+    modes_aside,
+    transform,
+    transforms_aside,
+)
 from .operators import HigherOrderOperator, TorchDispatchMode, is_any_true, safe_softmax
 from .sharded import (
     DDP_SPEC,
@@ -32,6 +38,7 @@ from .sharded import (
     broadcasting,
     compute_dtype,
     fsdp_state,
+    read_local,
 )
 
 __all__ = [
@@ -53,6 +60,7 @@ __all__ = [
     "constant",
     "forward_mode",
     "fsdp_state",
+    "function_mode",
     "global_hooks",
     "has_hooks",
     "hidden_fakes",
@@ -60,6 +68,7 @@ __all__ = [
     "is_any_true",
     "modes_aside",
     "not_compiled",
+    "read_local",
     "safe_softmax",
     "saves_by_hooks",
     "share_hooks",

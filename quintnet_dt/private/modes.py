@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch
 
 try:
+    from torch.overrides import _get_current_function_mode as function_mode
     from torch.overrides import _len_torch_function_stack
     from torch.overrides import _pop_mode as _pop_function_mode
     from torch.overrides import _push_mode as _push_function_mode
@@ -16,6 +17,11 @@ except (
     ImportError
 ):  # a first call under a tool that counts is counted with its planning
     _len_torch_function_stack = _len_torch_dispatch_stack = int
+
+    def function_mode() -> None:
+        return None
+
+
 try:
     from torch._C._functorch import (
         peek_interpreter_stack,

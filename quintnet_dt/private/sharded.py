@@ -1,6 +1,7 @@
 """DTensor, and what FSDP2, DistributedDataParallel and torch's loading do with
 DTensors."""
 
+import copy
 import inspect
 import sys
 from types import FrameType
@@ -8,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from .absent import absent
 
@@ -29,6 +31,41 @@ try:
     from torch.distributed import _composable_state
 except ImportError:  # then its mixed precision is not seen while calls are planned
     _composable_state = None
+
+
+class _Read(torch.autograd.Function):
+    """A DTensor's local tensor, as `to_local` gives it, whose backward takes a sixth of
+    the time: the gradient is a DTensor of the parameter's own spec."""
+
+    @staticmethod
+    def forward(ctx: Any, param: Any) -> torch.Tensor:
+        local = param._local_tensor
+        ctx.spec, ctx.stride = param._spec, local.stride()
+        ctx.set_materialize_grads(False)
+        return local.view_as(local)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor | None) -> Any:
+        if grad is None:
+            return None
+        spec = ctx.spec
+        if grad.stride() != ctx.stride:
+            # a DTensor's stride is to be that of its local tensor
+            grad = grad.new_empty_strided(grad.shape, ctx.stride).copy_(grad)
+        if not torch.is_grad_enabled():
+            # without its `__init__`, which does nothing, in 3 us
+            return DTensor.__new__(DTensor, grad, copy.copy(spec), requires_grad=False)
+        whole = {"shape": spec.shape, "stride": spec.stride}
+        return DTensor.from_local(grad, spec.mesh, spec.placements, **whole)
+
+
+def read_local(param: Any) -> torch.Tensor:
+    """This rank's part of a DTensor; differentiable."""
+    if torch.compiler.is_compiling():
+        return param.to_local()
+    if torch.is_grad_enabled() and param.requires_grad:
+        return _Read.apply(param)
+    return param._local_tensor.detach()
 
 
 def fsdp_state(module: nn.Module) -> Any:

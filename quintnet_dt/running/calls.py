@@ -2,15 +2,21 @@
 programs."""
 
 import threading
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Callable
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 from ..keys import ModulePath
-from ..private import compiling, not_compiled, top_not_compiled, within_compiled
-from ..tracing.composites import restated
+from ..private import (
+    function_mode,
+    in_backward,
+    not_compiled,
+    top_not_compiled,
+    within_compiled,
+)
+from ..tracing.composites import RESTATED, restated
 from ..utils import by_torch, call_name, silence
 from .call_program import run_program
 from .change import difference, go_on, is_next, other_programs, refuse
@@ -20,23 +26,46 @@ from .record import Called, Calls, Ends, Frame, Next, Starts, watching
 from .shown import put_back
 
 _BACKWARDS = {"grad", "backward"}
+_SPECIAL = {"detach", *_BACKWARDS, *(func.__name__ for func in RESTATED)}
 
 
 class _Calls(threading.local, TorchFunctionMode):
     """Runs the programs of single calls. One mode, of which every thread has its own;
-    each module that has some pushes a frame."""
+    each module that has some pushes a frame. It is on while a watched module's own code
+    runs, and off in the hooks and in modules whose calls nothing is done to; in
+    compiled code, from the first frame to its end."""
 
     def __init__(self) -> None:
         super().__init__()
         self.frames: list[Frame] = []
+        self.on: list[Frame] = []  # the frame for which it was turned on; or none
         self.backwards = 0  # that a forward runs now, one in the other
 
     def push(
         self, context: Context, program: Program, hooks: Any, compiled: bool
     ) -> None:
-        if not self.frames:
-            self.__enter__()
         self.frames.append(Frame(context, program, hooks, compiled))
+        if compiled and not self.on:
+            self.turn_on()
+
+    def turn_on(self) -> None:
+        self.__enter__()
+        self.on.append(self.frames[-1])
+
+    def turn_off(self) -> None:
+        self.on.pop()
+        self.__exit__(None, None, None)
+
+    def rest(self) -> None:
+        """A hook begins, which computes beside the model. (A mode that the model's own
+        code has put on since is not to be taken off: then this one stays on too.)"""
+        if self.on and function_mode() is self:
+            self.turn_off()
+
+    def wake(self) -> None:
+        """A hook ends."""
+        if self.frames and not self.on and watching(self.frames) is not None:
+            self.turn_on()
 
     def pop(self, failed: bool) -> None:
         frame = self.frames[-1]
@@ -51,8 +80,8 @@ class _Calls(threading.local, TorchFunctionMode):
                 )
         finally:
             self.frames.pop()
-            if not self.frames:
-                self.__exit__(None, None, None)
+            if self.on and (self.on[0] is frame or not self.frames):
+                self.turn_off()
 
     def start(self, context: Context, path: ModulePath) -> None:
         """A module starts. If the forward that was shown did not reach it while calls
@@ -72,12 +101,13 @@ class _Calls(threading.local, TorchFunctionMode):
         next. Go on with programs shown for this path, if what has run so far is the
         same in them. `what`: the difference, `frame`: where it was met."""
         # torch takes the mode off while it handles a call
-        outside = not isinstance(event, Calls)
-        if context.compiled or self.backwards:
+        outside = bool(self.on) and not isinstance(event, Calls)
+        if context.compiled or self.backwards or in_backward():
             refuse(frame, what)
-        if outside and self.frames:
+        if outside:
             self.__exit__(None, None, None)
         frames, self.frames, depth, silence.depth = self.frames, [], silence.depth, 0
+        on, self.on = self.on, []
         try:
             with put_back(context):
                 other = other_programs(context, event)
@@ -87,8 +117,8 @@ class _Calls(threading.local, TorchFunctionMode):
                 )
                 return
         finally:
-            self.frames, silence.depth = frames, depth
-            if outside and self.frames:
+            self.frames, self.on, silence.depth = frames, on, depth
+            if outside:
                 self.__enter__()
         refuse(frame, what)
 
@@ -99,12 +129,13 @@ class _Calls(threading.local, TorchFunctionMode):
         forward takes."""
         logs = [(frame.context.log, len(frame.context.log)) for frame in self.frames]
         frames, self.frames = self.frames, []
+        on, self.on = self.on, []
         self.backwards += 1
         try:
             return func(*args, **kwargs)
         finally:
             self.backwards -= 1
-            self.frames = frames
+            self.frames, self.on = frames, on
             for log, length in logs:
                 del log[length:]
 
@@ -112,58 +143,71 @@ class _Calls(threading.local, TorchFunctionMode):
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        frame = self.frames[-1]
-        if torch.compiler.is_compiling() or not frame.compiled:
-            return self.run(func, args, kwargs or {})
+        frame, kwargs = self.frames[-1], kwargs or {}
+        if torch.compiler.is_compiling():
+            return self.run(call_name(func), func, args, kwargs, compiled=True)
+        if not frame.compiled:
+            return self.run(known_name(func), func, args, kwargs)
         if not within_compiled():  # a graph that was compiled, not the model's own code
-            return func(*args, **kwargs or {})
+            return func(*args, **kwargs)
         frame.compiled = False
         try:
-            return not_compiled(self.run, func, args, kwargs or {})
+            return not_compiled(self.run, known_name(func), func, args, kwargs)
         finally:
             frame.compiled = True
 
-    def run(self, func: Callable, args: tuple, kwargs: dict) -> Any:
-        name = None if silence.depth else call_name(func)
-        if name is None:
+    def run(
+        self,
+        name: str | None,
+        func: Callable,
+        args: tuple,
+        kwargs: dict,
+        compiled: bool = False,
+    ) -> Any:
+        if name is None or silence.depth:
             return func(*args, **kwargs)
-        if (inner := restated(func, args, kwargs)) is not None:
-            with self:
-                return inner(*args, **kwargs)
-        if name in _BACKWARDS and not torch.compiler.is_compiling():
-            func = partial(self.backward, func)
-        if name == "detach" and by_torch():
-            return func(*args, **kwargs)
+        if name in _SPECIAL:
+            if (inner := restated(func, args, kwargs)) is not None:
+                with self:
+                    return inner(*args, **kwargs)
+            if name in _BACKWARDS and not compiled:
+                func = partial(self.backward, func)
+            if name == "detach" and by_torch():
+                return func(*args, **kwargs)
+        return self.watched(name, func, args, kwargs, compiled)
+
+    def watched(
+        self, name: str, func: Callable, args: tuple, kwargs: dict, compiled: bool
+    ) -> Any:
+        """Make a call of the model's own, as the program of its module says."""
         frame = watching(self.frames)
-        if frame is not None and not _expected(frame, name, args, kwargs):
+        if frame is None:
+            return func(*args, **kwargs)
+        compiled = compiled and frame.context.mesh is not None
+        if not is_next(frame.program, frame.number, name, args, kwargs, compiled):
             if name == "view_as" and by_torch():  # for a tool that was started since
                 return func(*args, **kwargs)
             what = difference(frame.program, frame.number, name)
             self.change(frame.context, Calls(name, args, kwargs), what, frame)
             frame = watching(self.frames)
-        if frame is None:
-            return func(*args, **kwargs)
-        call = _count(frame, name)
+            if frame is None:
+                return func(*args, **kwargs)
+        call = _count(frame, name, compiled)
         if call is None:
             return func(*args, **kwargs)
         return run_program(call, frame, func, args, kwargs)
 
 
 calls = _Calls()
+known_name = lru_cache(1024)(call_name)
 
 
-def _expected(frame: Frame, name: str, args: tuple, kwargs: dict) -> bool:
-    """Whether a call is the one that comes next in the forward that was shown."""
-    compiled = compiling(frame.context)
-    return is_next(frame.program, frame.number, name, args, kwargs, compiled)
-
-
-def _count(frame: Frame, name: str) -> CallProgram | None:
+def _count(frame: Frame, name: str, compiled: bool) -> CallProgram | None:
     """Note that a call is made; its CallProgram, None where it has none."""
     number = frame.number
     frame.number += 1
     call = frame.program.calls.get(number)
-    if compiling(frame.context):
+    if compiled:
         frame.context.compiled = True
     else:
         frame.context.log.append(Called(name, call, frame.program.kinds.get(number)))

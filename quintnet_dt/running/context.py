@@ -170,7 +170,7 @@ class Context:
         if not at:
             return obj
         with quiet():
-            changes = {}
+            changes, compiled = {}, compiling(self)
             for path, actions in at.items():
                 x = lookup(obj, path)
                 if not isinstance(x, torch.Tensor):
@@ -179,7 +179,7 @@ class Context:
                         " forward that was traced"
                     )
                     raise RuntimeError(f"expected {wanted}, found {type(x).__name__}")
-                if compiling(self):
+                if compiled:
                     kept = (
                         self.running[depth].kept
                         if path in fixed and len(self.running) >= -depth

@@ -32,7 +32,9 @@ from .structure import (  # noqa: F401  hooks_on: scripts that look at a split m
     Hooks,
     hooks_on,
 )
-from .user_call import begin, end, remember
+from .user_call import begin as begin_call
+from .user_call import end as end_call
+from .user_call import remember
 
 
 class ModuleHooks(Hooks):
@@ -73,8 +75,24 @@ class ModuleHooks(Hooks):
     def enter(
         self, module: nn.Module, args: tuple, kwargs: dict, within: bool = False
     ) -> Any:
+        compiled = compiling(self.context)
+        if compiled or within:
+            return self.begin(module, args, kwargs, compiled, within)
+        calls.rest()
+        try:
+            return self.begin(module, args, kwargs)
+        finally:
+            calls.wake()
+
+    def begin(
+        self,
+        module: nn.Module,
+        args: tuple,
+        kwargs: dict,
+        compiled: bool = False,
+        within: bool = False,
+    ) -> Any:
         context = self.context
-        compiled = compiling(context)
         self.choose_program(module, args, kwargs, compiled, within)
         program = self.program
         shown: list[Shown] = []
@@ -99,7 +117,9 @@ class ModuleHooks(Hooks):
         if self.params.places:
             # Gathered as they are, within torch.vmap and the like too.
             with quiet(), transforms_aside():
-                self.params.show(shown)
+                self.params.show(shown, compiled)
+        if not program.inputs:
+            return None
         return context.apply((args, kwargs), program.inputs, program.unwritten, -2)
 
     def choose_program(
@@ -109,9 +129,9 @@ class ModuleHooks(Hooks):
         context = self.context
         if not context.running and context.paths is not None:
             if not compiled:
-                begin(self, module, args, kwargs, within)
+                begin_call(self, module, args, kwargs, within)
             elif not context.recomputing:
-                torch.compiler.disable(begin)(self, module, args, kwargs, True)
+                torch.compiler.disable(begin_call)(self, module, args, kwargs, True)
         elif calls.frames and not self.reached:
             calls.start(context, self.path)
         if self.program is not None and not self.program.fits(module):
@@ -156,30 +176,41 @@ class ModuleHooks(Hooks):
         return not_compiled(self.leave, module, args, kwargs, output)
 
     def leave(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        context = self.context
-        if not context.running or context.running[-1].hooks is not self:
+        running = self.context.running
+        if not running or running[-1].hooks is not self:
             return None  # an exception came before `before`
-        run = context.running.pop()
-        program, is_whole_call = run.program, not context.running
+        run = running.pop()
+        if run.compiled:
+            return self.end(run, module, args, kwargs, output)
+        calls.rest()
+        try:
+            return self.end(run, module, args, kwargs, output)
+        finally:
+            calls.wake()
+
+    def end(
+        self, run: Running, module: nn.Module, args: tuple, kwargs: dict, output: Any
+    ) -> Any:
+        context, program, failed = self.context, run.program, output is None
+        is_whole_call = not context.running
         try:
             if run.counted:
-                calls.pop(failed=output is None)
+                calls.pop(failed)
         finally:
-            if not compiling(context):
-                context.log.append(Ended(failed=output is None))
+            if run.kept is None:
+                context.log.append(Ended(failed))
             for s in reversed(run.shown):
                 hide(s)
             if is_whole_call:
-                end(self, module, program, (args, kwargs, output))
-        if program is not None and output is not None and program.outputs:
-            output = context.apply(output, program.outputs)
+                end_call(self, module, program, (args, kwargs, output))
+        outputs = {} if program is None or failed else program.outputs
+        if outputs:
+            output = context.apply(output, outputs)
         if is_whole_call:
             context.forget()
-        if program is None:
-            return None
-        if is_whole_call and context.paths is not None:
-            self.remember_program(output)
-        return output if program.outputs else None
+            if program is not None and context.paths is not None:
+                self.remember_program(output)
+        return output if outputs else None
 
     def remember_program(self, output: Any) -> None:
         if not compiling(self.context):

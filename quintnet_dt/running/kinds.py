@@ -56,7 +56,9 @@ class CallKind:
         """Whether a call with these arguments is one of this kind."""
         if compiled and self.named:
             return self._fits_by_name(args, kwargs)
-        if kinds(args, kwargs) != self.arguments:
+        # which is quicker, where it tells
+        told = not (compiled or kwargs) and tuple(map(_plain, map(type, args)))
+        if told != self.arguments and kinds(args, kwargs) != self.arguments:
             return False
         for path, number in self.dims:
             if lookup((args, kwargs), path) != number:
@@ -105,6 +107,23 @@ def _named(
         what = dims[name] if name in dims else kind(given.get(name, p.default))
         found.append(Parameter(name, what, p.default))
     return tuple(found)
+
+
+class _Plain(dict):
+    """The kinds that types alone tell."""
+
+    def __missing__(self, other: type) -> type:
+        return other
+
+
+_plain = _Plain(
+    {
+        torch.Tensor: TENSOR,
+        torch.nn.Parameter: TENSOR,
+        int: INTEGER,
+        NoneType: None,
+    }
+).__getitem__
 
 
 def kinds(args: tuple, kwargs: dict) -> tuple:

@@ -7,7 +7,7 @@ from ..axes.action import Action
 from ..ddp import is_local
 from ..keys import ParamName
 from ..places import Owners, Place, put
-from ..private import as_parameter, compiling
+from ..private import as_parameter, read_local
 from .context import Context
 from .program import Program
 from .shown import Shown, keep_data, writable
@@ -33,7 +33,7 @@ class Params:
             for place in self.owners[name]
         ]
 
-    def show(self, shown: list[Shown]) -> None:
+    def show(self, shown: list[Shown], compiled: bool) -> None:
         """Show the module, and whoever looks while it runs, the local tensors. A
         parameter that a module around it shows too is shown as this one's program says,
         until it ends."""
@@ -42,7 +42,8 @@ class Params:
             if attr not in owner._parameters:  # pruned, say
                 self.refuse_replaced(place, vars(owner).get(attr))
             else:
-                one = self.shown(place, owner._parameters[attr], actions, written)
+                before = owner._parameters[attr]
+                one = self.shown(place, before, actions, written, compiled)
                 if one is not None:
                     put(owner, attr, one.tensor)
                     shown.append(one)
@@ -53,6 +54,7 @@ class Params:
         before: torch.Tensor,
         actions: tuple[Action, ...],
         written: bool,
+        compiled: bool,
     ) -> Shown | None:
         """One parameter as it is to be shown; None where it is another tensor than was
         split, as it may be."""
@@ -73,8 +75,8 @@ class Params:
         if around is not None and around.actions == actions:
             tensor = around.tensor  # one tensor, to take gradients with respect to
         else:
-            tensor = self.context.act(actions, local)
-        if not compiling(self.context):
+            tensor = self.context.act(actions, local) if actions else local
+        if not compiled:
             tensor = as_parameter(tensor)
         if written:  # what is assigned to its `.data` is found there
             local = tensor
@@ -103,7 +105,7 @@ class Params:
                 " outside of the module that fully_shard was called on: call"
                 " fully_shard on a module that holds all that read it"
             )
-        local = p.to_local()
+        local = read_local(p)
         return writable(local) if written else local
 
     def refuse_replaced(self, place: Place, p: object) -> None:

@@ -116,6 +116,7 @@ def watching(frames: list[Frame]) -> Frame | None:
     """The Frame in which a call is counted: of the innermost module whose calls are its
     own, if they are watched."""
     for frame in reversed(frames):
-        if not frame.program.aside:
-            return frame if frame.program.names is not None else None
+        program = frame.program
+        if not program.aside:
+            return None if program.names is None else frame
     return None

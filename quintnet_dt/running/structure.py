@@ -24,14 +24,15 @@ class Hooks:
 
 
 class _Registrations:
-    """How many modules have become another's in this process: where it is the same, no
-    model has changed."""
+    """How many modules have become those of one that is in a split model: where it is
+    the same, no such model has changed. (A slice `self.layers[:4]` is a ModuleList, made
+    anew in each forward, that is in none.)"""
 
     def __init__(self) -> None:
         self.count, self.handle = 0, None
 
     def __call__(self, module: nn.Module, name: str, child: nn.Module | None) -> None:
-        self.count += 1
+        self.count += PASSED in vars(module) or hooks_on(module) is not None
 
     def watch(self) -> None:
         if self.handle is None:
