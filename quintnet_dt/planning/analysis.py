@@ -1,7 +1,6 @@
 """One call on a shard: what it needs of its inputs, and what comes out."""
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 from ..axes.axes import Axes, Effect
 from ..axes.sharding import Axis
@@ -11,6 +10,7 @@ from ..keys import ValueId
 from ..tracing.graph import Call, Node, Value
 from ..utils import is_float
 from .operators import linear, op_name
+from .statistics import over_axis
 
 ATTENTION = "scaled_dot_product_attention"
 
@@ -64,7 +64,9 @@ class Analysis:
 
     def solve(self) -> "Analysis":
         try:
-            if self.sums_over_classes():
+            taken = over_axis(self.call, self.axes, self.axis, self.sharded)
+            if taken is not None:
+                self.instead, self.slices, self.out = taken
                 return self
             for _ in range(len(self.external) + 1):  # each time one more input is split
                 if self.walk():
@@ -73,26 +75,6 @@ class Analysis:
         except Refused as refused:
             self.reason = str(refused)
             return self
-
-    def sums_over_classes(self) -> bool:
-        """Whether it is a cross entropy of logits that are sharded over their
-        classes."""
-        args, kwargs = self.call.args
-        if self.call.name != "cross_entropy":
-            return False
-        given = {**dict(zip(("input", "target", "weight"), args)), **kwargs}
-        logits, target = given["input"], given["target"]
-        if self.sharded != {logits.id}:
-            return False
-        if target.dtype.is_floating_point or given.get("weight") is not None:
-            return False
-        dim = min(1, len(logits.shape) - 1)
-        classes = replace(self.axis.all_units, dim=dim)
-        if self.axis.find(self.axes, logits) != classes:
-            return False
-        self.instead = logits
-        self.out = {v.id: None for v in self.call.outputs.values()}
-        return True
 
     def walk(self) -> bool:
         """One pass over the nodes; False when another input needs a split, and the pass

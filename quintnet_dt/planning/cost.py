@@ -30,6 +30,7 @@ from ..exchange import most_sent
 from ..keys import CallIndex, ValueId
 from ..tracing.graph import Graph, Value
 from .layout import Layout
+from .statistics import row_bytes
 from .work import Work
 
 # How often a rank sends its part of a tensor in the forward; those that send in the
@@ -39,10 +40,28 @@ _BACKWARD = {SUM_GRADIENT: 2, SPLIT: 1, TAKE_HEADS: 2}
 # Done once for all that read a value.
 _OF_READERS = {SUM_GRADIENT, SPLIT}
 
-# A cross entropy over classes exchanges for each row a maximum, a sum and the target's
-# logit: three sums, of which one has a gradient.
-_LOSS_PASSES = 5
-_LOSS_COLLECTIVES = 3
+
+@dataclass(frozen=True)
+class _Exchange:
+    """What calls that take statistics over their shards send of each row: how many
+    numbers are gathered from all ranks, how many summed, and in how many collectives.
+    `twice`: their gradients are sent too."""
+
+    gathered: int
+    summed: int
+    collectives: int
+    twice: bool = False
+
+
+_STATISTICS = {
+    # a maximum, a sum and the target's logit
+    "cross_entropy": _Exchange(gathered=1, summed=2, collectives=3),
+    # a mean and a sum of squares
+    "layer_norm": _Exchange(gathered=2, summed=0, collectives=1, twice=True),
+    "group_norm": _Exchange(gathered=2, summed=0, collectives=1, twice=True),
+    # a sum of squares
+    "rms_norm": _Exchange(gathered=0, summed=1, collectives=1, twice=True),
+}
 
 
 @dataclass(frozen=True)
@@ -73,16 +92,18 @@ def sent(graph: Graph, layout: Layout, work: Work, in_part: bool = False) -> Sen
             share = min(1.0, times / max(1, work.multiplied.get(i, 1)))
         amounts.append(share * action_bytes(value, action, work))
         collectives += share * _collectives(value, action, n)
-    total = fsum(amounts)  # rounded once: the same in any order
-    losses = [
-        (i, x.split) for i, x in layout.instead.items() if x.call == "cross_entropy"
-    ]
-    rows = fsum(
-        max(map(work.nbytes, graph.calls[i].inputs.values())) / classes.units
-        for i, classes in losses
-    )
-    total += _LOSS_PASSES * rows * (n - 1) / n
-    return Sent(total, round(collectives, 6) + _LOSS_COLLECTIVES * len(losses))
+    for i, shard in layout.instead.items():
+        if (exchange := _STATISTICS.get(shard.call)) is None:
+            continue
+        rows = row_bytes(graph.calls[i], work)
+        both = exchange.twice and any(
+            v.differentiable for v in graph.calls[i].inputs.values()
+        )
+        numbers = exchange.gathered * n + exchange.summed * 2
+        amounts.append((1 + both) * numbers * rows * (n - 1) / n)
+        collectives += (1 + both) * exchange.collectives
+    # rounded once: the same in any order
+    return Sent(fsum(amounts), round(collectives, 6))
 
 
 @dataclass(frozen=True)

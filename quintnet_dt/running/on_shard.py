@@ -1,5 +1,6 @@
 """What is run instead of calls that cannot run on a shard: dropout, a lookup of rows,
-cross entropy over classes, an attention without heads."""
+cross entropy over classes, norms over features (norms.py), an attention without
+heads."""
 
 from typing import Any, Callable
 
@@ -11,6 +12,7 @@ from .. import comm_ops
 from ..axes.action import SPLIT, Action, OnShard
 from ..groups import group_rank, group_size
 from .context import Context
+from .norms import group_norm, layer_norm, rms_norm
 
 
 def on_shard(
@@ -177,4 +179,7 @@ _INSTEAD: dict[str, Callable] = {
     "embedding": _look_up,
     "cross_entropy": _cross_entropy,
     "scaled_dot_product_attention": _attend,
+    "layer_norm": layer_norm,
+    "rms_norm": rms_norm,
+    "group_norm": group_norm,
 }

@@ -4,6 +4,7 @@ others pass."""
 import torch
 
 from ...tracing.graph import Node
+from ..factors import fresh, unify
 from ..findings import Findings
 from .pointwise import pointwise
 from .table import arg, dims_of, every, pass_but, rule, signature
@@ -38,8 +39,22 @@ def sum_(node: Node, axes: Findings) -> None:
 
 @rule("native_layer_norm _fused_rms_norm rms_norm")
 def layer_norm(node: Node, axes: Findings) -> None:
-    ndim = len(node.inputs[0].shape)
-    pass_but(node, axes, list(range(ndim - len(arg(node, "normalized_shape")), ndim)))
+    """The normalized dims pass, to the scales too; a rank that has a part of them needs
+    what on_shard.py exchanges."""
+    value, *scales = node.inputs
+    dims = axes.dims(value)
+    normalized = dims[len(dims) - len(arg(node, "normalized_shape")) :]
+    axes.unsharded(node, value, every(normalized))
+    for scale in scales:
+        axes.unsharded(node, scale, every(axes.dims(scale)))
+        for of_scale, dim in zip(axes.dims(scale), normalized):
+            unify(of_scale, dim)
+    result, *statistics = node.outputs
+    axes.set(result, dims)
+    for value in statistics:
+        passing = dims[: len(dims) - len(normalized)]
+        ones = [fresh(1) for _ in range(len(value.shape) - len(passing))]
+        axes.set(value, [*passing, *ones])
 
 
 @rule("constant_pad_nd")
