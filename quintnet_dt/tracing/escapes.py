@@ -30,8 +30,10 @@ def let_go(tensors):
         else []
     )
     kept = {id(x) for h in holders for x in gc.get_referents(h) if id(x) in alive}
+    namespaces = _namespaces([h for h in holders if isinstance(h, dict)])
     for holder in holders:
-        _rid(holder, alive)
+        if id(holder) not in namespaces:
+            _rid(holder, alive)
     return [i for i, ref in enumerate(left) if id(ref()) in kept]
 
 
@@ -43,15 +45,19 @@ def _rid(holder, alive):
         holder.extend(left)
     elif isinstance(holder, set):
         holder.difference_update([x for x in holder if id(x) in alive])
-    elif isinstance(holder, dict) and not _is_namespace(holder):
+    elif isinstance(holder, dict):
         for key in [key for key, x in holder.items() if id(x) in alive]:
             del holder[key]
 
 
-def _is_namespace(found):
-    """Whether a dict holds the attributes of an object or the names of a file."""
-    return "__name__" in found or any(
-        getattr(x, "__dict__", None) is found
-        for x in gc.get_referrers(found)
-        if not isinstance(x, torch.Tensor)
-    )
+def _namespaces(dicts):
+    """The ids of those dicts that hold the attributes of an object or the names of a
+    file. (One search through memory for all: it takes a second where a graph is
+    large.)"""
+    found = {id(d) for d in dicts if "__name__" in d}
+    searched = {id(d) for d in dicts} - found
+    for x in gc.get_referrers(*dicts) if searched else ():
+        attributes = getattr(x, "__dict__", None)
+        if id(attributes) in searched and not isinstance(x, torch.Tensor):
+            found.add(id(attributes))
+    return found
