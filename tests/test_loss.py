@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from helpers import close, make, same_grads, same_output
+from helpers import close, make, run, same_grads, same_output
 from ranks import run_ranks
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
@@ -187,3 +187,60 @@ def test_the_plan_counts_no_gather_of_the_logits():
     )
     assert kept.bytes_per_step < gathered.bytes_per_step
     assert type(kept).from_json(kept.to_json()) == kept
+
+
+class Dropping(nn.Module):
+    """Layers that are left out by chance (LayerDrop, https://arxiv.org/abs/1909.11556)
+    between an embedding and the head that it is tied to, as M2M-100 has them."""
+
+    def __init__(self, size=VOCABULARY * 32, width=16):
+        super().__init__()
+        self.embed, self.head = Scaled(size, width), nn.Linear(width, size, bias=False)
+        self.head.weight = self.embed.weight
+        self.body = Body(width)
+
+    def forward(self, ids):
+        return self.head(self.body(self.embed(ids)))
+
+
+class Scaled(nn.Embedding):
+    def forward(self, ids):
+        return super().forward(ids) * 4
+
+
+class Body(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, 64), nn.GELU(), nn.Linear(64, width))
+            for _ in range(3)
+        )
+
+    def forward(self, x):
+        for layer in self.layers:
+            if torch.rand([]) > 0.5:
+                x = x + layer(x)
+        return x
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_logits_stay_sharded_where_layers_are_dropped(n):
+    """What reads values between them hands no shards on."""
+
+    def ranks(rank):
+        ids = (torch.randint(0, VOCABULARY, (4, 64)),)
+        whole = make(Dropping)
+        sharded = apply_tensor_parallel(
+            copy.deepcopy(whole), n, example_inputs=ids, loss_parallel=True
+        )
+        assert sharded.tensor_parallel_plan["embed.weight"].how == "local"
+        for seed in range(4):
+            sharded.zero_grad(), whole.zero_grad()
+            found, expected = run(sharded, ids, seed), run(whole, ids, seed)
+            assert isinstance(found, DTensor)
+            same_output(found.full_tensor(), expected)
+            found.full_tensor().square().sum().backward()
+            expected.square().sum().backward()
+            same_grads(sharded, whole)
+
+    run_ranks(ranks, n)

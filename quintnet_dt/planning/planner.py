@@ -6,8 +6,8 @@ from functools import cached_property
 from math import fsum
 
 from ..axes.sharding import Axis, LayoutError, Sharding
-from ..keys import CallIndex, ParamName
-from ..tracing.graph import Call
+from ..keys import CallIndex, ParamName, ValueId
+from ..tracing.graph import Call, Graph
 from .alone import Alone
 from .candidates import Candidate, candidates
 from .cost import change_by, change_by_gather
@@ -77,13 +77,6 @@ class Planner:
         most = FEW_OF_MANY * len(candidate.params)
         if any(task.crowded.get(call.index, 0) > most for call in candidate.calls):
             return False
-        if (
-            task.graph.unsteady
-            and _common_module(candidate.calls) in task.graph.unsteady
-        ):
-            why = "its axis runs through a module whose forward reads values"
-            task.note(candidate.params, why)
-            return False
         if decided := self.decided_by_user(candidate):
             task.note(candidate.params, f"{decided} is split otherwise by the user")
             return False
@@ -92,12 +85,25 @@ class Planner:
         except LayoutError as e:
             task.note(candidate.params, str(e))
             return False
+        if self.runs_through_unsteady(layout):
+            why = "its axis runs through a module whose forward reads values"
+            task.note(candidate.params, why)
+            return False
         candidate.elements = sum(map(task.numel, candidate.params))
         candidate.calls = [c for c in candidate.calls if c.index in layout.axis_of]
         if not candidate.elements:
             return False
         candidate.seconds = change_by(task.graph, layout, task.work).seconds
         return True
+
+    def runs_through_unsteady(self, layout: Layout) -> bool:
+        """Whether shards are handed on by the code of a module whose forward reads
+        values: it may make other calls the next time."""
+        graph = self.task.graph
+        return bool(graph.unsteady) and any(
+            _common_module(calls) in graph.unsteady
+            for calls in _handing_on(graph, layout)
+        )
 
     def decided_by_user(self, candidate: Candidate) -> ParamName | None:
         """A weight that the user has split on another dim, in a call that the axis runs
@@ -175,6 +181,26 @@ class Planner:
             return False
         worth_it = -WORTH_SPLITTING * self.task.whole_seconds
         return self.alone.best(name).change.seconds >= worth_it
+
+
+def _handing_on(graph: Graph, layout: Layout) -> list[list[Call]]:
+    """The calls that work on shards, those together that hand shards or partial results
+    on to each other."""
+    completed = layout.values.keys()
+    groups: list[tuple[set[ValueId], list[Call]]] = []
+    for call in graph.calls:
+        values = {v.id for v in (*call.inputs.values(), *call.outputs.values())}
+        # what is completed where it is made is handed on whole
+        passed = {i for i in values - completed if layout.states.get(i) is not None}
+        if not passed and call.index not in layout.axis_of:
+            continue
+        calls = [call]
+        for group in [group for group in groups if group[0] & passed]:
+            groups.remove(group)
+            passed |= group[0]
+            calls = group[1] + calls
+        groups.append((passed, calls))
+    return [calls for _, calls in groups]
 
 
 def _common_module(calls: list[Call]) -> int:
