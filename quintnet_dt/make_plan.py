@@ -30,6 +30,7 @@ from .tracing.ghost import SplitWithin, StrayParameter
 from .tracing.graph import Graph
 from .tracing.trace import UnknownValues, trace
 from .user_plan import check_user_plan
+from .utils import STOPS
 
 _LOG = logging.getLogger(__name__)
 
@@ -216,7 +217,7 @@ def _trace(model: nn.Module, example_inputs: Any, device: torch.device) -> Forwa
         try:
             graph = trace(model, args, kwargs, device=device, most_calls=most_calls)
             return Forward(graph, args, kwargs)
-        except (StrayParameter, SplitWithin):
+        except (StrayParameter, SplitWithin, *STOPS):
             raise
         except Exception as e:
             if example_inputs is not None and not isinstance(e, UnknownValues):
@@ -252,6 +253,8 @@ def fitting_inputs(model: nn.Module) -> tuple[tuple, dict]:
         try:
             trace(model, args, kwargs, device=device)
             return args, kwargs
+        except STOPS:
+            raise
         except Exception as e:
             failed = failed or e
     raise ValueError(

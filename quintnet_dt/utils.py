@@ -14,6 +14,9 @@ import torch
 
 from .private import HigherOrderOperator, constant
 
+# What ends the work from outside, a signal's handler say: it tells nothing of a model.
+STOPS = (MemoryError, TimeoutError)
+
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _HERE = os.path.dirname(__file__) + os.sep
 # the usual ones, so that they are told first

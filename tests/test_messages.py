@@ -147,3 +147,21 @@ def test_one_call_that_reads_many_parameters():
         model = Many()
     plan = plan_tensor_parallel(model, 2, example_inputs=(torch.ones(2, 8),))
     assert {e.dim for e in plan.entries.values()} == {1} and plan.share == 0.5
+
+
+@pytest.mark.parametrize("after", [1, 2])
+@pytest.mark.parametrize("stop", [TimeoutError, MemoryError])
+def test_what_ends_the_work_from_outside_is_no_fault_of_the_model(stop, after):
+    """A signal's handler that raises while a long forward is traced, or shown right."""
+    calls = []
+
+    class Slow(MLP):
+        def forward(self, x):
+            calls.append(self)
+            if len(calls) == after:
+                raise stop("enough")
+            return super().forward(x)
+
+    with pytest.raises(stop, match="enough"):
+        plan_tensor_parallel(Slow(), 2, example_inputs=(torch.ones(2, 8),))
+    assert len(calls) == after

@@ -19,7 +19,7 @@ from ..running.program import Bound
 from ..tracing.graph import Call, Graph, Value
 from ..tracing.hidden import UNSEEN
 from ..tracing.operators import draws
-from ..utils import leaves, replace, tensors
+from ..utils import STOPS, leaves, replace, tensors
 from .indexing import CUTS, INDEXING, Cut, bounds, cut_of, indexed_dims, other_elements
 from .layout import Layout
 from .operators import aligned_only, copes, op_name
@@ -205,6 +205,8 @@ class Checker(Rerun):
         try:
             with silent_fakes():
                 out = func(*given.args, **given.kwargs)
+        except STOPS:
+            raise
         except Exception as e:
             return _Attempt(None, None, f"{wanted}, found {e}")
         shapes = {path: tuple(t.shape) for path, t in tensors(out) if path in expected}

@@ -25,6 +25,7 @@ from ..tracing.fakes import fake_inputs
 from ..tracing.ghost import ghost
 from ..tracing.graph import Graph
 from ..tracing.trace import record
+from ..utils import STOPS
 from .checker import Checker
 from .layout import Layout
 from .programs import Found, make_programs
@@ -94,7 +95,7 @@ def run_local(
     inputs = fake_inputs(fake_mode, args, kwargs)
     try:
         record(copied, inputs[0], inputs[1], modes=[fake_mode], recorder=checker)
-    except LayoutError:
+    except (LayoutError, *STOPS):
         raise
     except Exception as e:
         raise checker.error(f"{type(e).__name__}: {e}") from e

@@ -15,7 +15,7 @@ import torch
 
 from ..around import undisturbed
 from ..private import FakeTensorMode, TorchDispatchMode
-from ..utils import functions_of, replace, tensors
+from ..utils import STOPS, functions_of, replace, tensors
 
 # These too do the same at each place, where what they make has the shape of their input.
 _SAME_PLACE = {"detach", "alias", "clone", "_to_copy", "view", "_unsafe_view"}
@@ -82,6 +82,8 @@ def _called(
             }
             with torch.enable_grad(), log:
                 _forward_and_backward(function, replace(args, made), made.values())
+    except STOPS:
+        raise
     except Exception:  # of the user's code
         return None
     return log.called if log.pointwise else None

@@ -28,7 +28,7 @@ from ..private import (
     saves_by_hooks,
     silent_fakes,
 )
-from ..utils import call_name, shard_kept, tensors_in_objects
+from ..utils import STOPS, call_name, shard_kept, tensors_in_objects
 from .caches import forgotten
 from .composites import restated
 from .escapes import let_go
@@ -93,7 +93,7 @@ def _on_fakes(model, args, kwargs, device, most_calls):
             copied,
             fakes,
         )
-    except (StrayParameter, SplitWithin, TooManyCalls):
+    except (StrayParameter, SplitWithin, TooManyCalls, *STOPS):
         raise
     except Exception as e:
         on_meta = any(p.device.type == "meta" for p in parameters(model))
