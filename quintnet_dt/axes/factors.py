@@ -14,13 +14,16 @@ from typing import Optional
 class Factor:
     """A part of a dim, `size` long. One that was merged with another has a `parent`,
     one that was split in two has `parts`, outer and inner. `unshardable`: operators cut
-    it at places that have no factors in common, so that it cannot be sharded."""
+    it at places that have no factors in common, so that it cannot be sharded.
+    `joined`: its pieces were only put together; where it is cut otherwise, it is one of
+    its own, without them."""
 
     size: int
     parent: Optional["Factor"] = None
     parts: list["Factor"] | None = None
     pieces: list[list["Factor"]] | None = None
     unshardable: bool = False
+    joined: bool = False
 
     def root(self) -> "Factor":
         """What this factor was merged into."""
@@ -63,12 +66,35 @@ def flat(factors: Iterable[Factor]) -> Iterator[Factor]:
             yield from flat(piece)
 
 
+def join(dims: list[list[Factor]]) -> list[Factor]:
+    """The factors of a dim that is some dims, one after the other."""
+    first, *others = [leaves(dim) for dim in dims]
+    if all(other == first for other in others):
+        return [*fresh(len(dims)), *first]
+    sizes = [length(dim) for dim in dims]
+    return [Factor(sum(sizes), pieces=list(dims), joined=True)]
+
+
 def _cut(leaf: Factor, outer: int) -> list[Factor]:
+    _forget_joined(leaf)
     unshardable = leaf.unshardable or leaf.pieces is not None
     leaf.parts = [
         Factor(size, unshardable=unshardable) for size in (outer, leaf.size // outer)
     ]
     return leaf.parts
+
+
+def _forget_joined(leaf: Factor) -> None:
+    if leaf.joined:
+        leaf.pieces, leaf.joined = None, False
+
+
+def in_pieces(factors: list[Factor], sizes: list[int]) -> bool:
+    """Whether a dim is known to be pieces of these sizes."""
+    f, *more = leaves(factors)
+    if more or f.pieces is None:
+        return False
+    return [length(part) for part in f.pieces] == sizes
 
 
 def piece(factors: list[Factor], start: int, size: int) -> list[Factor] | None:
@@ -133,10 +159,17 @@ def mark_unshardable(factors: Iterable[Factor]) -> None:
 def _merge(a: Factor, b: Factor) -> None:
     b.parent = a
     a.unshardable |= b.unshardable
+    if a.pieces and b.pieces and not in_pieces([a], [length(p) for p in b.pieces]):
+        # what was only put together gives way
+        _forget_joined(b)
+        if b.pieces:
+            _forget_joined(a)
     if a.pieces is None or b.pieces is None:
+        a.joined = (a if a.pieces else b).joined
         a.pieces = a.pieces or b.pieces
-    elif [length(p) for p in a.pieces] != [length(p) for p in b.pieces]:
+    elif not in_pieces([a], [length(p) for p in b.pieces]):
         a.unshardable = True
     elif not a.unshardable:
+        a.joined &= b.joined
         for p, q in zip(a.pieces, b.pieces):
             unify(p, q)

@@ -9,7 +9,7 @@ import torch
 
 from ..axes.axes import Axes
 from ..axes.sharding import Axis, LayoutError
-from ..groups import SimulatedGroup
+from ..groups import SimulatedGroup, part_of
 from ..keys import ArgPath
 from ..private import silent_fakes
 from ..running.call_program import resize
@@ -19,7 +19,7 @@ from ..running.program import Bound
 from ..tracing.graph import Call, Graph, Value
 from ..tracing.hidden import UNSEEN
 from ..tracing.operators import draws
-from ..utils import STOPS, leaves, replace, tensors
+from ..utils import STOPS, leaves, lookup, replace, tensors
 from .indexing import CUTS, INDEXING, Cut, bounds, cut_of, indexed_dims, other_elements
 from .layout import Layout
 from .operators import aligned_only, copes, op_name
@@ -144,7 +144,7 @@ class Checker(Rerun):
             if call.name in INDEXING
             else {}
         )
-        taken = {path: Bound(b.given) for path, b in indexing.items()}
+        taken = {path: self.as_given(call, path, b) for path, b in indexing.items()}
         if any(draws(node.op, node.args, node.kwargs) for node in call.nodes):
             given = self.in_order(call, given)
         made = self.attempt(call, func, given, expected, axis)
@@ -165,6 +165,17 @@ class Checker(Rerun):
         return (
             made.out if made.shapes == expected else self.stand_in(call, expected[()])
         )
+
+    def as_given(self, call: Call, path: ArgPath, bound: Bound) -> Bound:
+        """A number that is right as the code gives it, on every rank: the same on all,
+        or each rank's own part."""
+        whole = lookup(call.args, path)
+        axis = self.layout.axis_of[call.index]
+        own = Bound(whole, axis.units, own=True)
+        if part_of(abs(whole), axis.units, self.group) is None:
+            return Bound(bound.given)
+        is_own = whole != bound.given == own.local(self.group)
+        return own if is_own else Bound(bound.given)
 
     def translate(
         self,

@@ -184,7 +184,7 @@ class _Calls(threading.local, TorchFunctionMode):
         if frame is None:
             return func(*args, **kwargs)
         compiled = compiled and frame.context.mesh is not None
-        if not is_next(frame.program, frame.number, name, args, kwargs, compiled):
+        if not is_next(frame, name, args, kwargs, compiled):
             if name == "view_as" and by_torch():  # for a tool that was started since
                 return func(*args, **kwargs)
             what = difference(frame.program, frame.number, name)

@@ -22,14 +22,10 @@ from .record import Called, Calls, Frame, Next, Started, Starts, watching
 
 
 def is_next(
-    program: Program,
-    number: int,
-    name: str,
-    args: tuple,
-    kwargs: dict,
-    compiled: bool = False,
+    frame: Frame, name: str, args: tuple, kwargs: dict, compiled: bool = False
 ) -> bool:
-    """Whether a call is the one that was shown under this number."""
+    """Whether a call is the one that was shown to come next."""
+    program, number = frame.program, frame.number
     names = program.names or ()
     if number >= len(names) or names[number] != name:
         return False
@@ -38,7 +34,10 @@ def is_next(
         return False
     if call is None or not call.bounds:
         return True
-    return all(lookup((args, kwargs), p) == b.given for p, b in call.bounds.items())
+    group = frame.context.group
+    return all(
+        lookup((args, kwargs), p) == b.expected(group) for p, b in call.bounds.items()
+    )
 
 
 def difference(program: Program, number: int, name: str) -> str:
@@ -124,9 +123,7 @@ def _may_come(
         )
     if isinstance(event, Calls):
         frame = watching(frames)
-        return frame is None or is_next(
-            frame.program, frame.number, event.name, event.args, event.kwargs
-        )
+        return frame is None or is_next(frame, event.name, event.args, event.kwargs)
     return _at_end(frames[-1])
 
 

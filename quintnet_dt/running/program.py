@@ -18,10 +18,16 @@ Actions: TypeAlias = tuple[Action, ...]  # on one tensor, in order
 @dataclass(frozen=True)
 class Bound:
     """A number that indexes a sharded dim. `units`: in which it is dealt out to the
-    ranks; None where all take it as it is."""
+    ranks; None where all take it as it is. `own`: the model's code gives each rank the
+    part that is its own, computed from a shard."""
 
-    given: int
+    given: int  # of the whole dim, where it is dealt out
     units: Units | None = None
+    own: bool = False
+
+    def expected(self, group: Group) -> int:
+        """The number that the model's code gives on this rank."""
+        return self.local(group) if self.own else self.given
 
     def local(self, group: Group) -> int:
         """The number for this rank's shard."""

@@ -5,6 +5,8 @@ import torch.nn.functional as F
 
 from .inputs import a, ids, mask, r
 
+E = torch.eye(4)
+
 PRODUCTS = {
     "mm": (torch.mm, r(4, 6), r(6, 8)),
     "mm square": (lambda x: x @ x.t(), r(4, 4)),
@@ -193,6 +195,19 @@ PRODUCTS |= {
         r(4, 6, 2, 2, 2),
         r(6),
     ),
+    "solve triangular": (
+        lambda a, b: torch.linalg.solve_triangular(a + 9 * E, b, upper=False),
+        r(4, 4, 4),
+        r(4, 4, 6),
+    ),
+    "inverse": (lambda a: torch.linalg.inv(a + 9 * E), r(6, 4, 4)),
+    "cholesky": (lambda a: torch.linalg.cholesky(a @ a.mT + E), r(6, 4, 4)),
+    "det": (lambda a: torch.linalg.det(a + 3 * E), r(6, 4, 4)),
+    "slogdet": (lambda a: torch.linalg.slogdet(a + 3 * E)[1], r(6, 4, 4)),
+    "eigh": (lambda a: torch.linalg.eigh(a + a.mT)[0], r(6, 4, 4)),
+    "svd": (lambda a: torch.linalg.svd(a, full_matrices=False)[1], r(6, 4, 2)),
+    "qr": (lambda a: torch.linalg.qr(a)[0], r(6, 4, 2)),
+    "matrix exp": (lambda a: torch.linalg.matrix_exp(a), r(6, 4, 4)),
     "tril": (lambda x: torch.tril(x, 1), r(2, 4, 6)),
     "triu": (lambda x: torch.triu(x), r(2, 4, 6)),
     "complex": (

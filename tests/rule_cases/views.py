@@ -1,6 +1,7 @@
 """Views and what joins or cuts tensors."""
 
 import torch
+import torch.nn.functional as F
 
 from .inputs import a, r
 
@@ -85,6 +86,29 @@ VIEWS = {
         r(2, 4, 24),
     ),
     "cat": (lambda x, y: torch.cat([x, y], -1), r(4, 6), r(4, 2)),
+    "cat what is pieces": (
+        lambda x, y: torch.cat([x.view(4, 6, 2).flatten(1), y.view(4, 6)], -1).split(
+            [12, 6], -1
+        ),
+        r(4, 12),
+        r(4, 6),
+    ),
+    "cat, in a convolution": (
+        lambda x, y, w: F.conv1d(torch.cat([x, x * 2, y], 1), w, groups=18),
+        r(2, 6, 5),
+        r(2, 6, 5),
+        r(18, 1, 3),
+    ),
+    "cat, then cut elsewhere": (
+        lambda x, y: torch.cat([x, y], 1).unflatten(1, (3, 4)).sum(1),
+        r(2, 8),
+        r(2, 4),
+    ),
+    "cat, then shifted": (
+        lambda x, y: torch.cat([x[:, 2:], y], 1) + x,
+        r(2, 8),
+        r(2, 2),
+    ),
     "cat rows": (lambda x, y: torch.cat([x, y]), r(4, 6), r(2, 6)),
     "cat itself": (lambda x: torch.cat([x, x], 1), r(4, 6)),
     "cat legacy empty": (lambda x, y: torch.cat([y, x, y], 1), r(4, 6), r(0)),

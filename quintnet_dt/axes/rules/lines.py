@@ -49,7 +49,15 @@ LINES = {
     ),
     "im2col": "... c _! _! -> ... (c _) _",
     "col2im": "... (c k!) _! -> ... c _ _; k=kernel_size",
-    "tril triu": "... _! _! -> ... _ _",
+    "tril triu linalg_matrix_exp": "... _! _! -> ... _ _",
+    # matrices are needed whole, batches of them pass
+    "linalg_solve_triangular": "... _! _!, ... _! _! -> ... _ _",
+    "linalg_inv_ex linalg_cholesky_ex": "... _! _! -> ... _ _, ...",
+    "_linalg_det": "... _! _! -> ..., ... _ _, ... _",
+    "_linalg_slogdet": "... _! _! -> ..., ..., ... _ _, ... _",
+    "_linalg_eigh": "... _! _! -> ... _, ... _ _",
+    "_linalg_svd": "... _! _! -> ... _ _, ... _, ... _ _",
+    "linalg_qr": "... _! _! -> ... _ _, ... _ _",
     "view_as_complex": "... _! -> ...",
     "view_as_real": "... -> ... _",
 }

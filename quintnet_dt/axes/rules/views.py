@@ -1,7 +1,7 @@
 """Rules of views and of parts of a dim: how factors split, merge, move and are cut."""
 
 from ...tracing.graph import Node, Value
-from ..factors import fresh, mark_unshardable, piece, take
+from ..factors import fresh, in_pieces, join, mark_unshardable, piece, take
 from ..findings import Findings
 from .table import aligned, arg, dims_of, every, pass_but, rule, unknown
 
@@ -91,7 +91,8 @@ def _set_parts(
     value = node.inputs[0]
     dims = list(axes.dims(value))
     cut, shared = dims[dim], None
-    if equal and value.shape[dim] % equal == 0 and start % equal == 0:
+    known = in_pieces(cut, [out.shape[dim] for out in outs])
+    if equal and not known and value.shape[dim] % equal == 0 and start % equal == 0:
         taken = take(cut, value.shape[dim] // equal)
         if taken is not None:
             parts, shared = taken
@@ -157,9 +158,7 @@ def cat(node: Node, axes: Findings) -> None:
     # not those that are empty, which torch allows to have one dim
     tensors = [v for v in node.inputs if len(v.shape) == len(out.shape)]
     dims = aligned(axes, tensors, out.shape)
-    dims[dim] = fresh(out.shape[dim])
-    for v in tensors:
-        axes.unsharded(node, v, axes.dims(v)[dim])
+    dims[dim] = join([axes.dims(v)[dim] for v in tensors if v.shape[dim]])
     axes.set(out, dims)
 
 
