@@ -7,7 +7,9 @@ hooks, and hold on any path through the module. Only what is left is attached to
 by its number, which takes a torch-function mode around that module's forward.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..axes.action import SPLIT, SUM
 from ..axes.sharding import Axis, LayoutError
@@ -26,13 +28,15 @@ from .readers import Readers, holds, origin, paths_of
 
 @dataclass
 class Found:
-    """What the proof found that programs must do beside the layout's actions, by
-    call."""
+    """What the proof found that programs must do beside the layout's actions, by call
+    or by module."""
 
     sizes: dict[CallIndex, dict[ArgPath, LocalSize]] = field(default_factory=dict)
     bounds: dict[CallIndex, dict[ArgPath, Bound]] = field(default_factory=dict)
     # Of dims in memory, that its input has in the whole model.
     order: dict[CallIndex, tuple[int, ...]] = field(default_factory=dict)
+    # By module, attributes that are to be this rank's.
+    numbers: dict[ModulePath, dict[str, LocalSize]] = field(default_factory=dict)
 
 
 def make_programs(
@@ -212,10 +216,12 @@ class _Maker:
         )
 
     def describe_calls(self) -> None:
-        beside = {
+        beside: dict[str, Mapping[CallIndex, Any]] = {
             "instead": self.layout.instead,
             "buffers": self.layout.buffers,
-            **vars(self.found),
+            "sizes": self.found.sizes,
+            "bounds": self.found.bounds,
+            "order": self.found.order,
         }
         for attribute, by_call in beside.items():
             for index, x in by_call.items():
@@ -225,6 +231,7 @@ class _Maker:
         for run in self.graph.modules:
             program = self.program(run)
             program.training = run.training
+            program.numbers = self.found.numbers.get(run.path, {})
             program.settings = {
                 name: x
                 for name, x in run.settings.items()

@@ -17,10 +17,12 @@ from ..axes.sharding import LayoutError, Sharding
 from ..ddp import whole_shape
 from ..groups import SimulatedGroup
 from ..keys import ModulePath
+from ..parts import named_modules
 from ..private import FakeTensorMode
 from ..running.context import Context
 from ..running.install import install
 from ..running.program import Program
+from ..running.sizes import LocalSize
 from ..tracing.fakes import fake_inputs
 from ..tracing.ghost import ghost
 from ..tracing.graph import Graph
@@ -28,10 +30,11 @@ from ..tracing.trace import record
 from ..utils import STOPS
 from .checker import Checker
 from .layout import Layout
+from .numbers import numbers_of
 from .programs import Found, make_programs
 
 # What is found in one run is part of the programs that the next one shows right.
-_RUNS = 3
+_RUNS = 5
 
 
 def prove(
@@ -56,7 +59,12 @@ def prove(
             try:
                 run_local(model, args, kwargs, programs, checker, sharding, device)
             except LayoutError as e:
-                checker.failed.append(e)
+                numbers = _numbers(e, model, graph, layout, found)
+                if not numbers:
+                    checker.failed.append(e)
+                else:  # what was found of calls was found with other numbers
+                    found = Found(numbers={**found.numbers, **numbers})
+                    checker.changed = True
             if checker.failed:
                 error, *others = checker.failed
                 error.others = others
@@ -68,6 +76,19 @@ def prove(
         if not changed:
             return make_programs(graph, layout, found) if pinned else programs
     raise LayoutError("sizes written into the code could not be replaced")
+
+
+def _numbers(
+    error: LayoutError, model: nn.Module, graph: Graph, layout: Layout, found: Found
+) -> dict[ModulePath, dict[str, LocalSize]]:
+    """After the code of a module has failed on a shard: of modules of its kind, the
+    attributes with which it may not, if they are this rank's."""
+    if error.call is None:
+        return {}
+    modules = dict(named_modules(model))
+    kind = type(modules.get(error.call.module.path))
+    numbers = numbers_of(graph, layout, modules, kind)
+    return {path: x for path, x in numbers.items() if path not in found.numbers}
 
 
 def representatives(sharding: Sharding, n: int) -> list[int]:

@@ -1,6 +1,7 @@
 """A forward that is run again beside the record of an earlier one, which it must
 follow."""
 
+import contextlib
 from typing import Any, Callable
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from ..axes.sharding import LayoutError
 from ..keys import CallIndex
 from ..parts import parameters
+from ..running.calls import calls
 from ..tracing.escapes import let_go
 from ..tracing.graph import Call, Graph, next_seen
 from ..tracing.operators import reads_values
@@ -51,6 +53,9 @@ class Rerun(Recorder):
         if name != call.name or self._stack[-1].path != call.module.path:
             raise self.error(f"on shards the forward calls {name} here")
         return call
+
+    def unwound(self) -> contextlib.AbstractContextManager:
+        return calls.unwound()
 
     def check_end(self) -> None:
         """The forward has returned: it has made all calls."""

@@ -1,7 +1,9 @@
 """Single calls within a module's forward: the mode that counts them and runs their
 programs."""
 
+import contextlib
 import threading
+from collections.abc import Iterator
 from functools import lru_cache, partial
 from typing import Any, Callable
 
@@ -66,6 +68,18 @@ class _Calls(threading.local, TorchFunctionMode):
         """A hook ends."""
         if self.frames and not self.on and watching(self.frames) is not None:
             self.turn_on()
+
+    @contextlib.contextmanager
+    def unwound(self) -> Iterator[None]:
+        """Around a forward that may fail while code is told that it is compiled: torch
+        then calls no hooks after an exception."""
+        count, was_on = len(self.frames), bool(self.on)
+        try:
+            yield
+        finally:
+            del self.frames[count:]
+            if self.on and not was_on:
+                self.turn_off()
 
     def pop(self, failed: bool) -> None:
         frame = self.frames[-1]

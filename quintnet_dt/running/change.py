@@ -87,7 +87,8 @@ def again(context: Context, programs: Programs, event: Next) -> list[Frame] | No
 def _same_borders(old: Program, new: Program) -> bool:
     """Whether two programs do the same where a module starts and ends."""
     return all(
-        getattr(old, a) == getattr(new, a) for a in ("params", "inputs", "outputs")
+        getattr(old, a) == getattr(new, a)
+        for a in ("params", "inputs", "outputs", "numbers")
     )
 
 

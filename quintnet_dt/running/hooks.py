@@ -24,6 +24,7 @@ from ..tracing.user_hooks import hooks_of, user_hooks
 from ..utils import quiet
 from .calls import calls
 from .context import Context
+from .numbers import Numbers
 from .params import Params
 from .program import NOTHING, Program
 from .record import Ended, Running, Started, Starts
@@ -118,9 +119,17 @@ class ModuleHooks(Hooks):
             # Gathered as they are, within torch.vmap and the like too.
             with quiet(), transforms_aside():
                 self.params.show(shown, compiled)
+        if program.numbers:
+            self.show_numbers(module, program)
         if not program.inputs:
             return None
         return context.apply((args, kwargs), program.inputs, program.unwritten, -2)
+
+    def show_numbers(self, module: nn.Module, program: Program) -> None:
+        *around, running = self.context.running
+        if not any(r.hooks is self for r in around):  # it may call itself
+            running.numbers = Numbers(module, program.numbers, self.context.group)
+            running.numbers.show()
 
     def choose_program(
         self, module: nn.Module, args: tuple, kwargs: dict, compiled: bool, within: bool
@@ -201,6 +210,8 @@ class ModuleHooks(Hooks):
                 context.log.append(Ended(failed))
             for s in reversed(run.shown):
                 hide(s)
+            if run.numbers is not None:
+                run.numbers.hide()
             if is_whole_call:
                 end_call(self, module, program, (args, kwargs, output))
         outputs = {} if program is None or failed else program.outputs

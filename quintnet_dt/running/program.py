@@ -87,6 +87,8 @@ class Program:
     # What a call was shown right for, where it works on shards or may draw random
     # numbers.
     kinds: dict[CallNumber, CallKind] = field(default_factory=dict)
+    # Attributes of the module that are this rank's while it runs.
+    numbers: dict[str, LocalSize] = field(default_factory=dict)
 
     # What runs of the module may differ in.
 

@@ -9,6 +9,7 @@ from torch import nn
 from ..keys import ModulePath
 from ..places import Owners
 from .kinds import CallKind
+from .numbers import Numbers
 from .program import CallProgram, Program
 
 
@@ -57,6 +58,7 @@ class Running:
     # what actions made, in compiled code, which has no tensors to keep it with
     kept: list | None
     compiled: bool
+    numbers: Numbers | None = None
 
 
 # What has happened.

@@ -79,12 +79,17 @@ def _place(tensor: torch.Tensor) -> tuple[torch.UntypedStorage, int]:
 @contextlib.contextmanager
 def put_back(context: Any) -> Iterator[None]:
     """While a forward runs, for as long as something looks at the model itself: its
-    parameters as they are between forwards."""
+    parameters and numbers as they are between forwards."""
     shown = [s for running in context.running for s in running.shown]
+    numbers = [r.numbers for r in context.running if r.numbers is not None]
     for s in reversed(shown):
         hide(s)
+    for n in numbers:
+        n.hide()
     try:
         yield
     finally:
         for s in shown:
             put(s.place.owner, s.place.attr, s.tensor)
+        for n in numbers:
+            n.show()

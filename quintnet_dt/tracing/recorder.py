@@ -1,6 +1,7 @@
 """What happens in one forward, written down: modules that start and end, calls,
 operators, what is read of values."""
 
+import contextlib
 from functools import partial
 
 from ..parts import modules, named_modules
@@ -74,6 +75,10 @@ class Recorder(NodeRecorder):
         for _, holder, place, t in tensors_in_objects(inputs):
             if (action := shard_kept(holder, place)) is not None:
                 self.graph.shards_given[self.value(t).id] = action
+
+    def unwound(self):
+        """Around the forward: takes off what its hooks have put on, if it fails."""
+        return contextlib.nullcontext()
 
     def returned(self, out):
         """The forward has returned this; what watches operators still does."""

@@ -186,7 +186,8 @@ def record(model, args, kwargs, modes=(), recorder=None):
         for mode in modes:
             stack.enter_context(mode)
         recorder.give((args, kwargs))
-        out = model(*args, **kwargs)
+        with recorder.unwound():
+            out = model(*args, **kwargs)
         recorder.returned(out)
     recorder.keep(model, (args, kwargs, out))
     recorder.end()
