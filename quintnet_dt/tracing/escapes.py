@@ -24,17 +24,21 @@ def let_go(tensors):
         return []
     gc.collect()  # cycles of Python objects
     alive = {id(ref()): ref() for ref in left if ref() is not None}
-    holders = (
-        [h for h in gc.get_referrers(*alive.values()) if h is not alive]
-        if alive
-        else []
-    )
-    kept = {id(x) for h in holders for x in gc.get_referents(h) if id(x) in alive}
+    if not alive:
+        return []
+    kept = _held(alive)
+    return [i for i, ref in enumerate(left) if id(ref()) in kept]
+
+
+def _held(alive):
+    """The ids of those tensors that something holds; containers are rid of them."""
+    holders = [h for h in gc.get_referrers(*alive.values()) if h is not alive]
+    held = {id(x) for h in holders for x in gc.get_referents(h) if id(x) in alive}
     namespaces = _namespaces([h for h in holders if isinstance(h, dict)])
     for holder in holders:
         if id(holder) not in namespaces:
             _rid(holder, alive)
-    return [i for i, ref in enumerate(left) if id(ref()) in kept]
+    return held
 
 
 def _rid(holder, alive):
