@@ -23,6 +23,7 @@ _PUBLIC = {
     "check_batch": "agreement",
     "compare_tp_sizes": "compare",
     "export_safetensors": "state.export",
+    "fsdp_shard_placement": "fsdp",
     "load_checkpoint": "state.checkpoint",
     "load_safetensors": "state.safetensors",
     "materialize": "state.meta",

@@ -54,6 +54,11 @@ def apply_plan(
         _share_plain_tensors(model, dist.get_global_rank(group, src_data_rank), group)
     adapt(model)
     mark(model, mesh)
+    if any(entry.pieces > 1 for entry in plan.entries.values()):
+        # only then, since torch.distributed.checkpoint takes a while to import
+        from .state.pieces import teach_pieces
+
+        teach_pieces()
     context.weights, context.structures = Weights(parameters.owners, mesh), Structures(
         model
     )

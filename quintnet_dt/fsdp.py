@@ -2,11 +2,45 @@
 manages."""
 
 import contextlib
+from collections.abc import Callable
 
+from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor, Shard
 
-from .private import compute_dtype, fsdp_state
+from .private import _StridedShard, compute_dtype, fsdp_state
 from .utils import Quietly
+
+
+def fsdp_shard_placement(
+    model: nn.Module,
+) -> Callable[[nn.Parameter], Shard | None]:
+    """Where FSDP2 is to shard the parameters of a split model:
+    `fully_shard(module, shard_placement_fn=fsdp_shard_placement(model))`.
+
+    Fused weights that the tp ranks share on dim 0, a part of each piece, it shards on
+    dim 1, all others as always, on dim 0: so no rows are exchanged. The model is to be
+    split with `contiguous="vectors"`.
+
+    Args: `model`: what `apply_tensor_parallel` has split.
+    Returns: a function that gives a parameter's Shard, None for FSDP2's own choice.
+    Raises: ValueError, if a vector is in pieces, which has no other dim.
+    """
+    for name, p in model.named_parameters():
+        if _in_pieces(p) and p.ndim == 1:
+            raise ValueError(
+                f"{name}: expected one block of a vector a rank, found {p.placements}:"
+                ' give apply_tensor_parallel contiguous="vectors"'
+            )
+    return lambda p: Shard(1) if _in_pieces(p) else None
+
+
+def _in_pieces(p: nn.Parameter) -> bool:
+    """Whether a rank holds a part of each of several pieces of dim 0."""
+    if not isinstance(p, DTensor):
+        return False
+    placement = p.placements[-1]
+    return isinstance(placement, _StridedShard) and placement.dim == 0
 
 
 def is_fsdp(hook):

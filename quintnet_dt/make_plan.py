@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .axes.axes import Axes
+from .contiguous import Contiguous
 from .devices import DeviceSpec
 from .fsdp import wrapped_by_fsdp1
 from .keys import ModulePath, ParamName
@@ -43,7 +44,7 @@ class Request:
     example_inputs: Any
     plan: Any
     loss_parallel: bool
-    contiguous: bool
+    contiguous: Contiguous
     device: DeviceSpec
     # Of the parameters that are split already.
     before: dict[ParamName, Entry] = field(default_factory=dict)
@@ -172,7 +173,7 @@ def _plan_to_apply(request: Request) -> TensorParallelPlan | None:
             f"plan: expected one for tp_size {n}, found one for {plan.tp_size}"
         )
     loss_parallel = request.loss_parallel or plan.loss_parallel
-    plan = plan.contiguous() if request.contiguous else plan
+    plan = plan.contiguous(request.contiguous)
     return replace(plan, loss_parallel=loss_parallel)
 
 

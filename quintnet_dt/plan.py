@@ -12,6 +12,7 @@ from torch.distributed.tensor.placement_types import Placement
 
 from . import picture
 from .axes.split import Split
+from .contiguous import Contiguous, in_one_block
 from .costs import Communication, Cost, Step
 from .estimate import Estimate, estimate
 from .folding import folded
@@ -136,11 +137,12 @@ class TensorParallelPlan:
         """Parameter name -> placement on the tp mesh."""
         return {name: e.placement for name, e in self.entries.items()}
 
-    def contiguous(self) -> "TensorParallelPlan":
-        """This plan with one block of each weight a rank."""
-        entries = {
-            n: e.in_one_block() if e.pieces > 1 else e for n, e in self.entries.items()
-        }
+    def contiguous(self, which: Contiguous = True) -> "TensorParallelPlan":
+        """This plan with one block a rank of each weight, or of some of them."""
+        entries = dict(self.entries)
+        for name, e in entries.items():
+            if e.pieces > 1 and in_one_block(which, e.dim or 0, len(e.shape)):
+                entries[name] = e.in_one_block()
         return replace(self, entries=entries)
 
     @property

@@ -16,11 +16,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from .agreement import agree
 from .apply_plan import apply_plan
 from .around import undisturbed
+from .contiguous import Contiguous, chosen
 from .devices import DeviceSpec, device_spec
 from .keys import ParamName
 from .make_plan import Request, check_model, check_tp_size, make_plan, where_it_lies
 from .plan import TensorParallelPlan
-from .private import SINCE_2_13
 from .processgroup import ProcessGroupManager
 from .split_before import entries_of_split
 from .together import together
@@ -35,7 +35,7 @@ def plan_tensor_parallel(
     example_inputs: tuple | dict[str, Any] | None = None,
     plan: TensorParallelPlan | dict[ParamName, Any] | None = None,
     loss_parallel: bool = False,
-    contiguous: bool = False,
+    contiguous: Contiguous = False,
     device: str | DeviceSpec | None = None,
 ) -> TensorParallelPlan:
     """The plan that `apply_tensor_parallel` would apply, in one process, without a
@@ -53,7 +53,8 @@ def plan_tensor_parallel(
     check_tp_size(tp_size)
     check_model(model)
     spec = device_spec(device, where_it_lies(model))
-    request = Request(tp_size, example_inputs, plan, loss_parallel, contiguous, spec)
+    blocks = chosen(contiguous)
+    request = Request(tp_size, example_inputs, plan, loss_parallel, blocks, spec)
     made = make_plan(model, request)
     _warn_if_untraced(model, made.plan)
     made.plan.dry_run = made.dry_run
@@ -69,7 +70,7 @@ def apply_tensor_parallel(
     example_inputs: tuple | dict[str, Any] | None = None,
     plan: TensorParallelPlan | dict[ParamName, Any] | None = None,
     loss_parallel: bool = False,
-    contiguous: bool | None = None,
+    contiguous: Contiguous | None = None,
     src_data_rank: int | None = 0,
     device: str | DeviceSpec | None = None,
     verify: bool = False,
@@ -101,9 +102,11 @@ def apply_tensor_parallel(
         contiguous: whether each rank's part of a fused weight ([q | k | v]) is one
             block of it, a plain Shard, of which the ranks exchange rows before its use;
             else it is a part of each piece, a _StridedShard, which sends nothing, but
-            which FSDP2 and torch's own checkpoint functions do not handle. By default
-            it is where the world is larger than the tp group, as it then will be split
-            again, and before torch 2.13.
+            which FSDP2 cannot shard again on the same dim. "first dim": of weights that
+            are split on dim 0, where FSDP2 shards them; the default where the world is
+            larger than the tp group. "vectors": of those of one dim, for
+            `fully_shard(..., shard_placement_fn=fsdp_shard_placement(model))`. Before
+            torch 2.13 the default is True.
         src_data_rank: the rank of each tp group whose weights are used; None if every
             rank holds the same: then each takes its slices with no communication.
         verify: take a step of a split copy beside one of a whole copy first, both in
@@ -124,8 +127,7 @@ def apply_tensor_parallel(
     ranks = ProcessGroupManager(tp_size, mesh=mesh)
     try:
         mesh, n = ranks.mesh, ranks.tp_size
-        if contiguous is None:
-            contiguous = n < dist.get_world_size() or not SINCE_2_13
+        blocks = chosen(contiguous, split_again=n < dist.get_world_size())
         with together(ranks.group):
             if src_data_rank is not None and src_data_rank not in range(n):
                 raise ValueError(
@@ -136,13 +138,13 @@ def apply_tensor_parallel(
             before = entries_of_split(model, mesh)
             spec = device_spec(device, ranks.mesh.device_type)
             request = Request(
-                n, example_inputs, plan, loss_parallel, contiguous, spec, before
+                n, example_inputs, plan, loss_parallel, blocks, spec, before
             )
             planned = make_plan(model, request)
             _warn_if_untraced(model, planned.plan)
         options = {
             "src_data_rank": src_data_rank,
-            "contiguous": contiguous,
+            "contiguous": blocks,
             "loss_parallel": planned.plan.loss_parallel,
         }
         split_id = agree(

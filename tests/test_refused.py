@@ -18,7 +18,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
 )
 
-from quintnet_dt import apply_tensor_parallel, plan_tensor_parallel, rewrite
+from quintnet_dt import apply_tensor_parallel
+from quintnet_dt import contiguous as blocks
+from quintnet_dt import plan_tensor_parallel
 
 
 class Holds(nn.Module):
@@ -108,7 +110,7 @@ def test_a_whole_state_that_one_rank_has(contiguous):
 
 def test_fused_weights_are_blocks_before_torch_2_13(monkeypatch):
     """There DTensor cannot gather the other kind."""
-    monkeypatch.setattr(rewrite, "SINCE_2_13", False)
+    monkeypatch.setattr(blocks, "SINCE_2_13", False)
 
     def ranks(sharded, whole):
         assert sharded.tensor_parallel_plan["qkv.weight"].pieces == 1

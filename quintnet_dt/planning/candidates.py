@@ -36,7 +36,7 @@ def candidates(task: Task) -> Iterator[Candidate]:
         splits = _splits_along(task, Axis(factors), names)
         axis = Axis(factors, balanced=_balanced(splits.values(), task.n))
         params = {
-            name: stored(axis, split, task.n, task.contiguous)
+            name: stored(axis, split, task.n, task.in_one_block(name, split.dim))
             for name, split in splits.items()
         }
         elements = sum(map(task.numel, params))

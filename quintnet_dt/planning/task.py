@@ -8,6 +8,7 @@ from math import fsum
 from ..axes.action import GATHER
 from ..axes.axes import Axes
 from ..axes.factors import Factor, flat
+from ..contiguous import Contiguous, in_one_block
 from ..devices import DEFAULT, DeviceSpec
 from ..keys import CallIndex, ParamName
 from ..tracing.graph import Call, Graph
@@ -30,8 +31,8 @@ class Task:
     """A traced forward to plan over `n` ranks.
 
     Args: `user_dims`: the dims that the user has set, by parameter (None: replicate);
-    `contiguous`: a rank holds one block of a weight, also where equal blocks of it are
-    split; `device`: what its time is counted for.
+    `contiguous`: of which weights a rank holds one block, also where equal blocks of
+    them are split: see contiguous.py; `device`: what its time is counted for.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class Task:
         n: int,
         user_dims: Mapping[ParamName, int | None] | None = None,
         loss_parallel: bool = False,
-        contiguous: bool = False,
+        contiguous: Contiguous = False,
         device: DeviceSpec = DEFAULT,
     ):
         self.graph, self.axes, self.n = graph, axes, n
@@ -51,6 +52,10 @@ class Task:
         self.device = device
         self.params, self.users = graph.params, graph.users
         self.why: dict[ParamName, str] = {}  # what stood in the way
+
+    def in_one_block(self, name: ParamName, dim: int) -> bool:
+        """Whether a rank is to hold one block of a weight that is split on a dim."""
+        return in_one_block(self.contiguous, dim, len(self.params[name].shape))
 
     def numel(self, name: ParamName) -> int:
         return self.params[name].numel

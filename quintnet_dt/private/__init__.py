@@ -38,6 +38,7 @@ from .sharded import (
     broadcasting,
     compute_dtype,
     fsdp_state,
+    own_chunk_list,
     read_local,
 )
 
@@ -68,6 +69,7 @@ __all__ = [
     "is_any_true",
     "modes_aside",
     "not_compiled",
+    "own_chunk_list",
     "read_local",
     "safe_softmax",
     "saves_by_hooks",

@@ -33,6 +33,10 @@ except ImportError:  # then its mixed precision is not seen while calls are plan
     _composable_state = None
 
 
+# One block of a DTensor, as torch has it before state/pieces.py.
+own_chunk_list = DTensor.__create_chunk_list__
+
+
 class _Read(torch.autograd.Function):
     """A DTensor's local tensor, as `to_local` gives it, whose backward takes a sixth of
     the time: the gradient is a DTensor of the parameter's own spec."""

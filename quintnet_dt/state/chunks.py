@@ -7,7 +7,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from ..axes.split import Split
-from ..private import _StridedShard
+from ..private import _StridedShard, own_chunk_list
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,10 @@ def chunks(tensor):
     has none of it.
 
     A plain or replicated tensor is one block at 0, a shard one block, a fused weight of
-    k pieces (`_StridedShard(dim, k)`, which torch.distributed.checkpoint cannot place)
-    k blocks. Writing to a block writes to the tensor. Raises ValueError for a DTensor
-    with a Partial placement, and for pieces that are sharded again on the same dim
-    (FSDP2 over a plan that is not `contiguous`), which no torch function places
-    rightly.
+    k pieces (`_StridedShard(dim, k)`) k blocks. Writing to a block writes to the
+    tensor. Raises ValueError for a DTensor with a Partial placement, and for pieces
+    that are sharded again on the same dim (FSDP2 over a plan that is not `contiguous`),
+    which no torch function places rightly.
     """
     if not isinstance(tensor, DTensor):
         return [Chunk((0,) * tensor.dim(), tensor.detach())]
@@ -41,7 +40,7 @@ def chunks(tensor):
             f" {tensor.placements}"
         )
     fused = tensor.placements[-1]
-    (block,) = tensor.__create_chunk_list__()
+    (block,) = own_chunk_list(tensor)
     if not isinstance(fused, _StridedShard):  # one of FSDP2's is never the last: tp is
         return [Chunk(tuple(block.offsets), local)]
     _check_not_sharded_again(tensor, fused.dim)
