@@ -51,10 +51,11 @@ def layer_norm(node: Node, axes: Findings) -> None:
             unify(of_scale, dim)
     result, *statistics = node.outputs
     axes.set(result, dims)
-    for value in statistics:
-        passing = dims[: len(dims) - len(normalized)]
-        ones = [fresh(1) for _ in range(len(value.shape) - len(passing))]
-        axes.set(value, [*passing, *ones])
+    passing = dims[: len(dims) - len(normalized)]
+    ones = (1,) * len(normalized)
+    for statistic in statistics:
+        if tuple(statistic.shape) == (*value.shape[: len(passing)], *ones):
+            axes.set(statistic, [*passing, *map(fresh, ones)])
 
 
 @rule("constant_pad_nd")
