@@ -16,7 +16,7 @@ def failure(outcome, tp):
     )
 
 
-CHUNKS = [*((2, start, 30) for start in (0, 1000, 2000, 3000)), (3, 0, 15), (4, 0, 10)]
+CHUNKS = [*((2, start, 20) for start in (0, 1000)), (3, 0, 10), (4, 0, 10)]
 
 
 @pytest.mark.parametrize("tp, start, seeds", CHUNKS)

@@ -24,6 +24,8 @@ from .layout import Layout
 from .task import Task
 from .where import communications, numbered
 
+_BY_ITSELF = "split by itself: no axis of it was found that other weights share"
+
 
 def why_blind(failed: Exception | None) -> str:
     """What to say of a plan that was made without a forward."""
@@ -91,9 +93,8 @@ def _entry(
     if param is None:
         why = "small" if task.n > 1 else "one rank holds all"
         return Entry(name, v.shape, why=why)
-    entry = Entry(
-        name, v.shape, param.dim, param.blocks, GATHERED, task.why.get(name, "")
-    )
+    why = task.why.get(name, _BY_ITSELF)
+    entry = Entry(name, v.shape, param.dim, param.blocks, GATHERED, why)
     if param.gathered:
         entry.how = WEIGHT_GATHERED
         if not task.users.get(name):

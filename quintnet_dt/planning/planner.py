@@ -37,13 +37,27 @@ class Planner:
         sharding = Sharding(loss_parallel=self.task.loss_parallel)
         used: set[CallIndex] = set()
         open_ = [c for c in self.good if c.axis not in banned]
-        for number in best_set(open_, [self.saved(c) for c in open_]):
-            candidate = open_[number]
+        chosen = [open_[i] for i in best_set(open_, [self.saved(c) for c in open_])]
+        for candidate in chosen:
             used |= candidate.indices
             sharding.through.add(candidate.axis)
             sharding.params.update(candidate.params)
+        self.note_rivals(open_, chosen)
         self.fill(sharding, used)
         return sharding
+
+    def note_rivals(self, open_: list[Candidate], chosen: list[Candidate]) -> None:
+        """Why good candidates were left: what stands in their way saves more."""
+        at: dict[CallIndex | ParamName, Candidate] = {}
+        for candidate in chosen:
+            at |= dict.fromkeys([*candidate.indices, *candidate.params], candidate)
+        for candidate in open_:
+            places = [*candidate.params, *sorted(candidate.indices)]
+            rival = next((at[place] for place in places if place in at), None)
+            if rival is not None and rival is not candidate:
+                name = next(iter(rival.params))
+                why = f"its axis would stand in the way of that of {name}"
+                self.task.note(candidate.params, f"{why}, which saves more")
 
     # Axes that run through the model.
 
