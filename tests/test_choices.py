@@ -11,14 +11,15 @@ from models.regions import D, ResNet, attention, fused_mlp, llama, model
 from torch import nn
 
 from quintnet_dt import plan_tensor_parallel
-from quintnet_dt.axes.axes import Axes
-from quintnet_dt.axes.sharding import Sharding
+from quintnet_dt.axes.axes import Axes, own_axis
+from quintnet_dt.axes.sharding import ShardedParam, Sharding
 from quintnet_dt.planning.candidates import candidates
 from quintnet_dt.planning.cost import change_by
 from quintnet_dt.planning.hoist import hoist
 from quintnet_dt.planning.lay_out import lay_out
 from quintnet_dt.planning.planner import Planner
 from quintnet_dt.planning.search import conflicts
+from quintnet_dt.planning.sink import sink
 from quintnet_dt.planning.task import Task
 from quintnet_dt.tracing.trace import trace
 
@@ -165,3 +166,24 @@ def test_the_choice_is_brute_forces(build, n):
     chosen = seconds(planner.choose())
     assert chosen <= found[best] + 1e-12, f"{best}: {found[best]} s, found {chosen}"
     assert len(found) > 1
+
+
+def test_what_is_cut_for_a_weights_own_axis_stays_where_it_is_made():
+    """A call that makes it of what the weight's other call reads too does not know that
+    axis."""
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pre, self.lin = nn.Linear(64, 64), nn.Linear(64, 5)
+
+        def forward(self, x):
+            x = self.pre(x)
+            return self.lin(x) + self.lin(x * 2)
+
+    graph = trace(Twice(), (torch.randn(2, 6, 64),), {})
+    axes = Axes(graph)
+    axis = own_axis(graph, "lin.weight", 1)
+    layout = lay_out(graph, axes, Sharding({"lin.weight": ShardedParam(1, axis)}))
+    work = Task(graph, axes, 2).work
+    assert sink(graph, axes, layout, work).axis_of == dict.fromkeys((1, 3), axis)

@@ -86,8 +86,11 @@ class _Sinking:
             return None
         if len(first) != 1 or first[0].kind != SPLIT:
             return None
-        axes = {self.layout.axis_of[index] for index, _ in places}
-        return _Uses(axes.pop(), first[0], places) if len(axes) == 1 else None
+        axis, *others = {self.layout.axis_of[index] for index, _ in places}
+        # a weight's own axis is known in its own calls alone
+        if others or axis.axes is not None:
+            return None
+        return _Uses(axis, first[0], places)
 
     def places(self, v: Value) -> list[tuple[CallIndex, ArgPath]]:
         return [(call.index, path) for call, path in self.graph.readers.get(v.id, ())]
