@@ -64,6 +64,7 @@ CASES = {
             vocab_size=151936,
         ),
     ),
+    "Qwen3-Next 80B": Case("qwen3_next", 16),  # three of four layers are delta nets
     "GPT-OSS 120B": Case("gpt_oss", 64),
     "DeepSeek-V3": Case("deepseek_v3", 128, dict(first_k_dense_replace=1)),
     "GPT-2 XL": Case("gpt2", 25, dict(n_embd=1600, n_head=25, n_positions=4096)),
