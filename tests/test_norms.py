@@ -134,8 +134,7 @@ def test_short_floats_are_normalised_as_torch_does_it(norm):
         inner = sharded.norm_inside, whole.norm_inside
         for module in inner:
             module.float()  # what is scaled stays short
-        for model in (sharded, whole):
-            model.out.float()
+        sharded.out.float(), whole.out.float()
         with torch.autocast("cpu", torch.bfloat16):
             same(sharded(x), whole(x))
 

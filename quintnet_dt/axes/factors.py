@@ -92,9 +92,11 @@ def _forget_joined(leaf: Factor) -> None:
 def in_pieces(factors: list[Factor], sizes: list[int]) -> bool:
     """Whether a dim is known to be pieces of these sizes."""
     f, *more = leaves(factors)
-    if more or f.pieces is None:
-        return False
-    return [length(part) for part in f.pieces] == sizes
+    return not more and f.pieces is not None and _piece_sizes(f) == sizes
+
+
+def _piece_sizes(leaf: Factor) -> list[int]:
+    return [length(part) for part in leaf.pieces or ()]
 
 
 def piece(factors: list[Factor], start: int, size: int) -> list[Factor] | None:
@@ -159,17 +161,19 @@ def mark_unshardable(factors: Iterable[Factor]) -> None:
 def _merge(a: Factor, b: Factor) -> None:
     b.parent = a
     a.unshardable |= b.unshardable
-    if a.pieces and b.pieces and not in_pieces([a], [length(p) for p in b.pieces]):
-        # what was only put together gives way
-        _forget_joined(b)
-        if b.pieces:
-            _forget_joined(a)
-    if a.pieces is None or b.pieces is None:
-        a.joined = (a if a.pieces else b).joined
-        a.pieces = a.pieces or b.pieces
-    elif not in_pieces([a], [length(p) for p in b.pieces]):
+    if _cut_apart(a, b):  # what was only put together gives way, of two the second
+        _forget_joined(b if b.joined else a)
+    if a.pieces is None:
+        a.pieces, a.joined = b.pieces, b.joined
+    elif _cut_apart(a, b):
         a.unshardable = True
-    elif not a.unshardable:
+    elif b.pieces is not None and not a.unshardable:
         a.joined &= b.joined
         for p, q in zip(a.pieces, b.pieces):
             unify(p, q)
+
+
+def _cut_apart(a: Factor, b: Factor) -> bool:
+    """Whether both are pieces, of other sizes."""
+    both = a.pieces is not None and b.pieces is not None
+    return both and _piece_sizes(a) != _piece_sizes(b)

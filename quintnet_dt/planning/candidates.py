@@ -9,6 +9,7 @@ from math import prod
 from ..axes.factors import Factor, flat, leaves
 from ..axes.sharding import Axis, ShardedParam
 from ..axes.split import Split
+from ..contiguous import in_one_block
 from ..keys import CallIndex, ParamName
 from ..tracing.graph import Call
 from .task import Task
@@ -36,7 +37,12 @@ def candidates(task: Task) -> Iterator[Candidate]:
         splits = _splits_along(task, Axis(factors), names)
         axis = Axis(factors, balanced=_balanced(splits.values(), task.n))
         params = {
-            name: stored(axis, split, task.n, task.in_one_block(name, split.dim))
+            name: stored(
+                axis,
+                split,
+                task.n,
+                in_one_block(task.contiguous, split.dim, len(task.params[name].shape)),
+            )
             for name, split in splits.items()
         }
         elements = sum(map(task.numel, params))

@@ -172,9 +172,9 @@ class Checker(Rerun):
         whole = lookup(call.args, path)
         axis = self.layout.axis_of[call.index]
         own = Bound(whole, axis.units, own=True)
-        if part_of(abs(whole), axis.units, self.group) is None:
-            return Bound(bound.given)
-        is_own = whole != bound.given == own.local(self.group)
+        dealt_out = part_of(abs(whole), axis.units, self.group) is not None
+        differs = whole != bound.given
+        is_own = dealt_out and differs and own.local(self.group) == bound.given
         return own if is_own else Bound(bound.given)
 
     def translate(

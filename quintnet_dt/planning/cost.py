@@ -95,13 +95,12 @@ def sent(graph: Graph, layout: Layout, work: Work, in_part: bool = False) -> Sen
     for i, shard in layout.instead.items():
         if (exchange := _STATISTICS.get(shard.call)) is None:
             continue
-        rows = row_bytes(graph.calls[i], work)
-        both = exchange.twice and any(
-            v.differentiable for v in graph.calls[i].inputs.values()
-        )
+        call = graph.calls[i]
+        backward = any(v.differentiable for v in call.inputs.values())
+        times = 2 if exchange.twice and backward else 1
         numbers = exchange.gathered * n + exchange.summed * 2
-        amounts.append((1 + both) * numbers * rows * (n - 1) / n)
-        collectives += (1 + both) * exchange.collectives
+        amounts.append(times * numbers * row_bytes(call, work) * (n - 1) / n)
+        collectives += times * exchange.collectives
     # rounded once: the same in any order
     return Sent(fsum(amounts), round(collectives, 6))
 

@@ -2,6 +2,7 @@
 that do not conflict are taken, then weights."""
 
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from functools import cached_property
 from math import fsum
 
@@ -55,9 +56,8 @@ class Planner:
             places = [*candidate.params, *sorted(candidate.indices)]
             rival = next((at[place] for place in places if place in at), None)
             if rival is not None and rival is not candidate:
-                name = next(iter(rival.params))
-                why = f"its axis would stand in the way of that of {name}"
-                self.task.note(candidate.params, f"{why}, which saves more")
+                why = "its axis would stand in the way of that of {}, which saves more"
+                self.task.note(candidate.params, why.format(next(iter(rival.params))))
 
     # Axes that run through the model.
 
@@ -197,24 +197,32 @@ class Planner:
         return self.alone.best(name).change.seconds >= worth_it
 
 
+@dataclass(eq=False)
+class _Together:
+    """Calls that hand values on to each other."""
+
+    values: set[ValueId]
+    calls: list[Call]
+
+
 def _handing_on(graph: Graph, layout: Layout) -> list[list[Call]]:
     """The calls that work on shards, those together that hand shards or partial results
     on to each other."""
     completed = layout.values.keys()
-    groups: list[tuple[set[ValueId], list[Call]]] = []
+    groups: list[_Together] = []
     for call in graph.calls:
         values = {v.id for v in (*call.inputs.values(), *call.outputs.values())}
         # what is completed where it is made is handed on whole
         passed = {i for i in values - completed if layout.states.get(i) is not None}
         if not passed and call.index not in layout.axis_of:
             continue
-        calls = [call]
-        for group in [group for group in groups if group[0] & passed]:
+        new = _Together(passed, [call])
+        for group in [group for group in groups if group.values & passed]:
             groups.remove(group)
-            passed |= group[0]
-            calls = group[1] + calls
-        groups.append((passed, calls))
-    return [calls for _, calls in groups]
+            new.values |= group.values
+            new.calls = group.calls + new.calls
+        groups.append(new)
+    return [group.calls for group in groups]
 
 
 def _common_module(calls: list[Call]) -> int:

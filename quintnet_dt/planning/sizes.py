@@ -14,8 +14,8 @@ from ..utils import leaves, lookup, tensors
 VIEWS = {"view", "reshape", "unflatten"}
 SHAPED = VIEWS | set("expand broadcast_to zeros ones full empty".split())
 SHAPED |= {"new_zeros", "new_ones", "new_full", "new_empty"}
-_OF_LAST_DIMS = {"layer_norm", "rms_norm"}
-SIZES = SHAPED | _OF_LAST_DIMS | {"repeat", "repeat_interleave"}
+OF_LAST_DIMS = {"layer_norm", "rms_norm"}
+SIZES = SHAPED | OF_LAST_DIMS | {"repeat", "repeat_interleave"}
 _OUTPUT_SIZE = 1, "output_size"  # of repeat_interleave: its path
 CONVOLUTIONS = (
     "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split()
@@ -59,7 +59,7 @@ def localise(
         sizes = {_OUTPUT_SIZE: kwargs["output_size"]}
     elif call.name == "repeat":
         return _repeats(call, integers(given), expected, units)
-    elif call.name in _OF_LAST_DIMS:
+    elif call.name in OF_LAST_DIMS:
         sizes = integers(given)
         dim = args[0].dim() - len(sizes)
     elif call.name in SHAPED:

@@ -3,7 +3,7 @@ cross entropy of classes. The ranks exchange the statistics and keep their shard
 in running/on_shard.py.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from math import prod
 from typing import Any, NamedTuple
@@ -13,13 +13,12 @@ from ..axes.sharding import Axis
 from ..axes.state import State
 from ..keys import ValueId
 from ..tracing.graph import Call, Value
+from .sizes import OF_LAST_DIMS
 from .work import Work
 
-NORMS = {"layer_norm", "rms_norm", "group_norm"}
-_NORM = "input", "normalized_shape", "weight", "bias"  # layer_norm's
 _PARAMETERS = {
-    "layer_norm": _NORM,
-    "rms_norm": _NORM[:3],
+    "layer_norm": ("input", "normalized_shape", "weight", "bias"),
+    "rms_norm": ("input", "normalized_shape", "weight"),
     "group_norm": ("input", "num_groups", "weight", "bias"),
     "cross_entropy": ("input", "target", "weight"),
 }
@@ -56,7 +55,8 @@ def _cross_entropy(
         return None
     if target.dtype.is_floating_point or given.get("weight") is not None:
         return None
-    classes = replace(axis.all_units, dim=min(1, len(logits.shape) - 1))
+    (dim,) = _dims_over(call.name, given)
+    classes = replace(axis.all_units, dim=dim)
     if axis.find(axes, logits) != classes:
         return None
     return OverAxis(logits, set(), {v.id: None for v in call.outputs.values()})
@@ -69,34 +69,35 @@ def _norm(
     x = given["input"]
     scales = [given.get(name) for name in ("weight", "bias")]
     values = [x, *(v for v in scales if v is not None)]
-    if not all(isinstance(v, Value) and axis.find(axes, v) for v in values):
+    along = [*values, *call.outputs.values()]
+    if not all(isinstance(v, Value) and axis.find(axes, v) for v in along):
         return None
-    dim = axis.split_of(axes, x).dim
-    if not _normalizes(call.name, given, dim, len(x.shape)):
+    if given.get("num_groups", 1) != 1:
+        return None  # each rank may have groups of its own
+    if axis.split_of(axes, x).dim not in _dims_over(call.name, given):
         return None
     slices = {v.id for v in values} - sharded
     return OverAxis(x, slices, {v.id: axis for v in call.outputs.values()})
 
 
-def _normalizes(name: str, given: dict[str, Any], dim: int, ndim: int) -> bool:
-    """Whether a norm's statistics are taken over a dim."""
+def _dims_over(name: str, given: dict[str, Any]) -> Iterable[int]:
+    """The dims of its input over which a call takes statistics; a group norm of one
+    group."""
+    ndim = len(given["input"].shape)
+    if name in OF_LAST_DIMS:
+        return range(ndim - len(given["normalized_shape"]), ndim)
     if name == "group_norm":
-        return dim == 1 and given["num_groups"] == 1
-    return dim >= ndim - len(given["normalized_shape"])
+        return range(1, ndim)
+    return [min(1, ndim - 1)]  # classes
 
 
 def row_bytes(call: Call, work: Work) -> float:
     """Bytes of one number for each row that a call takes statistics of."""
     given = _given(call)
     x = given["input"]
-    if call.name in {"layer_norm", "rms_norm"}:
-        over = x.shape[len(x.shape) - len(given["normalized_shape"]) :]
-    elif call.name == "group_norm":
-        over = x.shape[1:]
-    else:
-        over = x.shape[min(1, len(x.shape) - 1) :][:1]
+    in_a_row = prod(x.shape[dim] for dim in _dims_over(call.name, given))
     short = max(1.0, _PRECISE / x.dtype.itemsize)  # statistics are not short floats
-    return short * work.nbytes(x) / prod(over)
+    return short * work.nbytes(x) / in_a_row
 
 
 def _given(call: Call) -> dict[str, Any]:
@@ -107,5 +108,5 @@ def _given(call: Call) -> dict[str, Any]:
 
 _TAKEN: dict[str, Callable[..., OverAxis | None]] = {
     "cross_entropy": _cross_entropy,
-    **dict.fromkeys(NORMS, _norm),
+    **dict.fromkeys(["layer_norm", "rms_norm", "group_norm"], _norm),
 }

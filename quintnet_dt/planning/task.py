@@ -8,7 +8,7 @@ from math import fsum
 from ..axes.action import GATHER
 from ..axes.axes import Axes
 from ..axes.factors import Factor, flat
-from ..contiguous import Contiguous, in_one_block
+from ..contiguous import Contiguous
 from ..devices import DEFAULT, DeviceSpec
 from ..keys import CallIndex, ParamName
 from ..tracing.graph import Call, Graph
@@ -52,10 +52,6 @@ class Task:
         self.device = device
         self.params, self.users = graph.params, graph.users
         self.why: dict[ParamName, str] = {}  # what stood in the way
-
-    def in_one_block(self, name: ParamName, dim: int) -> bool:
-        """Whether a rank is to hold one block of a weight that is split on a dim."""
-        return in_one_block(self.contiguous, dim, len(self.params[name].shape))
 
     def numel(self, name: ParamName) -> int:
         return self.params[name].numel

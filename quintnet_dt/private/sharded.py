@@ -33,8 +33,14 @@ except ImportError:  # then its mixed precision is not seen while calls are plan
     _composable_state = None
 
 
-# One block of a DTensor, as torch has it before state/pieces.py.
-own_chunk_list = DTensor.__create_chunk_list__
+# One block of a DTensor as torch has it, whatever state/pieces.py has taught DTensor.
+_chunk_list = getattr(
+    DTensor, "__create_chunk_list__", absent("DTensor.__create_chunk_list__")
+)
+own_chunk_list = getattr(_chunk_list, "own", _chunk_list)
+
+# Whether a DTensor is made of what `_Read` takes it for; else it is read by to_local.
+_AS_READ = {"_local_tensor", "_spec"} <= set(getattr(DTensor, "__slots__", ()))
 
 
 class _Read(torch.autograd.Function):
@@ -65,7 +71,7 @@ class _Read(torch.autograd.Function):
 
 def read_local(param: Any) -> torch.Tensor:
     """This rank's part of a DTensor; differentiable."""
-    if torch.compiler.is_compiling():
+    if not _AS_READ or torch.compiler.is_compiling():
         return param.to_local()
     if torch.is_grad_enabled() and param.requires_grad:
         return _Read.apply(param)

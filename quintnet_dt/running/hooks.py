@@ -208,10 +208,10 @@ class ModuleHooks(Hooks):
         finally:
             if run.kept is None:
                 context.log.append(Ended(failed))
-            for s in reversed(run.shown):
-                hide(s)
             if run.numbers is not None:
                 run.numbers.hide()
+            for s in reversed(run.shown):
+                hide(s)
             if is_whole_call:
                 end_call(self, module, program, (args, kwargs, output))
         outputs = {} if program is None or failed else program.outputs

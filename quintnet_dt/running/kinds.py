@@ -56,8 +56,8 @@ class CallKind:
         """Whether a call with these arguments is one of this kind."""
         if compiled and self.named:
             return self._fits_by_name(args, kwargs)
-        # which is quicker, where it tells
-        told = not (compiled or kwargs) and tuple(map(_plain, map(type, args)))
+        # what types alone tell is quicker
+        told = None if compiled or kwargs else tuple(map(_plain, map(type, args)))
         if told != self.arguments and kinds(args, kwargs) != self.arguments:
             return False
         for path, number in self.dims:

@@ -4,8 +4,8 @@ that a rank holds.
 It does not place fused pieces (`_StridedShard`) by itself (pieces.py teaches DTensor
 to), unpickles a checkpoint's index with nothing barred, and opens files by their path,
 whatever was put there meanwhile; that is mended here and in index.py, at its points of
-extension: tensors that know their blocks, and a storage reader. What is written is its own format:
-`torch.distributed.checkpoint.load` reads it.
+extension: tensors that know their blocks, and a storage reader. What is written is its
+own format: `torch.distributed.checkpoint.load` reads it.
 """
 
 import contextlib

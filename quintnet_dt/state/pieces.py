@@ -26,7 +26,7 @@ def teach_pieces() -> None:
 
 def _teach(name: str) -> None:
     own = getattr(DTensor, name, None)
-    if own is None or getattr(own, "__module__", "") == __name__:
+    if own is None or hasattr(own, "own"):  # taught already
         return
 
     def answer(tensor: DTensor, *args: Any) -> Any:
@@ -34,4 +34,5 @@ def _teach(name: str) -> None:
             return getattr(Blocks.of(tensor), name)(*args)
         return own(tensor, *args)
 
+    setattr(answer, "own", own)
     setattr(DTensor, name, answer)
